@@ -1,0 +1,51 @@
+"""The few errors of HetHub, by what the caller does next.
+
+HetHubError
+  InputError        exit 2: fix the file
+  InfeasibleError   exit 3: relax the job or add devices
+  MachineError exit 4: mend the machine (missing package, port, address)
+  RunError          exit 1: the run failed; the text names rank, device and action
+
+Each message is one line: where, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MachineError", "HetHubError", "InfeasibleError", "InputError", "RunError"]
+
+
+class HetHubError(Exception):
+    """An error whose text is written for the person at the command line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[HetHubError], tuple[str]]:
+        return (type(self), (self.message,))
+
+
+class InputError(HetHubError):
+    """A file or an argument is wrong; `message` starts with `file:line:column key`."""
+
+    exit_code = 2
+
+
+class InfeasibleError(HetHubError):
+    """No plan fits; `message` says what is short, by how much, and the smallest change that fits."""
+
+    exit_code = 3
+
+
+class MachineError(HetHubError):
+    """The machine lacks something: a package, an address, a port."""
+
+    exit_code = 4
+
+
+class RunError(HetHubError):
+    """A run failed; `message` names rank, device, action and reason."""
+
+    exit_code = 1
