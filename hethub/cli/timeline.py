@@ -1,0 +1,242 @@
+"""`hethub timeline RUN`: where every device's time went, predicted beside measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hethub.errors import InputError
+
+if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
+    from hethub.timeline.record import Timeline
+    from hethub.timeline.summary import DeviceSummary, TypeSummary
+
+    _Summary = DeviceSummary | TypeSummary
+
+__all__ = ["timeline"]
+
+WARM_UP_STEPS = 3
+"""Steps at the start of a run that are left out unless asked for: caches fill and memory is first touched."""
+
+# Share and its heading, narrow enough for a table in 80 columns.
+_SHARES = (
+    ("busy_ratio", "busy"),
+    ("recompute_ratio", "re-\ncompute"),
+    ("exposed_communication_ratio", "exposed\ncomm."),
+    ("bubble_ratio", "bubble"),
+    ("idle_ratio", "idle"),
+    ("unaccounted_ratio", "un-\naccounted"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Comparison:
+    """Both timelines of a run, summarized: the prediction's one step, and measured steps `first` to `last`.
+
+    `measured_step_seconds` is the median of those steps, `typical_step` the one nearest to it.
+    """
+
+    predicted: Timeline
+    measured: Timeline
+    first: int
+    last: int
+    typical_step: int
+    predicted_step_seconds: float
+    measured_step_seconds: float
+    predicted_devices: list[DeviceSummary]
+    measured_devices: list[DeviceSummary]
+
+    @property
+    def emulated(self) -> bool:
+        return self.measured.info.emulated
+
+
+def timeline(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, as `hethub launch` writes it.")],
+    step: Annotated[int | None, typer.Option(help="Show this step alone, not all after the warm-up.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the Gantt chart of one step here.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
+) -> None:
+    """Show where every device's time went, predicted beside measured.
+
+    Example: hethub timeline runs/demo --html timeline.html
+    """
+    comparison = _compare(run, step)
+    _write_pictures(comparison, run, html, trace)
+    if as_json:
+        typer.echo(json.dumps(_as_object(comparison, run), indent=2))
+    elif sys.stdout.isatty():
+        _print_table(comparison, run)
+    else:
+        typer.echo(_as_text(comparison))
+    if not as_json:
+        for path in (html, trace):
+            if path is not None:
+                typer.echo(f"wrote {path}", err=True)
+
+
+def _compare(run: Path, step: int | None) -> _Comparison:
+    """Load and summarize. Raises InputError when `run` is not the folder of a run or lacks the step."""
+    import numpy as np
+
+    from hethub.timeline.summary import step_numbers, step_seconds, summarize
+
+    predicted, measured = _load(run, "predicted"), _load(run, "measured")
+    if predicted.info.devices != measured.info.devices:
+        raise InputError(f"{run}: predicted.npz is of other devices than measured.npz. Run the job again.")
+    numbers, durations = step_numbers(measured), step_seconds(measured)
+    if step is None:
+        first, last = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)]), int(numbers[-1])
+    else:
+        first = last = step
+    measured_devices = summarize(measured, first, last)
+    chosen = (numbers >= first) & (numbers <= last)
+    median = float(np.median(durations[chosen]))
+    only = int(step_numbers(predicted)[0])
+    return _Comparison(
+        predicted=predicted,
+        measured=measured,
+        first=first,
+        last=last,
+        typical_step=int(numbers[chosen][np.argmin(np.abs(durations[chosen] - median))]),
+        predicted_step_seconds=float(step_seconds(predicted)[0]),
+        measured_step_seconds=median,
+        predicted_devices=summarize(predicted, only, only),
+        measured_devices=measured_devices,
+    )
+
+
+def _load(run: Path, origin: str) -> Timeline:
+    from hethub.timeline.record import Timeline
+
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder. Give the folder of a run, as `hethub launch` writes it.")
+    path = run / f"{origin}.npz"
+    if not path.exists():
+        raise InputError(f"{run}: not a finished run, it holds no {path.name}. Give another folder.")
+    loaded = Timeline.load(path)
+    if not len(loaded.records):
+        raise InputError(f"{path}: holds no action. Give the folder of a run that finished a step.")
+    return loaded
+
+
+def _write_pictures(comparison: _Comparison, run: Path, html: Path | None, trace: Path | None) -> None:
+    try:
+        if html is not None:
+            from hethub.timeline.gantt import write_gantt
+
+            write_gantt(html, comparison.predicted, comparison.measured, comparison.typical_step, run.name)
+        if trace is not None:
+            from hethub.timeline.trace import write_chrome_trace
+
+            steps = range(comparison.first, comparison.last + 1)
+            write_chrome_trace(trace, [comparison.predicted, comparison.measured], steps)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: cannot be written ({error.strerror}). Give another path."
+        ) from error
+
+
+# --- ways to print ----------------------------------------------------------------------------------------
+
+
+def _as_object(comparison: _Comparison, run: Path) -> dict[str, Any]:
+    from hethub.timeline.summary import by_type
+
+    def side(step_seconds: float, devices: list[DeviceSummary]) -> dict[str, Any]:
+        types = [asdict(summary) for summary in by_type(devices)]
+        listed = [asdict(summary) for summary in devices]
+        return {"step_seconds": step_seconds, "devices": listed, "device_types": types}
+
+    return {
+        "run": str(run),
+        "emulated": comparison.emulated,
+        "time_scale": comparison.measured.info.time_scale,
+        "first_step": comparison.first,
+        "last_step": comparison.last,
+        "predicted": side(comparison.predicted_step_seconds, comparison.predicted_devices),
+        "measured": side(comparison.measured_step_seconds, comparison.measured_devices),
+    }
+
+
+def _as_text(comparison: _Comparison) -> str:
+    """Return tab-separated lines: facts after `#`, a header, one line a device."""
+    kind = "emulated" if comparison.emulated else "real"
+    lines = [
+        f"# {kind}\ttime_scale\t{comparison.measured.info.time_scale:g}",
+        f"# steps\t{comparison.first}\t{comparison.last}",
+        f"# predicted_step_seconds\t{comparison.predicted_step_seconds:.6g}",
+        f"# measured_step_seconds\t{comparison.measured_step_seconds:.6g}",
+    ]
+    header = ["device", "device_type"]
+    header += [f"{origin}_{share}" for share, _ in _SHARES for origin in ("predicted", "measured")]
+    lines.append("\t".join(header))
+    for predicted, measured in _pairs(comparison):
+        shares = [f"{getattr(one, share):.4f}" for share, _ in _SHARES for one in (predicted, measured)]
+        lines.append("\t".join([measured.device, measured.device_type, *shares]))
+    return "\n".join(lines)
+
+
+def _pairs(comparison: _Comparison) -> list[tuple[DeviceSummary, DeviceSummary]]:
+    """Return (predicted, measured) of every device."""
+    return list(zip(comparison.predicted_devices, comparison.measured_devices, strict=True))
+
+
+def _print_table(comparison: _Comparison, run: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hethub.timeline.summary import by_type
+
+    pairs = _pairs(comparison)
+    recomputes = any(one.recompute_ratio > 0 for pair in pairs for one in pair)
+    labels = {share: label for share, label in _SHARES if recomputes or share != "recompute_ratio"}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("device", overflow="fold")
+    table.add_column("type", overflow="fold")
+    for label in labels.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    for before, after in pairs:
+        table.add_row(Text(after.device), Text(after.device_type), *_cells(list(labels), before, after))
+    table.add_section()
+    types = zip(by_type(comparison.predicted_devices), by_type(comparison.measured_devices), strict=True)
+    for expected, found in types:
+        cells = _cells(list(labels), expected, found)
+        table.add_row(f"mean of {found.devices}", Text(found.device_type), *cells)
+    console = Console()
+    console.print(Text(_heading(comparison, run)))
+    console.print(table)
+    console.print(
+        "Shares of the step in %, predicted/measured. exposed comm.: communication that compute waits for."
+    )
+
+
+def _cells(shares: list[str], predicted: _Summary, measured: _Summary) -> list[str]:
+    return [f"{100 * getattr(predicted, share):.1f}/{100 * getattr(measured, share):.1f}" for share in shares]
+
+
+def _heading(comparison: _Comparison, run: Path) -> str:
+    """Return the run, its steps, both step times and, of an emulated run, how well it was emulated."""
+    predicted, measured = comparison.predicted_step_seconds, comparison.measured_step_seconds
+    first, last = comparison.first, comparison.last
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    mark = " (emulated: modelled time)" if comparison.emulated else ""
+    off = 100 * (measured / predicted - 1)
+    text = f"{run.name}, {steps}{mark}\n"
+    text += f"step time: {predicted:.4g} s predicted, {measured:.4g} s measured (median), {off:+.1f} %"
+    if comparison.emulated:
+        devices = comparison.measured_devices
+        overruns = sum(one.overrun_ratio for one in devices) / len(devices)
+        real = max(one.real_ratio for one in devices)
+        text += f"\ntime scale {comparison.measured.info.time_scale:g}, "
+        text += f"overruns {100 * overruns:.2f} % of compute actions, "
+        text += f"real math at most {100 * real:.1f} % of a device's compute time"
+    return text

@@ -1,0 +1,188 @@
+"""Compute and collective times: a roofline per operator.
+
+Time of an operator = max(flops / achievable flop/s, bytes / achievable bytes/s), as in Williams et al., "Roofline"
+(CACM 2009); achievable = peak x the device type's measured share. Operators of one device follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hethub.cost.graph import CostGraph
+from hethub.cost.shapes import (
+    BYTES,
+    LayerKind,
+    Segment,
+    backward_segments,
+    forward_segments,
+    layer_kind,
+    layer_parameters,
+    parameter_span,
+)
+from hethub.specs.cluster import DeviceType
+from hethub.specs.layout import RankPlace, Share, Span
+from hethub.specs.workload import Workload
+
+__all__ = ["ComputePrice", "ComputeModel", "PricedSegment", "all_reduce_seconds", "gradient_bytes", "state_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class PricedSegment:
+    """One segment of a tensor-parallel group's action: every member's own seconds and the collective after it."""
+
+    member_seconds: tuple[float, ...]
+    collective_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComputePrice:
+    """An action of a tensor-parallel group: all members start together and end together.
+
+    `seconds` = sum over segments of the slowest member + the collective; a member's own compute is busy time, the rest
+    exposed communication.
+    """
+
+    segments: tuple[PricedSegment, ...]
+    seconds: float
+    busy_seconds: tuple[float, ...]
+
+
+def all_reduce_seconds(graph: CostGraph, devices: Sequence[int], size_bytes: float) -> float:
+    """Ring all-reduce over the group's actual paths: 2 (n - 1) steps of latency + (bytes / n) / bandwidth, the worst
+    hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009)."""
+    count = len(devices)
+    if count < 2 or size_bytes == 0:
+        return 0.0
+    hops = [graph.path(devices[i], devices[(i + 1) % count]) for i in range(count)]
+    return 2 * (count - 1) * max(hop.seconds(size_bytes / count) for hop in hops)
+
+
+def gradient_bytes(precision: str) -> int:
+    """Bytes of one accumulated gradient element: fp32, or fp64 when the job computes in fp64."""
+    return 8 if precision == "fp64" else 4
+
+
+def state_bytes(precision: str) -> int:
+    """Bytes of one owned element's optimizer state: two moments, and a master copy where weights are 16 bit."""
+    width = gradient_bytes(precision)
+    return 2 * width + (width if BYTES[precision] < width else 0)
+
+
+class ComputeModel:
+    """Prices compute on a cluster for one workload; results are kept, since few shapes repeat very often."""
+
+    def __init__(self, graph: CostGraph, workload: Workload) -> None:
+        self.graph = graph
+        self.workload = workload
+        self._seconds: dict[tuple[str, LayerKind, Share, int, bool], tuple[float, ...]] = {}
+        self._collective: dict[tuple[tuple[int, ...], int], float] = {}
+        self._prices: dict[tuple[object, ...], ComputePrice] = {}
+        self._rates: dict[str, tuple[float, float, int]] = {}
+
+    def _rate(self, device_type: DeviceType) -> tuple[float, float, int]:
+        """Achievable flop/s and bytes/s, and bytes per element, of a device type in this job's precision."""
+        rate = self._rates.get(device_type.name)
+        if rate is None:
+            precision = self.workload.precision
+            rate = self._rates[device_type.name] = (
+                device_type.flops_per_second(precision),
+                device_type.memory_bandwidth_bytes_per_second * device_type.memory_efficiency,
+                BYTES[device_type.dtype_for(precision)],
+            )
+        return rate
+
+    def segments(
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, *, backward: bool
+    ) -> tuple[Segment, ...]:
+        """The work of one layer on one rank (see `shapes`)."""
+        build = backward_segments if backward else forward_segments
+        size = self._rate(device_type)[2]
+        return build(self.workload.model, kind, share, rows, self.workload.sequence_length, size)
+
+    def segment_seconds(
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, *, backward: bool
+    ) -> tuple[float, ...]:
+        """Seconds of each segment of one layer on one rank."""
+        key = (device_type.name, kind, share, rows, backward)
+        found = self._seconds.get(key)
+        if found is None:
+            flops, bandwidth, _ = self._rate(device_type)
+            found = self._seconds[key] = tuple(
+                sum(max(o.flops / flops, o.bytes / bandwidth) for o in segment.operations)
+                for segment in self.segments(device_type, kind, share, rows, backward=backward)
+            )
+        return found
+
+    def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
+        """Forward and backward of one layer on one rank, collectives not counted."""
+        return sum(self.segment_seconds(device_type, kind, share, rows, backward=False)) + sum(
+            self.segment_seconds(device_type, kind, share, rows, backward=True)
+        )
+
+    def collective_seconds(self, devices: tuple[int, ...], size_bytes: int) -> float:
+        """All-reduce among a tensor-parallel group."""
+        key = (devices, size_bytes)
+        found = self._collective.get(key)
+        if found is None:
+            found = self._collective[key] = all_reduce_seconds(self.graph, devices, size_bytes)
+        return found
+
+    def group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, *, backward: bool) -> ComputePrice:
+        """The forward or backward action of one replica over `layers` (half-open) and `rows` sequences."""
+        key = (ranks, layers, rows, backward)
+        found = self._prices.get(key)
+        if found is None:
+            found = self._prices[key] = self._group_price(ranks, layers, rows, backward)
+        return found
+
+    def _group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, backward: bool) -> ComputePrice:
+        model = self.workload.model
+        devices = tuple(rank.device for rank in ranks)
+        types = [self.graph.devices[device].type for device in devices]
+        segments: list[PricedSegment] = []
+        order = range(layers[1] - 1, layers[0] - 1, -1) if backward else range(*layers)
+        by_kind: dict[LayerKind, list[PricedSegment]] = {}
+        for layer in order:
+            kind = layer_kind(model, layer)
+            if kind not in by_kind:
+                by_kind[kind] = self._layer_segments(ranks, types, devices, kind, rows, backward)
+            segments.extend(by_kind[kind])
+        return ComputePrice(
+            tuple(segments),
+            sum(max(s.member_seconds) + s.collective_seconds for s in segments),
+            tuple(sum(s.member_seconds[i] for s in segments) for i in range(len(ranks))),
+        )
+
+    def _layer_segments(
+        self,
+        ranks: tuple[RankPlace, ...],
+        types: list[DeviceType],
+        devices: tuple[int, ...],
+        kind: LayerKind,
+        rows: int,
+        backward: bool,
+    ) -> list[PricedSegment]:
+        members = [
+            self.segment_seconds(t, kind, rank.share, rows, backward=backward)
+            for t, rank in zip(types, ranks, strict=True)
+        ]
+        work = self.segments(types[0], kind, ranks[0].share, rows, backward=backward)
+        return [
+            PricedSegment(tuple(m[i] for m in members), self.collective_seconds(devices, s.all_reduce_bytes))
+            for i, s in enumerate(work)
+        ]
+
+    def stage_parameters(self, share: Share, layers: Span) -> int:
+        """Parameter elements that a rank holds of `layers`; a tied table that stands twice counts once."""
+        model = self.workload.model
+        seen: dict[str, int] = {}
+        for layer in range(*layers):
+            for parameter in layer_parameters(model, layer):
+                start, stop = parameter_span(parameter, share)
+                seen[parameter.name] = (stop - start) * parameter.elements_per_index
+        return sum(seen.values())
+
+    def touch_seconds(self, device_type: DeviceType, size_bytes: float) -> float:
+        """An action bound by memory traffic (reduce, norm, update, gather)."""
+        return size_bytes / self._rate(device_type)[1]

@@ -1,0 +1,208 @@
+"""The cost graph: devices and the node, group and zone vertices between them, joined by links.
+
+A tree with cross links, never an edge per pair of devices. A transfer's path is a set of *cells*: directed capacities
+that concurrent transfers queue for (a device's way in or out of its node, a node's way in or out of its network, the
+shared part of a cross link). Simulator and emulated links reserve the same cells by the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import networkx as nx
+
+from hethub.errors import InputError
+from hethub.specs.cluster import Cluster, Device, GroupLink, Link, NodeGroup
+
+__all__ = ["CostGraph", "FreeAt", "Path", "reserve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """How bytes get from one device to another.
+
+    `cells` are (index, bytes per second) pairs; the slowest one bounds the transfer, `latency_seconds` is added once.
+    """
+
+    cells: tuple[tuple[int, float], ...]
+    bandwidth_bytes_per_second: float
+    latency_seconds: float
+    transport: str
+
+    def seconds(self, size_bytes: float) -> float:
+        """Transfer time on an idle path: latency + bytes / bandwidth."""
+        return self.latency_seconds + size_bytes / self.bandwidth_bytes_per_second
+
+
+class FreeAt(Protocol):
+    """When each cell is free again, in seconds; a list, or an array that processes share."""
+
+    def __getitem__(self, index: int, /) -> float: ...
+    def __setitem__(self, index: int, value: float, /) -> None: ...
+
+
+def reserve(free_at: FreeAt, path: Path, size_bytes: float, now: float) -> float:
+    """Take the path's cells from `now` on and return the arrival time.
+
+    First come, first served: the transfer starts when every cell is free, holds each for bytes / its own bandwidth,
+    and arrives latency later than its slowest cell is done.
+    """
+    start = now
+    for cell, _ in path.cells:
+        start = max(start, free_at[cell])
+    for cell, bandwidth in path.cells:
+        free_at[cell] = start + size_bytes / bandwidth
+    return start + path.seconds(size_bytes)
+
+
+class CostGraph:
+    """Devices, links and routes of a cluster.
+
+    `graph` is the networkx view: vertices `device`, `node`, `group` and `zone` with their facts, edges with
+    `bandwidth_bytes_per_second`, `latency_seconds` and `transport`.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.devices: tuple[Device, ...] = cluster.devices()
+        self._groups = {group.name: group for group in cluster.node_groups}
+        self._node_cells: dict[tuple[str, int], int] = {}
+        for device in self.devices:
+            self._node_cells.setdefault((device.group, device.node), len(self._node_cells))
+        self._first_node_cell = 2 * len(self.devices)
+        self._first_shared_cell = self._first_node_cell + 2 * len(self._node_cells)
+        self._paths: dict[tuple[int, int], Path] = {}
+        self._routes: dict[tuple[str, str], tuple[Link, tuple[tuple[int, float], ...]]] = {}
+
+    @property
+    def cell_count(self) -> int:
+        """How many cells `reserve` may index."""
+        return self._first_shared_cell + 2 * len(self.cluster.links)
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """The whole graph, for algorithms and drawings."""
+        graph = self._network.copy()
+        for device in self.devices:
+            group = self._groups[device.group]
+            node = f"{device.group}/{device.node}"
+            if node not in graph:
+                graph.add_node(node, kind="node")
+                _join(graph, node, ("group", device.group), group.inter_link)
+            graph.add_node(device.name, kind="device", type=device.type.name)
+            _join(graph, device.name, node, group.intra_link)
+        return graph
+
+    @cached_property
+    def _network(self) -> nx.Graph:
+        """Groups and zones only: small, whatever the number of devices."""
+        graph = nx.Graph()
+        for group in self.cluster.node_groups:
+            graph.add_node(("group", group.name), kind="group")
+            graph.add_node(("zone", group.zone), kind="zone")
+            # Joining a zone costs nothing itself: the nodes' own links were paid for.
+            graph.add_edge(("group", group.name), ("zone", group.zone), latency_seconds=0.0, cross=None)
+        for number, cross in enumerate(self.cluster.links):
+            ends = [self._vertex(name) for name in cross.between]
+            graph.add_edge(*ends, cross=number)
+            _join(graph, ends[0], ends[1], cross.link)
+        return graph
+
+    def _vertex(self, name: str) -> tuple[str, str]:
+        return ("group", name) if name in self._groups else ("zone", name)
+
+    def _route(self, source: NodeGroup, destination: NodeGroup) -> tuple[Link, tuple[tuple[int, float], ...]]:
+        """The slowest link between two groups' networks, and the shared cells on the way.
+
+        A link named between the two groups themselves is taken; else the way of least latency.
+        """
+        key = (source.name, destination.name)
+        if key not in self._routes:
+            ends = ("group", source.name), ("group", destination.name)
+            network = self._network
+            if network.has_edge(*ends):
+                hops: list[tuple[str, str]] = list(ends)
+            else:
+                try:
+                    hops = nx.shortest_path(network, *ends, weight="latency_seconds")
+                except nx.NetworkXNoPath:
+                    raise InputError(
+                        f"{self.cluster.name}: no link joins {source.name} and {destination.name}. Add one to `links`."
+                    ) from None
+            self._routes[key] = self._along(hops, source, destination)
+        return self._routes[key]
+
+    def _along(
+        self, hops: Sequence[tuple[str, str]], source: NodeGroup, destination: NodeGroup
+    ) -> tuple[Link, tuple[tuple[int, float], ...]]:
+        crossed = [(self._network.edges[a, b]["cross"], a) for a, b in zip(hops, hops[1:], strict=False)]
+        taken: list[tuple[GroupLink, int, bool]] = []
+        for number, start in crossed:
+            if number is not None:
+                cross = self.cluster.links[number]
+                taken.append((cross, number, self._vertex(cross.between[0]) == start))
+        links = [source.inter_link, destination.inter_link, *(cross.link for cross, _, _ in taken)]
+        slowest = min(links, key=lambda link: link.bandwidth_bytes_per_second)
+        # Where cross links are named, theirs is the measured end-to-end latency; else the worse of the two networks.
+        own = taken and sum(cross.link.latency_seconds for cross, _, _ in taken)
+        latency = own or max(source.inter_link.latency_seconds, destination.inter_link.latency_seconds)
+        transport = taken[0][0].link.transport if taken else slowest.transport
+        shared = tuple(
+            (self._first_shared_cell + 2 * number + (0 if forward else 1), cross.total_bandwidth_bytes_per_second)
+            for cross, number, forward in taken
+            if cross.total_bandwidth_bytes_per_second is not None
+        )
+        bandwidth = min([slowest.bandwidth_bytes_per_second, *(b for _, b in shared)])
+        return Link(
+            name=slowest.name,
+            bandwidth_bytes_per_second=bandwidth,
+            latency_seconds=latency,
+            transport=transport,
+        ), shared
+
+    def path(self, source: int, destination: int) -> Path:
+        """The path between two different devices (indices into `Cluster.devices()`).
+
+        Raises InputError when no chain of links joins them.
+        """
+        key = (source, destination)
+        found = self._paths.get(key)
+        if found is None:
+            found = self._paths[key] = self._find(self.devices[source], self.devices[destination], key)
+        return found
+
+    def _find(self, source: Device, destination: Device, indices: tuple[int, int]) -> Path:
+        one, other = self._groups[source.group], self._groups[destination.group]
+        out, into = 2 * indices[0], 2 * indices[1] + 1
+        if (source.group, source.node) == (destination.group, destination.node):
+            link = one.intra_link
+            bandwidth = link.bandwidth_bytes_per_second
+            cells: tuple[tuple[int, float], ...] = ((out, bandwidth), (into, bandwidth))
+            return Path(cells, bandwidth, link.latency_seconds, link.transport)
+        if one is other:
+            route, shared = one.inter_link, ()
+        else:
+            route, shared = self._route(one, other)
+        leave = self._first_node_cell + 2 * self._node_cells[source.group, source.node]
+        enter = self._first_node_cell + 2 * self._node_cells[destination.group, destination.node] + 1
+        bandwidth = route.bandwidth_bytes_per_second
+        # A node's own adapter may be faster than the route: then it is free again sooner.
+        cells = (
+            (leave, max(bandwidth, one.inter_link.bandwidth_bytes_per_second)),
+            (enter, max(bandwidth, other.inter_link.bandwidth_bytes_per_second)),
+            *shared,
+        )
+        return Path(cells, bandwidth, route.latency_seconds, route.transport)
+
+
+def _join(graph: nx.Graph, one: object, other: object, link: Link) -> None:
+    graph.add_edge(
+        one,
+        other,
+        bandwidth_bytes_per_second=link.bandwidth_bytes_per_second,
+        latency_seconds=link.latency_seconds,
+        transport=link.transport,
+    )

@@ -1,0 +1,262 @@
+"""The crew: one Ray actor per device, placed by custom resources, and what becomes of them.
+
+All of Ray is here. Actors answer with values or with a `Failure`; the driver decides.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hethub import catalog
+from hethub.errors import MachineError, RunError
+from hethub.specs.cluster import Cluster
+
+__all__ = ["Crew", "Failure", "resource_name"]
+
+_PLACEMENT_TIMEOUT_SECONDS = 60.0
+_GATHER_FAILURES_SECONDS = 1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a worker stopped. `secondary` marks the consequence of another worker's failure."""
+
+    device: int
+    action: str
+    reason: str
+    secondary: bool
+
+
+def resource_name(device_type: str) -> str:
+    """The Ray custom resource of a device type: one unit per device."""
+    return f"hethub_{device_type}"
+
+
+class _Actor:
+    """What runs inside a Ray actor: a Worker whose output goes to the run folder."""
+
+    def __init__(self, device: int, log_file: str) -> None:
+        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        self._device = device
+        self._worker: Any = None
+        self._results: list[tuple[int, float, float]] = []
+        print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}", flush=True)  # noqa: T201
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the worker; anything raised becomes a Failure."""
+        from hethub.launch.communicator import PeerLostError
+        from hethub.launch.executor import ActionError
+        from hethub.launch.worker import Worker
+
+        try:
+            if method == "join":
+                self._worker = Worker(*arguments)
+                return os.getpid()
+            if method == "train":
+                self._results = []
+                return self._worker.train(*arguments, report=self._report) and None
+            return getattr(self._worker, method)(*arguments)
+        except BaseException as error:
+            import traceback
+
+            traceback.print_exc()
+            cause = error.__cause__ if isinstance(error, ActionError) else error
+            action = error.action if isinstance(error, ActionError) else method
+            reason = error.reason if isinstance(error, ActionError) else f"{type(error).__name__}: {error}"
+            return Failure(self._device, action, reason.splitlines()[0], isinstance(cause, PeerLostError))
+
+    def _report(self, step: int, result: Any) -> None:
+        self._results.append((step, result.loss, result.norm))
+
+    def results(self, since: int) -> list[tuple[int, float, float]]:
+        """(step, loss, norm) of the training steps done, from the `since`-th on; answered while training."""
+        return self._results[since:]
+
+
+class Crew:
+    """Ray, started here or joined, and one actor for each of `devices` (indices into `Cluster.devices()`).
+
+    Use as a context manager: leaving it kills the actors and, where it started Ray, stops Ray and removes its files.
+    """
+
+    def __init__(self, cluster: Cluster, devices: Sequence[int], logs: Path, address: str | None) -> None:
+        self.cluster = cluster
+        self.devices = tuple(devices)
+        self.logs = logs
+        self.address = address
+        self.actors: dict[int, Any] = {}
+        self._groups: list[Any] = []
+        self._folder: Path | None = None
+        self.explain: Callable[[int], str] = lambda device: "before its first action"
+
+    def __enter__(self) -> Crew:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self.actors.values():
+            ray.kill(actor, no_restart=True)
+        self.actors.clear()
+        if ray.is_initialized():
+            for group in self._groups:
+                ray.util.remove_placement_group(group)
+            ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        _set_environment(local=self.address is None)
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if self.address is None:
+            counts: dict[str, float] = {}
+            for device in self.devices:
+                name = resource_name(self.cluster.devices()[device].type.name)
+                counts[name] = counts.get(name, 0) + 1
+            self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
+            ray.init(
+                num_cpus=len(self.devices) + 1, resources=counts, include_dashboard=False, _temp_dir=str(self._folder), **quiet
+            )
+        else:
+            try:
+                ray.init(address=self.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
+        self._place()
+
+    def _place(self) -> None:
+        """One placement group per node of the spec, so that its devices share a Ray node."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        nodes: dict[tuple[str, int], list[int]] = {}
+        everyone = self.cluster.devices()
+        for device in self.devices:
+            nodes.setdefault((everyone[device].group, everyone[device].node), []).append(device)
+        actor_class = ray.remote(max_concurrency=2)(_Actor)
+        for (group, node), members in nodes.items():
+            bundles = [{resource_name(everyone[d].type.name): 1.0} for d in members]
+            placed = placement_group(bundles, strategy="STRICT_PACK")
+            self._groups.append(placed)
+            if not placed.wait(_PLACEMENT_TIMEOUT_SECONDS):
+                raise MachineError(
+                    f"no Ray node offers {bundles} for {group}/{node}. Start it with "
+                    f"--resources naming {sorted(set(k for b in bundles for k in b))}."
+                )
+            for number, device in enumerate(members):
+                vendor = catalog.vendor(everyone[device].type.vendor)
+                gpus = 1 if vendor.ray_resource == "GPU" and self.cluster.emulated_time_scale is None else 0
+                self.actors[device] = actor_class.options(
+                    num_cpus=0,
+                    num_gpus=gpus,
+                    resources={resource_name(everyone[device].type.name): 1.0},
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(placed, number),
+                ).remote(device, str(self.logs / f"{everyone[device].name.replace('/', '-')}.log"))
+
+    def host(self) -> str:
+        """An address of this machine that the workers reach."""
+        import ray
+
+        return "127.0.0.1" if self.address is None else str(ray.util.get_node_ip_address())
+
+    def call(
+        self,
+        method: str,
+        arguments: Mapping[int, tuple[Any, ...]] | tuple[Any, ...] = (),
+        *,
+        watch: Callable[[], None] | None = None,
+        poll_seconds: float = 0.2,
+    ) -> dict[int, Any]:
+        """Call a worker method on every device and wait for all answers, by device.
+
+        `arguments` are the same for all or by device; `watch` is called while waiting. Raises RunError naming rank,
+        device, action and reason as soon as any worker fails or dies.
+        """
+        import ray
+
+        pending = {}
+        for device, actor in self.actors.items():
+            chosen = arguments[device] if isinstance(arguments, Mapping) else arguments
+            pending[actor.call.remote(method, *chosen)] = device
+        answers: dict[int, Any] = {}
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=poll_seconds)
+            failures = []
+            for reference in done:
+                device = pending.pop(reference)
+                answer = self._answer(device, reference)
+                if isinstance(answer, Failure):
+                    failures.append(answer)
+                answers[device] = answer
+            if failures:
+                raise self._failed(failures, pending)
+            if watch is not None:
+                watch()
+        return answers
+
+    def _answer(self, device: int, reference: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayActorError:
+            return Failure(device, self.explain(device), "the worker process died", False)
+        except ray.exceptions.RayError as error:
+            return Failure(device, self.explain(device), str(error).splitlines()[0], False)
+
+    def _failed(self, failures: list[Failure], pending: dict[Any, int]) -> RunError:
+        """Give the other workers a moment, then name the failure that is nobody's consequence."""
+        import ray
+
+        limit = time.monotonic() + _GATHER_FAILURES_SECONDS
+        while pending and time.monotonic() < limit and all(f.secondary for f in failures):
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=limit - time.monotonic())
+            for reference in done:
+                answer = self._answer(pending.pop(reference), reference)
+                if isinstance(answer, Failure):
+                    failures.append(answer)
+        first = next((f for f in failures if not f.secondary), failures[0])
+        device = self.cluster.devices()[first.device]
+        return RunError(
+            f"rank {self.devices.index(first.device)}, device {device.name} ({device.type.name}), {first.action}: "
+            f"{first.reason}. Its log: {self.logs / (device.name.replace('/', '-') + '.log')}"
+        )
+
+    def results(self, device: int, since: int) -> list[tuple[int, float, float]]:
+        """(step, loss, norm) that a device has finished since the last look; [] when it does not answer in time."""
+        import ray
+
+        try:
+            found: list[tuple[int, float, float]] = ray.get(self.actors[device].results.remote(since), timeout=2.0)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            return []
+        return found
+
+
+def _set_environment(*, local: bool) -> None:
+    """What Ray and its workers read from the environment; a user's own settings win."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if local:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,0 +1,81 @@
+"""The run folder: one running job at a time, its own finished folder replaced, anyone else's left alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from hethub.errors import InputError
+
+__all__ = ["RunFolder", "write_json"]
+
+_MARK = "run.json"  # written first: says that this folder is a run of ours
+_LOCK = "run.lock"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """An exclusively held output folder.
+
+    Opening refuses a folder that holds anything but a HetHub run, and one whose run is going on; a finished or failed
+    run is emptied. Raises InputError, with nothing written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    def check(self) -> None:
+        """Refuse what `open` would, without touching anything."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"{self.path}: output is a file. Name a folder that does not exist yet.")
+        if any(self.path.iterdir()) and not (self.path / _MARK).is_file():
+            raise InputError(f"{self.path}: output is in use (it holds files that no run wrote). Name another folder.")
+        if (self.path / _LOCK).exists():
+            with (self.path / _LOCK).open("a") as stream:
+                if not _try_lock(stream):
+                    raise InputError(f"{self.path}: output is in use by a running job. Name another folder or stop it.")
+
+    def open(self, mark: dict[str, Any]) -> None:
+        """Take the folder, empty what an earlier run left, and write `mark` as run.json."""
+        self.check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("a")
+        if not _try_lock(self._lock):
+            raise InputError(f"{self.path}: output is in use by a running job. Name another folder or stop it.")
+        for entry in self.path.iterdir():
+            if entry.name == _LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        write_json(self.path / _MARK, mark)
+        (self.path / "logs").mkdir()
+
+    def close(self) -> None:
+        """Let go of the folder; its files stay."""
+        if self._lock is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def _try_lock(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,335 @@
+"""A worker: one process, one device. Plain Python, so that Ray actors and the tests' process pool run the same code."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hethub import catalog
+from hethub.cost.graph import CostGraph
+from hethub.cost.memory import usable_bytes
+from hethub.cost.shapes import Parameter
+from hethub.data.batches import Batches
+from hethub.data.token_file import open_token_file
+from hethub.launch.beacon import Beacon
+from hethub.launch.clock import Clock
+from hethub.launch.communicator import Communicator, ExchangeGroup, NativeGroup
+from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
+from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
+from hethub.launch.links import LinkTable
+from hethub.launch.model import StageModel, TensorGroup
+from hethub.launch.recorder import Recorder
+from hethub.launch.weights import initial_weight
+from hethub.program.actions import Program
+from hethub.timeline.record import Kind
+from hethub.specs.cluster import Cluster
+from hethub.specs.job import OptimizerSettings
+from hethub.specs.layout import Span
+from hethub.specs.workload import Workload
+
+__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches", "wide_dtype"]
+
+_TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def wide_dtype(precision: str) -> torch.dtype:
+    """Of gradients, masters and optimizer state."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSetup:
+    """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks."""
+
+    device: int
+    rank_of: Mapping[int, int]
+    store_host: str
+    store_port: int
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to train, the same for all workers.
+
+    `evaluation` is the forward-only program, None without held-out rows. With `links_file` the devices are emulated
+    and that file holds their links; without it they are real. `beacon_file` is where workers say where they are. `exchange_groups` forces tensor-parallel groups through
+    point-to-point messages, as groups across islands always are.
+    """
+
+    cluster: Cluster
+    workload: Workload
+    program: Program
+    evaluation: Program | None
+    settings: OptimizerSettings
+    seed: int
+    total_steps: int
+    tokens_file: Path
+    held_out: float
+    links_file: Path | None = None
+    beacon_file: Path | None = None
+    exchange_groups: bool = False
+
+
+def make_batches(task: Task) -> Batches:
+    """The job's data as a pure function of (seed, step, row)."""
+    return Batches(
+        open_token_file(task.tokens_file).tokens,
+        sequence_length=task.workload.sequence_length,
+        global_batch=task.workload.global_batch,
+        seed=task.seed,
+        held_out=task.held_out,
+    )
+
+
+class Worker:
+    """One device's process: joins the job once, then loads and runs any number of tasks."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        """Join the job's store and group. Blocks until the store answers."""
+        self.setup = setup
+        # Connections are made when first used: a pipeline's ranks talk to few others.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        torch.set_num_threads(1)
+        self.rank = setup.rank_of[setup.device]
+        limit = datetime.timedelta(seconds=setup.timeout_seconds)
+        store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=limit)
+        # Host memory is what any two vendors can exchange, so this group carries everything between islands.
+        dist.init_process_group(
+            catalog.vendor("cpu").backend,
+            store=store,
+            rank=self.rank,
+            world_size=len(setup.rank_of),
+            timeout=limit,
+        )
+        self._groups: dict[tuple[tuple[int, ...], bool], TensorGroup] = {}
+        self._links: LinkTable | None = None
+
+    def load(self, task: Task) -> None:
+        """Build this device's shards, channels and executors for a task. A device that the plan leaves out idles."""
+        self.task = task
+        self.training: Executor | None = None
+        self.evaluating: Executor | None = None
+        self.recorder = Recorder(task.program)
+        if not task.program.devices[self.setup.device]:
+            return
+        self.batches = make_batches(task)
+        self.compute = self._device()
+        stages = self._stages()
+        self.training = self._executor(task.program, stages, self.recorder)
+        if task.evaluation is not None:
+            self.evaluating = self._executor(task.evaluation, stages, Recorder(task.evaluation))
+
+    def _device(self) -> ComputeDevice:
+        device = self.task.cluster.devices()[self.setup.device]
+        clock = Clock(time.monotonic())
+        if self.task.links_file is None:
+            return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+        return EmulatedDevice(clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)")
+
+    def _stages(self) -> dict[int, StageModel]:
+        task = self.task
+        devices = task.cluster.devices()
+        dtype = DTYPES[devices[self.setup.device].type.dtype_for(task.workload.precision)]
+
+        def weights(parameter: Parameter, span: Span) -> Tensor:
+            return torch.from_numpy(initial_weight(parameter, span, task.workload.model, task.seed))
+
+        places = local_places(task.program, self.setup.device)
+        groups = self._join_groups({place.stage.index: task.program.groups[self.setup.device, i] for i, place in places.items()})
+        shared: dict[str, Tensor] = {}
+        stages = {}
+        for index, place in sorted(places.items()):
+            stage = StageModel(
+                task.workload.model,
+                place.stage.layers,
+                place.rank.share,
+                sequence_length=task.workload.sequence_length,
+                dtype=dtype,
+                device=self.compute.torch_device,
+                weights=weights,
+                group=groups.get(index),
+            )
+            # A tied table that stands in two stages of one device is one tensor.
+            for name in stage.parameters:
+                stage.parameters[name] = shared.setdefault(name, stage.parameters[name])
+            stages[index] = stage
+        return stages
+
+    def _join_groups(self, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, TensorGroup]:
+        """Tensor-parallel groups of this device, made in an order that all members share."""
+        found: dict[int, TensorGroup] = {}
+        for members in sorted(set(wanted.values())):
+            if len(members) < 2:
+                continue
+            key = (members, self.task.exchange_groups)
+            if key not in self._groups:
+                self._groups[key] = self._new_group(members)
+            for stage, devices in wanted.items():
+                if devices == members:
+                    found[stage] = self._groups[key]
+        return found
+
+    def _new_group(self, members: tuple[int, ...]) -> TensorGroup:
+        ranks = [self.setup.rank_of[d] for d in members]
+        devices = self.task.cluster.devices()
+        backends = {catalog.vendor(devices[d].type.vendor).backend for d in members}
+        vendors = {devices[d].type.vendor for d in members}
+        if self.task.exchange_groups or len(vendors) > 1:
+            return ExchangeGroup(ranks)
+        return NativeGroup(ranks, backends.pop())
+
+    def _executor(self, program: Program, stages: Mapping[int, StageModel], recorder: Recorder) -> Executor:
+        task = self.task
+        return Executor(
+            program,
+            self.setup.device,
+            stages=stages,
+            compute=self.compute,
+            communicator=Communicator(program, self.setup.device, self.setup.rank_of, self._reserve()),
+            recorder=recorder,
+            wide=wide_dtype(task.workload.precision),
+            settings=task.settings,
+            total_steps=task.total_steps,
+            mark=self._mark(),
+        )
+
+    def _mark(self) -> Callable[[int, int], None]:
+        if self.task.beacon_file is None:
+            return lambda step, action: None
+        beacon = Beacon(self.task.beacon_file, len(self.task.cluster.devices()))
+        return lambda step, action: beacon.set(self.setup.device, step, action)
+
+    def _reserve(self) -> Callable[[int, float, float], float] | None:
+        """How an emulated link is taken; None on real ones."""
+        if self.task.links_file is None:
+            return None
+        graph = CostGraph(self.task.cluster)
+        table = LinkTable(self.task.links_file, graph.cell_count)
+        return lambda destination, size, now: table.reserve(graph.path(self.setup.device, destination), size, now)
+
+    def start_clock(self, epoch_seconds: float, time_scale: float) -> None:
+        """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
+        if self.training is not None:
+            self.compute.clock = Clock(epoch_seconds, time_scale)
+
+    def train(self, first: int, last: int, report: Callable[[int, StepResult], None] | None = None) -> list[StepResult]:
+        """Steps [first, last); `report` is called after each. Idle devices return nothing."""
+        results = []
+        if self.training is not None:
+            workload = self.task.workload
+            for step in range(first, last):
+                rows = training_rows(self.batches, step, workload.global_batch, workload.sequence_length)
+                results.append(self.training.run(step, rows))
+                if report is not None:
+                    report(step, results[-1])
+        return results
+
+    def evaluate(self, rows: int) -> float:
+        """Mean loss over the first `rows` held-out rows; meaningful on the root only."""
+        if self.evaluating is None:
+            return float("nan")
+        workload = self.task.workload
+        total = 0.0
+        for turn in range((rows + workload.global_batch - 1) // workload.global_batch):
+            total += self.evaluating.run(
+                turn, held_out_rows(self.batches, turn, rows, workload.global_batch, workload.sequence_length)
+            ).loss
+        return total
+
+    def records(self) -> npt.NDArray[np.void]:
+        """This device's timeline records of training so far."""
+        return self.recorder.take()
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes of live storages so far, where a tally counts them."""
+        if self.training is None or self.compute.tally is None:
+            return None
+        return self.compute.tally.peak_bytes
+
+    def owned_weights(self) -> dict[int, npt.NDArray[np.generic]]:
+        """Slice number -> values, of the slices that this device updates."""
+        if self.training is None:
+            return {}
+        updater = self.training.updater
+        return {
+            n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned
+        }
+
+    def held_weights(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Parameter name -> this device's shard, for comparing replicas."""
+        if self.training is None:
+            return {}
+        return {name: _to_numpy(w.detach()) for name, w in self.training.weights.items()}
+
+    def time_stages(self, repeats: int = 5) -> tuple[float, float]:
+        """(wall seconds of real math, predicted seconds) of one forward and backward of this device's stages, alone.
+
+        What `time_scale: auto` is made from.
+        """
+        if self.training is None:
+            return (0.0, 0.0)
+        measured = predicted = 0.0
+        for index, place in local_places(self.task.program, self.setup.device).items():
+            runs = [self._time_stage(index) for _ in range(repeats + 1)][1:]
+            measured += statistics.median(runs)
+            predicted += sum(
+                self.task.program.prices[self.setup.device, place.stage.index, kind].busy_seconds
+                for kind in _TIMED_KINDS
+            )
+        return measured, predicted
+
+    def _time_stage(self, index: int) -> float:
+        assert self.training is not None
+        place = self.training.places[index]
+        stage = self.training.stages[index]
+        model, seq = self.task.workload.model, self.task.workload.sequence_length
+        rows = place.replica.rows[1] - place.replica.rows[0]
+        tokens = torch.zeros((rows, seq), dtype=torch.int64)
+        entry = tokens if stage.first else torch.randn(rows, seq, model.hidden_size).to(stage.dtype)
+        if not stage.first:
+            entry.requires_grad_()
+        kept = {name: buffer.clone() for name, buffer in self.training.gradients.items()}
+        begin = time.perf_counter()
+        output = stage.forward(entry, tokens, torch.ones(rows))
+        output.backward(torch.ones_like(output))
+        spent = time.perf_counter() - begin
+        for name, buffer in kept.items():
+            self.training.gradients[name].copy_(buffer)
+        return spent
+
+    def close(self) -> None:
+        """Leave the job."""
+        dist.destroy_process_group()
+
+
+def _to_numpy(tensor: Tensor) -> npt.NDArray[np.generic]:
+    """Host copy; bf16, which numpy lacks, as fp32 (exact)."""
+    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return np.asarray(wide.cpu().contiguous().numpy()).copy()
+
+
+def assemble(program: Program, owned: Sequence[Mapping[int, npt.NDArray[np.generic]]]) -> dict[str, npt.NDArray[np.generic]]:
+    """Whole parameters from the slices that their updaters returned."""
+    whole: dict[str, npt.NDArray[np.generic]] = {}
+    for part in owned:
+        for number, values in part.items():
+            entry = program.ownership.slices[number]
+            parameter = program.ownership.parameters[entry.parameter]
+            target = whole.setdefault(parameter.name, np.empty(parameter.shape, dtype=values.dtype))
+            index = [slice(None)] * len(parameter.shape)
+            index[parameter.axis] = slice(entry.start, entry.stop)
+            target[tuple(index)] = values
+    return whole

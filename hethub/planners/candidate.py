@@ -1,0 +1,197 @@
+"""Candidates: priced pipelines with their micro-batches, such that all rows of the batch are done once."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hethub.apportion import apportion
+from hethub.planners.chain import Chain, Chains, Setting
+from hethub.planners.seats import Crew
+
+__all__ = ["Candidate", "Entry", "Proposal", "Team", "divisors", "lower_bound", "price", "proposals"]
+
+
+class Team(NamedTuple):
+    """Pipelines side by side on different devices: (crew, copies) pairs. `family` says how it came about."""
+
+    family: str
+    crews: tuple[tuple[Crew, int], ...]
+
+    @property
+    def pipelines(self) -> int:
+        """How many pipelines."""
+        return sum(copies for _, copies in self.crews)
+
+
+class Proposal(NamedTuple):
+    """A team and one number that settles the batch: either all micro-batches have `rows` rows and pipelines differ in
+    their number, or all pipelines have `micro_batches` and differ in their rows (the other is 0)."""
+
+    team: Team
+    rows: int
+    micro_batches: int
+
+
+class Entry(NamedTuple):
+    """`repeat` alike pipelines with `micro_batches` each."""
+
+    chain: Chain
+    micro_batches: int
+    repeat: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A whole split in counts of devices. `seconds` is the closed form's step time."""
+
+    proposal: Proposal
+    entries: tuple[Entry, ...]
+    stage_major: bool
+    reach: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for candidates that are the same plan."""
+        return (
+            self.stage_major,
+            tuple((e.chain.stages, e.chain.rows, e.micro_batches, e.repeat) for e in self.entries),
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def proposals(team: Team, batch: int) -> Iterator[Proposal]:
+    """All ways to settle a batch of `batch` rows that leave no pipeline empty."""
+    for rows in divisors(batch):
+        if batch // rows >= team.pipelines:
+            yield Proposal(team, rows, 0)
+    alike = len(team.crews) == 1
+    for micro_batches in divisors(batch):
+        rows = batch // micro_batches
+        # equal rows for alike pipelines are among the first kind already
+        if rows >= team.pipelines and not (alike and rows % team.pipelines == 0):
+            yield Proposal(team, 0, micro_batches)
+
+
+def lower_bound(chains: Chains, proposal: Proposal, batch: int) -> float:
+    """Seconds that no division of the layers can beat, cheap to compute; infinite where rows cannot be dealt."""
+    team = proposal.team
+    if proposal.rows:
+        micro_batches = batch // proposal.rows
+        bounds = [chains.bound(crew, proposal.rows) for crew, _ in team.crews]
+        speed = sum(copies / period for (_, copies), (period, _) in zip(team.crews, bounds, strict=True))
+        if speed == 0.0 or any(math.isinf(period) for period, _ in bounds):
+            return math.inf
+        if len(team.crews) == 1:
+            period, fill = bounds[0]
+            return fill + (math.ceil(micro_batches / team.pipelines) - 1) * period
+        return micro_batches / speed
+    worst = 0.0
+    for crew, rows, _ in _dealt_rows(chains, proposal, batch):
+        period, fill = chains.bound(crew, rows) if rows else (0.0, 0.0)
+        worst = max(worst, fill + (proposal.micro_batches - 1) * period)
+    return worst
+
+
+def price(
+    chains: Chains, proposal: Proposal, batch: int, *, stage_major: bool = False, reach: int = 1
+) -> Candidate | None:
+    """Divide the layers and the batch; None when some pipeline does not fit."""
+    entries = _common_rows(chains, proposal, batch, stage_major, reach)
+    if proposal.micro_batches:
+        entries = _common_count(chains, proposal, batch, stage_major, reach)
+    if entries is None:
+        return None
+    seconds = max(e.chain.seconds(e.micro_batches) for e in entries)
+    seconds += max(e.chain.tail_seconds for e in entries)
+    return Candidate(
+        proposal=proposal, entries=tuple(entries), stage_major=stage_major, reach=reach, seconds=seconds
+    )
+
+
+def _setting(team: Team, copies: int, micro_batches: int, stage_major: bool, reach: int) -> Setting:
+    return Setting(copies, team.pipelines - copies, micro_batches, stage_major, reach)
+
+
+def _common_rows(
+    chains: Chains, proposal: Proposal, batch: int, stage_major: bool, reach: int
+) -> list[Entry] | None:
+    """Every micro-batch alike; each pipeline gets as many as it can do in the same time."""
+    team, rows = proposal.team, proposal.rows
+    if not rows:
+        return None
+    total = batch // rows
+    priced: list[Chain] = []
+    for crew, copies in team.crews:
+        # The number is not settled yet: an even deal decides how deep stages may run ahead.
+        deal = max(1, total // team.pipelines)
+        chain = chains.chain(crew, rows, _setting(team, copies, deal, stage_major, reach))
+        if chain is None:
+            return None
+        priced.append(chain)
+    counts = _deal_micro_batches(priced, [copies for _, copies in team.crews], total)
+    entries = []
+    for chain, (_, copies), count in zip(priced, team.crews, counts, strict=True):
+        each, more = divmod(count, copies)
+        for repeat, micro_batches in ((more, each + 1), (copies - more, each)):
+            if repeat and micro_batches:
+                entries.append(Entry(chain, micro_batches, repeat))
+    return entries
+
+
+def _deal_micro_batches(chains: list[Chain], copies: list[int], total: int) -> list[int]:
+    """Micro-batches of each crew's copies together: one by one to the pipeline that would then end first."""
+    if len(chains) == 1:
+        return [total]
+    counts = [0] * len(chains)
+    queue = [(chain.seconds(1), i) for i, chain in enumerate(chains)]
+    heapq.heapify(queue)
+    for _ in range(total):
+        _, i = queue[0]
+        counts[i] += 1
+        heapq.heapreplace(queue, (chains[i].seconds(counts[i] // copies[i] + 1), i))
+    return counts
+
+
+def _dealt_rows(chains: Chains, proposal: Proposal, batch: int) -> list[tuple[Crew, int, int]]:
+    """(crew, rows of a micro-batch, copies) when every pipeline has the same number of micro-batches."""
+    team = proposal.team
+    total = batch // proposal.micro_batches
+    weights: list[float] = []
+    places: list[Crew] = []
+    for crew, copies in team.crews:
+        least = sum(sum(seat.count for seat in slot) for slot in crew) // len(crew)
+        period = chains.bound(crew, max(1, least, total // team.pipelines))[0]
+        weights.extend([1.0 / period] * copies)
+        places.extend([crew] * copies)
+    if not any(weights):
+        weights = [1.0] * len(weights)
+    kinds: dict[tuple[Crew, int], int] = {}
+    for crew, rows in zip(places, apportion(total, weights), strict=True):
+        kinds[crew, rows] = kinds.get((crew, rows), 0) + 1
+    return [(crew, rows, copies) for (crew, rows), copies in kinds.items()]
+
+
+def _common_count(
+    chains: Chains, proposal: Proposal, batch: int, stage_major: bool, reach: int
+) -> list[Entry] | None:
+    """Every pipeline does as many micro-batches, with rows by speed."""
+    entries = []
+    for crew, rows, copies in _dealt_rows(chains, proposal, batch):
+        if rows == 0:
+            continue
+        setting = _setting(proposal.team, copies, proposal.micro_batches, stage_major, reach)
+        chain = chains.chain(crew, rows, setting)
+        if chain is None:
+            return None
+        entries.append(Entry(chain, proposal.micro_batches, copies))
+    return entries

@@ -1,0 +1,168 @@
+"""The simulator: discrete events over the very lists that the workers execute.
+
+Each device runs its list in order. Sends cost no compute time: they reserve the cells of their path when issued (the
+rule of `cost.graph.reserve`, which emulated links follow too). Receives wait for the arrival. A tensor-parallel group's
+action starts when its last member is there.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.graph import reserve
+from hethub.program.actions import Program
+from hethub.program.prove import ProgramError
+from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Timeline, TimelineInfo
+
+__all__ = ["Simulation", "simulate"]
+
+_SEND, _RECEIVE = int(Kind.SEND), int(Kind.RECEIVE)
+_Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, float, float, float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """One simulated step: its seconds and, when asked for, its timeline (step 0)."""
+
+    step_seconds: float
+    timeline: Timeline | None
+
+
+class _Engine:
+    def __init__(self, program: Program, compute: ComputeModel, record: bool) -> None:
+        self.program = program
+        self.graph = compute.graph
+        self.free_at = [0.0] * compute.graph.cell_count
+        self.at = [0] * len(program.devices)
+        self.sent: dict[int, float] = {}
+        self.arrival: dict[int, float] = {}
+        self.waiting: dict[int, tuple[int, float]] = {}  # message -> (device, since)
+        self.meeting: dict[tuple[int, ...], dict[int, float]] = {}
+        self.rows: list[_Row] | None = [] if record else None
+        self.queue: list[tuple[float, int]] = []
+        self.ends = [0.0] * len(program.devices)
+
+    def run(self) -> float:
+        self.queue = [(0.0, d) for d, actions in enumerate(self.program.devices) if actions]
+        heapq.heapify(self.queue)
+        while self.queue:
+            now, device = heapq.heappop(self.queue)
+            self.advance(device, now)
+        stuck = [d for d, actions in enumerate(self.program.devices) if self.at[d] < len(actions)]
+        if stuck:
+            shown = "; ".join(f"rank {d} at {self.program.describe(d, self.at[d])}" for d in stuck[:6])
+            raise ProgramError(f"deadlock: {shown}")
+        return max(self.ends)
+
+    def advance(self, device: int, now: float) -> None:
+        """Run a device until it waits or until another device's event comes first."""
+        actions = self.program.devices[device]
+        while True:
+            if self.at[device] == len(actions):
+                self.ends[device] = now
+                return
+            if self.queue and self.queue[0][0] < now:
+                heapq.heappush(self.queue, (now, device))
+                return
+            kind, stage, _, message = actions[self.at[device]]
+            if kind == _SEND:
+                self.send(device, message, now)
+                self.at[device] += 1
+            elif kind == _RECEIVE:
+                if message not in self.arrival:
+                    self.waiting[message] = (device, now)
+                    return
+                now = self.receive(device, message, now)
+            else:
+                group = self.program.groups[device, stage] if stage >= 0 else (device,)
+                if len(group) > 1:
+                    self.meet(device, group, now)
+                    return
+                now = self.work(device, now, now)
+
+    def send(self, device: int, message: int, now: float) -> None:
+        transfer = self.program.transfers[self.program.messages[message].transfer]
+        path = self.graph.path(device, transfer.destination)
+        arrival = self.arrival[message] = reserve(self.free_at, path, transfer.bytes, now)
+        self.sent[message] = now
+        self.row(device, now, now, 0.0, now)
+        if message in self.waiting:
+            receiver, since = self.waiting.pop(message)
+            heapq.heappush(self.queue, (max(since, arrival), receiver))
+            self.receive(receiver, message, since)
+
+    def receive(self, device: int, message: int, since: float) -> float:
+        end = max(since, self.arrival[message])
+        self.row(device, since, end, 0.0, self.sent[message])
+        self.at[device] += 1
+        return end
+
+    def work(self, device: int, ready: float, start: float) -> float:
+        """The record begins when the device was ready: waiting for the other members is exposed communication."""
+        kind, stage, _, _ = self.program.devices[device][self.at[device]]
+        price = self.program.prices[device, stage, kind]
+        end = start + price.price.seconds
+        self.row(device, ready, end, price.busy_seconds, float("nan"))
+        if self.rows is not None and len(price.price.busy_seconds) > 1:
+            self.collectives(device, start)
+        self.at[device] += 1
+        return end
+
+    def meet(self, device: int, group: tuple[int, ...], now: float) -> None:
+        here = self.meeting.setdefault(group, {})
+        here[device] = now
+        if len(here) == len(group):
+            start = max(here.values())
+            for member in group:
+                heapq.heappush(self.queue, (self.work(member, here[member], start), member))
+            here.clear()
+
+    def collectives(self, device: int, start: float) -> None:
+        """The collectives of a group's action as sub-events, each ending its segment."""
+        kind, stage, _, _ = self.program.devices[device][self.at[device]]
+        at = start
+        for segment in self.program.prices[device, stage, kind].price.segments:
+            at += max(segment.member_seconds)
+            if segment.collective_seconds:
+                self.row(device, at, at + segment.collective_seconds, 0.0, float("nan"), Kind.COLLECTIVE)
+            at += segment.collective_seconds
+
+    def row(
+        self, device: int, start: float, end: float, busy: float, sent: float, kind: Kind | None = None
+    ) -> None:
+        if self.rows is None:
+            return
+        action = self.program.devices[device][self.at[device]]
+        lane = peer = -1
+        size = 0
+        if action.message >= 0:
+            transfer = self.program.transfers[self.program.messages[action.message].transfer]
+            lane, size = int(transfer.lane), transfer.bytes
+            peer = transfer.destination if action.kind == Kind.SEND else transfer.source
+        shown = action.kind if kind is None else kind
+        self.rows.append(
+            (
+                0, device, self.at[device], int(shown), lane, action.stage, action.micro_batch, peer, action.message,
+                start, end, busy, sent, busy if shown in COMPUTE_KINDS else 0.0, 0.0, size,
+            )  # fmt: skip
+        )
+
+
+def simulate(program: Program, compute: ComputeModel, *, record: bool = True) -> Simulation:
+    """Predict one step of a program. Raises ProgramError on a deadlock."""
+    engine = _Engine(program, compute, record)
+    seconds = engine.run()
+    if engine.rows is None:
+        return Simulation(seconds, None)
+    devices = compute.graph.devices
+    info = TimelineInfo(
+        origin="predicted",
+        devices=tuple(device.name for device in devices),
+        device_types=tuple(device.type.name for device in devices),
+        emulated=compute.graph.cluster.emulated_time_scale is not None,
+    )
+    return Simulation(seconds, Timeline(info, np.array(engine.rows, dtype=RECORD)))

@@ -1,0 +1,379 @@
+"""Where every device's time went: shares of a window of steps that sum to one.
+
+The window of steps `first` to `last` runs from the end of the step before (the latest record of any device;
+the earliest start where there is no step before) to the end of `last`. Everything is attributed by time, not
+by step: a device that starts the next step early works inside this window, so windows add up without loss or
+overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hethub.errors import InputError
+from hethub.timeline.record import COMPUTE_KINDS, USEFUL_KINDS, Kind, Timeline
+
+__all__ = [
+    "DeviceSummary",
+    "TypeSummary",
+    "before_last_backward",
+    "by_type",
+    "sent_seconds",
+    "step_numbers",
+    "step_seconds",
+    "step_window",
+    "summarize",
+]
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Records = npt.NDArray[np.void]
+
+_BACKWARD_KINDS = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSummary:
+    """One device over a window. The six shares `busy` to `unaccounted` are of `seconds` and sum to 1.
+
+    busy: useful compute. recompute: forward work done again. exposed_communication: collectives inside
+    compute actions, posting of sends, and waits for messages on their way. bubble: waits for messages not
+    sent yet, up to the device's last backward action. idle: such waits after it, and time when the device had
+    nothing of the step left to do. unaccounted: time of no action.
+
+    `overrun_ratio` is the share of compute actions whose real work passed the emulated deadline, `real_ratio`
+    the wall time of real math over the wall time of compute actions (both 0 for a device without compute
+    actions), `actions` the number of actions.
+    """
+
+    device: str
+    device_type: str
+    seconds: float
+    busy_ratio: float
+    recompute_ratio: float
+    exposed_communication_ratio: float
+    bubble_ratio: float
+    idle_ratio: float
+    unaccounted_ratio: float
+    overrun_ratio: float
+    real_ratio: float
+    actions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeSummary:
+    """The mean over the `devices` devices of one type; fields as in DeviceSummary, `actions` their sum."""
+
+    device_type: str
+    devices: int
+    seconds: float
+    busy_ratio: float
+    recompute_ratio: float
+    exposed_communication_ratio: float
+    bubble_ratio: float
+    idle_ratio: float
+    unaccounted_ratio: float
+    overrun_ratio: float
+    real_ratio: float
+    actions: int
+
+
+_RATIOS = (
+    "busy_ratio",
+    "recompute_ratio",
+    "exposed_communication_ratio",
+    "bubble_ratio",
+    "idle_ratio",
+    "unaccounted_ratio",
+    "overrun_ratio",
+    "real_ratio",
+)
+
+
+def summarize(timeline: Timeline, first: int, last: int) -> list[DeviceSummary]:
+    """Summarize every device over steps `first` to `last`, inclusive, in the order of the timeline's devices.
+
+    Raises InputError when a step at either end is not in the timeline or the window has no length.
+    """
+    actions = _sorted_actions(timeline.records)
+    clock = _StepClock.of(actions)
+    window = clock.window(first, last)
+    devices = len(timeline.info.devices)
+    seconds = window[1] - window[0]
+    shares = _gaps(actions, clock, window, devices) + _actions(actions, clock, window, devices)
+    shares /= seconds
+    counts, overruns, reals = _quality(actions, first, last, devices, timeline.info.time_scale)
+    return [
+        DeviceSummary(
+            device=name,
+            device_type=device_type,
+            seconds=seconds,
+            busy_ratio=float(shares[_BUSY, index]),
+            recompute_ratio=float(shares[_RECOMPUTE, index]),
+            exposed_communication_ratio=float(shares[_EXPOSED, index]),
+            bubble_ratio=float(shares[_BUBBLE, index]),
+            idle_ratio=float(shares[_IDLE, index]),
+            unaccounted_ratio=float(shares[_UNACCOUNTED, index]),
+            overrun_ratio=float(overruns[index]),
+            real_ratio=float(reals[index]),
+            actions=int(counts[index]),
+        )
+        for index, (name, device_type) in enumerate(
+            zip(timeline.info.devices, timeline.info.device_types, strict=True)
+        )
+    ]
+
+
+def by_type(summaries: list[DeviceSummary]) -> list[TypeSummary]:
+    """Average the devices of each type; types in the order of their first device."""
+    groups: dict[str, list[DeviceSummary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.device_type, []).append(summary)
+    return [
+        TypeSummary(
+            device_type=device_type,
+            devices=len(members),
+            seconds=members[0].seconds,
+            actions=sum(member.actions for member in members),
+            **{name: sum(getattr(member, name) for member in members) / len(members) for name in _RATIOS},
+        )
+        for device_type, members in groups.items()
+    ]
+
+
+def step_numbers(timeline: Timeline) -> npt.NDArray[np.int64]:
+    """Return the steps that have records, ascending."""
+    return np.unique(timeline.records["step"]).astype(np.int64)
+
+
+def step_seconds(timeline: Timeline) -> Floats:
+    """Return the seconds of each step of `step_numbers`: its end minus the end of the step before it.
+
+    The first counts from the timeline's earliest start. shape: (steps,)
+    """
+    clock = _StepClock.of(_without_collectives(timeline.records))
+    return np.diff(clock.ends, prepend=clock.origin)
+
+
+def step_window(timeline: Timeline, first: int, last: int) -> tuple[float, float]:
+    """Return start and end in seconds of steps `first` to `last`. Raises InputError as `summarize` does."""
+    return _StepClock.of(_without_collectives(timeline.records)).window(first, last)
+
+
+def sent_seconds(records: Records) -> Floats:
+    """Return for every record the second at which its message was sent; NaN where that is not known.
+
+    A receive that does not say takes the start of the send with the same (step, message). shape: (records,)
+    """
+    sent: Floats = records["sent"].astype(np.float64)
+    asking = np.flatnonzero((records["kind"] == Kind.RECEIVE) & np.isnan(sent) & (records["message"] >= 0))
+    sends = records[(records["kind"] == Kind.SEND) & (records["message"] >= 0)]
+    if not len(asking) or not len(sends):
+        return sent
+    keys = _pair(sends["step"], sends["message"])
+    order = np.argsort(keys, kind="stable")
+    wanted = _pair(records["step"][asking], records["message"][asking])
+    place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+    match = order[place]
+    sent[asking] = np.where(keys[match] == wanted, sends["start"][match], np.nan)
+    return sent
+
+
+def before_last_backward(records: Records) -> Bools:
+    """Tell for every record whether it starts before its device's last backward action of its step has ended.
+
+    Where a device runs no backward action in a step (evaluation), its last forward counts. shape: (records,)
+    """
+    groups, group = np.unique(_pair(records["device"], records["step"]), return_inverse=True)
+    backward = _last_end(records, group, len(groups), _BACKWARD_KINDS)
+    forward = _last_end(records, group, len(groups), frozenset({Kind.FORWARD}))
+    last = np.where(np.isneginf(backward), forward, backward)
+    return np.asarray(records["start"] < last[group], dtype=np.bool_)
+
+
+# --- the window -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _StepClock:
+    """When each step ended: `numbers` ascending, `ends` in seconds, `origin` the start of the first."""
+
+    numbers: npt.NDArray[np.int64]
+    ends: Floats
+    origin: float
+
+    @classmethod
+    def of(cls, actions: Records) -> _StepClock:
+        if not len(actions):
+            raise InputError("timeline: holds no action. Give the folder of a run that finished a step.")
+        numbers, index = np.unique(actions["step"], return_inverse=True)
+        ends = np.full(len(numbers), -np.inf)
+        np.maximum.at(ends, index, actions["end"])
+        origin = float(actions["start"][index == 0].min())
+        return cls(numbers.astype(np.int64), np.maximum.accumulate(ends), origin)
+
+    def end_before(self, step: npt.ArrayLike) -> Floats:
+        """Return the end of the latest step before each `step`, the origin where there is none."""
+        return np.asarray(np.concatenate(([self.origin], self.ends))[np.searchsorted(self.numbers, step)])
+
+    def window(self, first: int, last: int) -> tuple[float, float]:
+        for step in (first, last):
+            if step not in self.numbers:
+                low, high = self.numbers[0], self.numbers[-1]
+                raise InputError(f"step {step}: not in the timeline. Choose from {low} to {high}.")
+        begin = float(self.end_before(first))
+        end = float(self.ends[np.searchsorted(self.numbers, last)])
+        if not end > begin:
+            raise InputError(f"steps {first} to {last}: take no time. Give the first step before the last.")
+        return begin, end
+
+
+def _without_collectives(records: Records) -> Records:
+    """Drop the sub-events, whose time is already inside their compute action."""
+    return np.asarray(records[records["kind"] != Kind.COLLECTIVE])
+
+
+def _sorted_actions(records: Records) -> Records:
+    """Return the actions by device, then start, then end."""
+    actions = _without_collectives(records)
+    return actions[np.lexsort((actions["end"], actions["start"], actions["device"]))]
+
+
+# --- the shares -------------------------------------------------------------------------------------------
+
+_BUSY, _RECOMPUTE, _EXPOSED, _BUBBLE, _IDLE, _UNACCOUNTED = range(6)
+
+
+def _actions(actions: Records, clock: _StepClock, window: tuple[float, float], devices: int) -> Floats:
+    """Seconds of the window inside actions. shape: (6 shares, devices)"""
+    device = actions["device"]
+    start, end = actions["start"], actions["end"]
+    begin = np.clip(_reached(actions), start, end)  # where two actions overlap, the earlier one has the time
+    inside = _overlap(begin, end, window)
+    shares = np.zeros((6, devices))
+
+    length = end - start
+    own = inside * np.clip(_over(actions["busy"], length), 0.0, 1.0)
+    useful, compute = _is(actions, USEFUL_KINDS), _is(actions, COMPUTE_KINDS)
+    again = _is(actions, {Kind.RECOMPUTE})
+    send, wait = _is(actions, {Kind.SEND}), _is(actions, {Kind.RECEIVE})
+    _add(shares[_BUSY], device[useful], own[useful])
+    _add(shares[_RECOMPUTE], device[again], own[again])
+    _add(shares[_EXPOSED], device[compute], (inside - own)[compute])
+    _add(shares[_EXPOSED], device[send], inside[send])
+
+    sent = sent_seconds(actions)
+    # A message that nobody is known to have sent explains none of the wait.
+    arrive = np.clip(np.where(np.isnan(sent), end, sent), begin, end)
+    # A wait for the next step may begin in this one: until this one ends, the device has nothing left to do.
+    early = np.clip(clock.end_before(actions["step"]), begin, arrive)
+    filling = wait & before_last_backward(actions)
+    draining = wait & ~filling
+    unsent = _overlap(early, arrive, window)
+    _add(shares[_EXPOSED], device[wait], _overlap(arrive, end, window)[wait])
+    _add(shares[_IDLE], device[wait], _overlap(begin, early, window)[wait])
+    _add(shares[_BUBBLE], device[filling], unsent[filling])
+    _add(shares[_IDLE], device[draining], unsent[draining])
+    return shares
+
+
+def _gaps(actions: Records, clock: _StepClock, window: tuple[float, float], devices: int) -> Floats:
+    """Seconds of the window inside no action. shape: (6 shares, devices)
+
+    Before a device's first action and after its last, and between its part of a step and the end of that
+    step, it is idle. What remains is unaccounted.
+    """
+    device, step, start = actions["device"], actions["step"], actions["start"]
+    opens = np.flatnonzero(np.diff(device, prepend=-1))
+    same_step = np.diff(step, prepend=-1) == 0
+    same_step[opens] = False
+    reached = _reached(actions)
+    idle_until = np.where(same_step, reached, clock.end_before(step))
+    idle_until[opens] = start[opens]
+    idle_until = np.clip(idle_until, reached, np.maximum(start, reached))
+
+    shares = np.zeros((6, devices))
+    shares[_IDLE] = window[1] - window[0]
+    if len(opens):
+        ends = np.maximum.reduceat(actions["end"], opens)
+        outside = device[opens]
+        shares[_IDLE, outside] -= _overlap(start[opens], ends, window)
+    idle, lost = _overlap(reached, idle_until, window), _overlap(idle_until, start, window)
+    idle[opens] = 0.0  # counted already: from the window's start to the device's first action
+    _add(shares[_IDLE], device, idle)
+    _add(shares[_UNACCOUNTED], device, lost)
+    return shares
+
+
+def _reached(actions: Records) -> Floats:
+    """For every sorted action, the latest end among the device's earlier ones (its own start for the first).
+
+    shape: (actions,)
+    """
+    ends = np.sort(actions["end"])
+    # Ranks instead of times, with the device in front: one running maximum serves all devices, exactly.
+    rank = np.searchsorted(ends, actions["end"]) + actions["device"].astype(np.int64) * len(ends)
+    latest = ends[np.maximum.accumulate(rank) % len(ends)]
+    reached = np.concatenate(([0.0], latest[:-1]))
+    opens = np.diff(actions["device"], prepend=-1) != 0
+    reached[opens] = actions["start"][opens]
+    return reached
+
+
+def _quality(
+    actions: Records, first: int, last: int, devices: int, time_scale: float
+) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """Return per device the number of actions and the shares of overruns and of real math in these steps."""
+    chosen = actions[(actions["step"] >= first) & (actions["step"] <= last)]
+    counts = np.bincount(chosen["device"], minlength=devices)
+    compute = chosen[_is(chosen, COMPUTE_KINDS)]
+    device = compute["device"]
+    number = np.bincount(device, minlength=devices)
+    overruns = np.bincount(device, weights=compute["overrun"] > 0, minlength=devices)
+    padded = np.bincount(device, weights=compute["end"] - compute["start"], minlength=devices) * time_scale
+    real = np.bincount(device, weights=compute["real"], minlength=devices)
+    return counts, _over(overruns, number), _over(real, padded)
+
+
+# --- arrays -----------------------------------------------------------------------------------------------
+
+
+def _over(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
+    """Divide; 0 where the denominator is 0."""
+    below = np.asarray(denominator, dtype=np.float64)
+    quotient = np.zeros_like(below)
+    np.divide(numerator, below, out=quotient, where=below > 0)
+    return quotient
+
+
+def _is(records: Records, kinds: Iterable[Kind]) -> Bools:
+    table = np.zeros(256, dtype=np.bool_)
+    table[[int(kind) for kind in kinds]] = True
+    return np.asarray(table[records["kind"]])
+
+
+def _add(total: Floats, device: npt.NDArray[np.int32], seconds: Floats) -> None:
+    total += np.bincount(device, weights=seconds, minlength=len(total))
+
+
+def _overlap(start: Floats, end: Floats, window: tuple[float, float]) -> Floats:
+    """Seconds of each [start, end] inside the window."""
+    inside: Floats = np.maximum(np.minimum(end, window[1]) - np.maximum(start, window[0]), 0.0)
+    return inside
+
+
+def _pair(high: npt.NDArray[np.int32], low: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Join two columns of numbers from 0 to 2**31 - 1 into one key."""
+    return (high.astype(np.int64) << 32) | low.astype(np.int64)
+
+
+def _last_end(records: Records, group: npt.NDArray[np.intp], groups: int, kinds: frozenset[Kind]) -> Floats:
+    """Return the latest end among the records of `kinds` in each group, -inf where there is none."""
+    ends = np.full(groups, -np.inf)
+    chosen = _is(records, kinds)
+    np.maximum.at(ends, group[chosen], records["end"][chosen])
+    return ends
