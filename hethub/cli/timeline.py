@@ -98,16 +98,16 @@ def _compare(run: Path, step: int | None) -> _Comparison:
     measured_devices = summarize(measured, first, last)
     chosen = (numbers >= first) & (numbers <= last)
     median = float(np.median(durations[chosen]))
-    only = int(step_numbers(predicted)[0])
+    steady = int(np.flatnonzero(step_numbers(predicted) == 0)[0])
     return _Comparison(
         predicted=predicted,
         measured=measured,
         first=first,
         last=last,
         typical_step=int(numbers[chosen][np.argmin(np.abs(durations[chosen] - median))]),
-        predicted_step_seconds=float(step_seconds(predicted)[0]),
+        predicted_step_seconds=float(step_seconds(predicted)[steady]),
         measured_step_seconds=median,
-        predicted_devices=summarize(predicted, only, only),
+        predicted_devices=summarize(predicted, 0, 0),
         measured_devices=measured_devices,
     )
 

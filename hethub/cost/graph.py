@@ -1,15 +1,18 @@
 """The cost graph: devices and the node, group and zone vertices between them, joined by links.
 
-A tree with cross links, never an edge per pair of devices. A transfer's path is a set of *cells*: directed capacities
-that concurrent transfers queue for (a device's way in or out of its node, a node's way in or out of its network, the
-shared part of a cross link). Simulator and emulated links reserve the same cells by the same rule.
+A tree with cross links, never an edge per pair of devices. A transfer's path is a set of *cells*: directed
+capacities that concurrent transfers queue for (a device's way in or out inside its node, a node's way in or out of its
+network, a node's part of a cross link, the part of a cross link that all share). Simulator and emulated links reserve
+the same cells by the same rule, and the slowest cell of a path is the path's own speed, so that messages between two
+devices never overtake each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import networkx as nx
@@ -58,6 +61,23 @@ def reserve(free_at: FreeAt, path: Path, size_bytes: float, now: float) -> float
     return start + path.seconds(size_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The way between two nodes' networks: `crossings` are the cross links taken (number, bytes per second of one
+    node), `shared` the cells that all nodes share."""
+
+    bandwidth_bytes_per_second: float
+    latency_seconds: float
+    transport: str
+    crossings: tuple[tuple[int, float], ...]
+    shared: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def inside(cls, link: Link) -> _Route:
+        """Between two nodes of one group."""
+        return cls(link.bandwidth_bytes_per_second, link.latency_seconds, link.transport, (), ())
+
+
 class CostGraph:
     """Devices, links and routes of a cluster.
 
@@ -73,9 +93,10 @@ class CostGraph:
         for device in self.devices:
             self._node_cells.setdefault((device.group, device.node), len(self._node_cells))
         self._first_node_cell = 2 * len(self.devices)
-        self._first_shared_cell = self._first_node_cell + 2 * len(self._node_cells)
+        self._first_crossing_cell = self._first_node_cell + 2 * len(self._node_cells)
+        self._first_shared_cell = self._first_crossing_cell + 2 * len(self._node_cells) * len(cluster.links)
         self._paths: dict[tuple[int, int], Path] = {}
-        self._routes: dict[tuple[str, str], tuple[Link, tuple[tuple[int, float], ...]]] = {}
+        self._routes: dict[tuple[str, str], _Route] = {}
 
     @property
     def cell_count(self) -> int:
@@ -114,8 +135,8 @@ class CostGraph:
     def _vertex(self, name: str) -> tuple[str, str]:
         return ("group", name) if name in self._groups else ("zone", name)
 
-    def _route(self, source: NodeGroup, destination: NodeGroup) -> tuple[Link, tuple[tuple[int, float], ...]]:
-        """The slowest link between two groups' networks, and the shared cells on the way.
+    def _route(self, source: NodeGroup, destination: NodeGroup) -> _Route:
+        """The way between two groups' networks.
 
         A link named between the two groups themselves is taken; else the way of least latency.
         """
@@ -137,31 +158,33 @@ class CostGraph:
 
     def _along(
         self, hops: Sequence[tuple[str, str]], source: NodeGroup, destination: NodeGroup
-    ) -> tuple[Link, tuple[tuple[int, float], ...]]:
-        crossed = [(self._network.edges[a, b]["cross"], a) for a, b in zip(hops, hops[1:], strict=False)]
+    ) -> _Route:
         taken: list[tuple[GroupLink, int, bool]] = []
-        for number, start in crossed:
+        for start, stop in pairwise(hops):
+            number = self._network.edges[start, stop]["cross"]
             if number is not None:
                 cross = self.cluster.links[number]
                 taken.append((cross, number, self._vertex(cross.between[0]) == start))
         links = [source.inter_link, destination.inter_link, *(cross.link for cross, _, _ in taken)]
         slowest = min(links, key=lambda link: link.bandwidth_bytes_per_second)
         # Where cross links are named, theirs is the measured end-to-end latency; else the worse of the two networks.
-        own = taken and sum(cross.link.latency_seconds for cross, _, _ in taken)
-        latency = own or max(source.inter_link.latency_seconds, destination.inter_link.latency_seconds)
-        transport = taken[0][0].link.transport if taken else slowest.transport
+        latency = (
+            sum(cross.link.latency_seconds for cross, _, _ in taken)
+            if taken
+            else max(source.inter_link.latency_seconds, destination.inter_link.latency_seconds)
+        )
         shared = tuple(
             (self._first_shared_cell + 2 * number + (0 if forward else 1), cross.total_bandwidth_bytes_per_second)
             for cross, number, forward in taken
             if cross.total_bandwidth_bytes_per_second is not None
         )
-        bandwidth = min([slowest.bandwidth_bytes_per_second, *(b for _, b in shared)])
-        return Link(
-            name=slowest.name,
-            bandwidth_bytes_per_second=bandwidth,
+        return _Route(
+            bandwidth_bytes_per_second=min([slowest.bandwidth_bytes_per_second, *(b for _, b in shared)]),
             latency_seconds=latency,
-            transport=transport,
-        ), shared
+            transport=taken[0][0].link.transport if taken else slowest.transport,
+            crossings=tuple((number, cross.link.bandwidth_bytes_per_second) for cross, number, _ in taken),
+            shared=shared,
+        )
 
     def path(self, source: int, destination: int) -> Path:
         """The path between two different devices (indices into `Cluster.devices()`).
@@ -182,20 +205,24 @@ class CostGraph:
             bandwidth = link.bandwidth_bytes_per_second
             cells: tuple[tuple[int, float], ...] = ((out, bandwidth), (into, bandwidth))
             return Path(cells, bandwidth, link.latency_seconds, link.transport)
-        if one is other:
-            route, shared = one.inter_link, ()
-        else:
-            route, shared = self._route(one, other)
-        leave = self._first_node_cell + 2 * self._node_cells[source.group, source.node]
-        enter = self._first_node_cell + 2 * self._node_cells[destination.group, destination.node] + 1
-        bandwidth = route.bandwidth_bytes_per_second
+        route = _Route.inside(one.inter_link) if one is other else self._route(one, other)
+        leaving = self._node_cells[source.group, source.node]
+        entering = self._node_cells[destination.group, destination.node]
         # A node's own adapter may be faster than the route: then it is free again sooner.
         cells = (
-            (leave, max(bandwidth, one.inter_link.bandwidth_bytes_per_second)),
-            (enter, max(bandwidth, other.inter_link.bandwidth_bytes_per_second)),
-            *shared,
+            (self._first_node_cell + 2 * leaving, one.inter_link.bandwidth_bytes_per_second),
+            (self._first_node_cell + 2 * entering + 1, other.inter_link.bandwidth_bytes_per_second),
+            *self._crossing_cells(route, leaving, entering),
+            *route.shared,
         )
-        return Path(cells, bandwidth, route.latency_seconds, route.transport)
+        return Path(cells, route.bandwidth_bytes_per_second, route.latency_seconds, route.transport)
+
+    def _crossing_cells(self, route: _Route, leaving: int, entering: int) -> Iterator[tuple[int, float]]:
+        """What one node gets of a cross link: all its transfers over that link queue for it, each way."""
+        for number, bandwidth in route.crossings:
+            first = self._first_crossing_cell + 2 * number * len(self._node_cells)
+            yield first + 2 * leaving, bandwidth
+            yield first + 2 * entering + 1, bandwidth
 
 
 def _join(graph: nx.Graph, one: object, other: object, link: Link) -> None:

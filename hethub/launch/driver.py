@@ -1,13 +1,12 @@
-"""The driver: from a job to a finished run folder. Policies and the simulator decide; only this module acts."""
+"""The driver: from a job to a finished run folder. Planner and simulator decide; only this module acts."""
 
 from __future__ import annotations
 
-import math
+import json
 import statistics
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,21 @@ from hethub.launch.links import LinkTable
 from hethub.launch.progress import Progress
 from hethub.launch.run_folder import RunFolder, write_json
 from hethub.program.actions import Program
+from hethub.planners.answer import answer
+from hethub.planners.even import EvenPlanner
+from hethub.planners.interface import Problem
+from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
-from hethub.simulate.engine import simulate
+from hethub.simulate.report import predict
 from hethub.specs.job import Job
-from hethub.specs.layout import lay_out
-from hethub.specs.plan import Plan, save_plan
+from hethub.specs.plan import Plan, load_plan, save_plan
+from hethub.timeline.gantt import write_gantt
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_seconds, summarize
+from hethub.timeline.trace import write_chrome_trace
 
-__all__ = ["RunOutcome", "launch"]
+__all__ = ["Finished", "RunOutcome", "launch"]
 
 REAL_MATH_SHARE = 0.04  # of the fastest device's padded time, which `time_scale: auto` aims at
 _WARM_STEPS = 3  # not counted in the median step
@@ -52,6 +56,7 @@ class _Compiled:
     evaluation: Program
     predicted: Timeline
     predicted_step_seconds: float
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +73,34 @@ class RunOutcome:
 
 def _compile(plan: Plan) -> _Compiled:
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    layout = lay_out(plan)
-    program = compile_program(layout, compute)
+    program, simulation, figures = predict(plan, compute)
     prove(program)
-    evaluation = compile_program(layout, compute, ownership=program.ownership, training=False)
+    evaluation = compile_program(program.layout, compute, ownership=program.ownership, training=False)
     prove(evaluation)
-    simulation = simulate(program, compute)
     assert simulation.timeline is not None
-    return _Compiled(plan, program, evaluation, simulation.timeline, simulation.step_seconds)
+    return _Compiled(plan, program, evaluation, simulation.timeline, simulation.step_seconds, figures)
+
+
+def choose_plans(job: Job) -> tuple[Plan, Plan | None]:
+    """The plan to train with, searched or read and checked, and the even one where the job compares.
+
+    Raises InputError for a plan file that is not valid or not of the job's cluster and workload, InfeasibleError when
+    nothing fits.
+    """
+    if job.plan is None:
+        found = answer(job.cluster, job.workload)
+        return found.plan, found.even.plan if found.even and job.compare_even_steps else None
+    plan, document = load_plan(job.plan)
+    differences = same_cluster(plan, job.cluster)
+    if plan.workload != job.workload:
+        differences.append("its workload is another one")
+    if differences:
+        raise InputError(
+            f"{job.plan}: the plan is not for {job.cluster_path}: {'; '.join(differences)}. Run `hethub plan` again."
+        )
+    require_valid(plan, document, str(job.plan))
+    even = EvenPlanner().search(Problem.of(job.cluster, job.workload)) if job.compare_even_steps else None
+    return plan, even.plan if even else None
 
 
 def check_data(job: Job) -> None:
@@ -161,11 +186,21 @@ class _Run:
         self.crew.explain = lambda device: _where(compiled.program, beacon, device)
         self.crew.call("load", (task,))
 
-    def measure_scale(self, compiled: _Compiled) -> float:
-        """The smallest time scale at which every device's real math is at most REAL_MATH_SHARE of its time."""
-        self.load(compiled, 1)
-        times = self.crew.call("time_stages").values()
-        return max(real / (REAL_MATH_SHARE * predicted) for real, predicted in times if predicted > 0)
+    def time_scale(self, plans: Sequence[_Compiled]) -> float:
+        """Wall seconds per modelled second: 1 on real devices; where it is `auto`, the smallest at which every device's
+        real math is at most REAL_MATH_SHARE of its time under each of the plans."""
+        wanted = self.job.cluster.emulated_time_scale
+        if wanted is None:
+            return 1.0
+        if wanted != "auto":
+            return float(wanted)
+        scale = 0.0
+        for compiled in plans:
+            self.load(compiled, 1)
+            for real, predicted in self.crew.call("time_stages").values():
+                if predicted > 0:
+                    scale = max(scale, real / (REAL_MATH_SHARE * predicted))
+        return scale
 
     def train(self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str) -> RunOutcome:
         """Train `steps` steps of a run of `total_steps`, evaluating as the job says."""
@@ -247,3 +282,166 @@ def median_step_seconds(timeline: Timeline, held_out: Sequence[tuple[int, float]
     after_evaluation = {step for step, _ in held_out}
     counted = [s for i, s in enumerate(seconds) if i >= min(_WARM_STEPS, steps - 1) and i not in after_evaluation]
     return statistics.median(counted)
+
+
+def _summary(
+    run: RunOutcome, compiled: _Compiled, scale: float, unigram: float | None, steps: int
+) -> dict[str, Any]:
+    """The figures of one run; tokens per second and shares are in modelled time where devices are emulated."""
+    workload = compiled.plan.workload
+    tokens = workload.global_batch * workload.sequence_length
+    devices = summarize(run.timeline, min(_WARM_STEPS, steps - 1), steps - 1)
+    used = [devices[d] for d in compiled.program.layout.used]
+    speed = tokens / run.step_seconds
+    bound = compiled.figures["bounds"]["homogeneous_tokens_per_second"]
+    physical = compiled.figures["bounds"]["physical_tokens_per_second"]
+    return {
+        "steps": steps,
+        "loss_first": run.losses[0],
+        "loss_last": run.losses[-1],
+        "heldout_loss": run.held_out[-1][1] if run.held_out else None,
+        "unigram_loss": unigram,
+        "step_seconds": run.step_seconds,
+        "predicted_step_seconds": compiled.predicted_step_seconds,
+        "tokens_per_second": speed,
+        "predicted_tokens_per_second": tokens / compiled.predicted_step_seconds,
+        "wall_tokens_per_second": speed / scale,
+        "share_of_prediction": compiled.predicted_step_seconds / run.step_seconds,
+        "share_of_homogeneous_bound": speed / bound if bound else None,
+        "share_of_physical_bound": speed / physical,
+        "busy_ratio": statistics.fmean(d.busy_ratio for d in used),
+        "emulated": compiled.plan.cluster.emulated_time_scale is not None,
+        "time_scale": scale,
+        "overrun_ratio": _weighted(used, "overrun_ratio"),
+        "real_math_ratio": max(d.real_ratio for d in used),
+        "unaccounted_ratio": max(d.unaccounted_ratio for d in used),
+        "devices": [asdict(d) for d in devices],
+    }
+
+
+def _weighted(devices: Sequence[DeviceSummary], ratio: str) -> float:
+    """Mean over devices, each counting by its actions."""
+    total = sum(d.actions for d in devices)
+    return sum(float(getattr(d, ratio)) * d.actions for d in devices) / total if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a launch hands to the command line: the summaries as written, the even one's None without a comparison."""
+
+    folder: Path
+    summary: dict[str, Any]
+    even: dict[str, Any] | None
+    losses_differ: float | None  # largest relative difference between the two runs' losses, step by step
+
+
+def launch(job: Job, say: Callable[[str], None]) -> Finished:
+    """Run a job to its end: plan, train, evaluate, save. `say` takes lines for a person.
+
+    Everything is checked before the first file is written. The run folder then holds plan.yaml, logs, predicted.npz and
+    measured.npz, trace.json, timeline.html, model.safetensors and last of all summary.json. Raises InputError,
+    InfeasibleError, MachineError, or RunError when a worker fails.
+    """
+    _refuse_precision(job)
+    check_data(job)
+    folder = RunFolder(job.output)
+    folder.check()
+    plan, even_plan = choose_plans(job)
+    compiled = _compile(plan)
+    even = None if even_plan is None else _compile(even_plan.model_copy(update={"bounds": plan.bounds}))
+    folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
+    try:
+        return _run(job, folder.path, compiled, even, say)
+    finally:
+        folder.close()
+
+
+def _refuse_precision(job: Job) -> None:
+    for device in job.cluster.devices():
+        dtype = device.type.dtype_for(job.workload.precision)
+        if dtype == "fp16":
+            raise InputError(
+                f"{job.cluster_path}: {device.type.name} would train in fp16, which needs loss scaling and is planned "
+                "but not run yet. Substitute fp32 for it."
+            )
+
+
+def _run(
+    job: Job, folder: Path, compiled: _Compiled, even: _Compiled | None, say: Callable[[str], None]
+) -> Finished:
+    tokens = _tokens(job, folder)
+    _refuse_vocabulary(job, tokens)
+    batches = Batches(
+        tokens.tokens,
+        sequence_length=job.workload.sequence_length,
+        global_batch=job.workload.global_batch,
+        seed=job.seed,
+        held_out=job.held_out,
+    )
+    unigram = unigram_loss(batches, job.evaluate_rows) if job.evaluate_rows else None
+    save_plan(compiled.plan, folder / "plan.yaml")
+    compiled.predicted.save(folder / "predicted.npz")
+    plans = [compiled] if even is None else [compiled, even]
+    devices = sorted({device for c in plans for device in c.program.layout.used})
+    say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
+    begin = time.monotonic()
+    with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
+        run = _Run(job, crew, folder, tokens)
+        try:
+            run.join()
+            scale = run.time_scale(plans)
+            start_seconds = time.monotonic() - begin
+            say(f"workers ready after {start_seconds:.1f} s" + _scale_words(run.emulated, scale))
+            outcome = run.train(compiled, job.steps, job.steps, scale, "uneven" if even else "train")
+            run.save_weights(compiled, folder / "model.safetensors")
+            outcome.timeline.save(folder / "measured.npz")
+            even_outcome = None
+            if even is not None:
+                even_outcome = run.train(even, min(job.compare_even_steps, job.steps), job.steps, scale, "even")
+        finally:
+            run.clean()
+    summary = _summary(outcome, compiled, scale, unigram, job.steps)
+    summary["start_seconds"] = start_seconds
+    summary["even_split_tokens_per_second"] = None
+    _write_metrics(folder / "metrics.jsonl", outcome)
+    even_summary = differ = None
+    if even is not None and even_outcome is not None:
+        even_summary = _summary(even_outcome, even, scale, None, len(even_outcome.losses))
+        summary["even_split_tokens_per_second"] = even_summary["tokens_per_second"]
+        differ = max(abs(a - b) / abs(a) for a, b in zip(outcome.losses, even_outcome.losses, strict=False))
+        summary["even_losses_differ"] = differ
+        save_plan(even.plan, folder / "even-plan.yaml")
+        write_json(folder / "even.json", even_summary)
+    _draw(folder, compiled, outcome)
+    write_json(folder / "summary.json", summary)
+    return Finished(folder, summary, even_summary, differ)
+
+
+def _scale_words(emulated: bool, scale: float) -> str:
+    return f"; emulated devices, time_scale {scale:.3g} (wall seconds per modelled second)" if emulated else ""
+
+
+def _refuse_vocabulary(job: Job, tokens: TokenFile) -> None:
+    if tokens.vocab_size > job.workload.model.vocab_size:
+        raise InputError(
+            f"{job.path}: the tokenizer has {tokens.vocab_size} tokens, the model's vocab_size is "
+            f"{job.workload.model.vocab_size}. Use a model or a tokenizer that match."
+        )
+
+
+def _write_metrics(path: Path, outcome: RunOutcome) -> None:
+    """One line of JSON per step: step, loss, gradient norm, and the held-out loss where it was measured after it."""
+    held_out = {step - 1: loss for step, loss in outcome.held_out}
+    lines = [
+        json.dumps({"step": i, "loss": loss, "grad_norm": norm, **({"heldout_loss": held_out[i]} if i in held_out else {})})
+        for i, (loss, norm) in enumerate(zip(outcome.losses, outcome.norms, strict=True))
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _draw(folder: Path, compiled: _Compiled, outcome: RunOutcome) -> None:
+    """timeline.html and trace.json of the step whose time is the median."""
+    seconds = step_seconds(outcome.timeline)
+    typical = int(np.argmin(np.abs(seconds - outcome.step_seconds)))
+    write_chrome_trace(folder / "trace.json", [compiled.predicted, outcome.timeline], [typical])
+    write_gantt(folder / "timeline.html", compiled.predicted, outcome.timeline, typical, compiled.plan.cluster.name)

@@ -26,6 +26,11 @@ class Team(NamedTuple):
         """How many pipelines."""
         return sum(copies for _, copies in self.crews)
 
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Numbers of the pools in use, ascending."""
+        return tuple(sorted({seat.pool for crew, _ in self.crews for slot in crew for seat in slot}))
+
 
 class Proposal(NamedTuple):
     """A team and one number that settles the batch: either all micro-batches have `rows` rows and pipelines differ in
@@ -119,7 +124,7 @@ def price(
 
 
 def _setting(team: Team, copies: int, micro_batches: int, stage_major: bool, reach: int) -> Setting:
-    return Setting(copies, team.pipelines - copies, micro_batches, stage_major, reach)
+    return Setting(copies, team.pipelines - copies, team.pools, micro_batches, stage_major, reach)
 
 
 def _common_rows(

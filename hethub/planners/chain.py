@@ -18,12 +18,14 @@ _NEVER = float("inf")
 
 
 class Setting(NamedTuple):
-    """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, most micro-batches of one, how units are
-    dealt out (`stage_major`: a stage's replicas next to each other, else a pipeline's stages), and how deep stages
-    run ahead: `reach` 0 as 1F1B does without latency, 1 as latency asks, 2 twice as deep as 0."""
+    """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, the `pools` of all of them, most
+    micro-batches of one, how units are dealt out (`stage_major`: a stage's replicas next to each other, else a
+    pipeline's stages), and how deep stages run ahead: `reach` 0 as 1F1B does without latency, 1 as latency asks,
+    2 twice as deep as 0."""
 
     copies: int
     others: int
+    pools: tuple[int, ...]
     micro_batches: int
     stage_major: bool = False
     reach: int = 1
@@ -237,7 +239,7 @@ class Chains:
                 inside = setting.stage_major and not setting.others and setting.copies * cost.degree <= size
                 path = pools.path(cost.pool, cost.pool, within_node=inside)
                 if setting.others or path is None:
-                    paths = [pools.path(cost.pool, p.number) for p in pools.all if p.number != cost.pool]
+                    paths = [pools.path(cost.pool, other) for other in setting.pools if other != cost.pool]
                     known = [p for p in (*paths, path) if p is not None]
                     path = max(known, key=lambda p: p.seconds(elements), default=None)
                 moved = (elements - owned) * (cost.gradient + cost.width)

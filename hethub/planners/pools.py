@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hethub.cost.graph import CostGraph, Path
@@ -44,23 +44,25 @@ class Pool:
 
 
 class Pools:
-    """The pools of a cluster's device types and the paths between them, a pair of devices standing for the rest."""
+    """The pools of a cluster and the paths between them, a pair of devices standing for the rest."""
 
-    def __init__(self, graph: CostGraph, types: Iterable[str] | None = None) -> None:
+    def __init__(self, graph: CostGraph) -> None:
         self.graph = graph
-        self.all = self._divide(None if types is None else frozenset(types))
+        self.all = self._divide()
         self._paths: dict[tuple[int, int, bool], Path | None] = {}
 
     def __getitem__(self, number: int) -> Pool:
         return self.all[number]
 
-    def _divide(self, types: frozenset[str] | None) -> tuple[Pool, ...]:
+    def of_types(self, types: Collection[str] | None) -> tuple[int, ...]:
+        """Numbers of the pools of these device types (None: all)."""
+        return tuple(pool.number for pool in self.all if types is None or pool.type.name in types)
+
+    def _divide(self) -> tuple[Pool, ...]:
         groups = {group.name: group for group in self.graph.cluster.node_groups}
         found: dict[tuple[object, ...], dict[tuple[str, int], list[int]]] = {}
         kinds: dict[tuple[object, ...], DeviceType] = {}
         for index, device in enumerate(self.graph.devices):
-            if types is not None and device.type.name not in types:
-                continue
             group = groups[device.group]
             key = (device.type.name, group.intra_link, group.inter_link, group.zone)
             kinds[key] = device.type

@@ -13,10 +13,10 @@ from functools import cache
 from itertools import permutations, product
 
 from hethub.planners.candidate import Team, divisors
-from hethub.planners.pools import Pool, Pools
+from hethub.planners.pools import Pool
 from hethub.planners.seats import Crew, Seat, SeatCosts
 
-__all__ = ["degrees", "orders", "teams"]
+__all__ = ["combinations", "degrees", "orders", "teams"]
 
 _SMALL = 16  # devices; up to here `parts` are enumerated
 _THREE_PARTS = 10  # devices; up to here in three parts as well
@@ -42,11 +42,11 @@ def orders(costs: SeatCosts, pools: Iterable[int]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*found, *(order[::-1] for order in found)]))
 
 
-def teams(costs: SeatCosts, batch: int) -> Iterator[Team]:
-    """All teams of all families, most promising families first; the same crews may come twice."""
+def teams(costs: SeatCosts, numbers: tuple[int, ...], batch: int) -> Iterator[Team]:
+    """All teams of all families over the pools `numbers`; the same team may come twice."""
     pools = costs.pools
-    for chosen in _choices(pools):
-        for combination in _combinations(costs, chosen):
+    for chosen in _choices(numbers):
+        for combination in combinations(costs, chosen):
             units = {n: pools[n].unit_count(d) for n, d in combination.items()}
             if not all(units.values()):
                 continue
@@ -58,9 +58,8 @@ def teams(costs: SeatCosts, batch: int) -> Iterator[Team]:
                 yield from _parts(combination, units, batch)
 
 
-def _choices(pools: Pools) -> list[tuple[int, ...]]:
+def _choices(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Pools in use: all of them, all but one, and each alone."""
-    numbers = tuple(pool.number for pool in pools.all)
     found = [numbers]
     if len(numbers) > 1:
         found += [tuple(n for n in numbers if n != left) for left in numbers]
@@ -68,7 +67,7 @@ def _choices(pools: Pools) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _combinations(costs: SeatCosts, chosen: Sequence[int]) -> Iterator[dict[int, int]]:
+def combinations(costs: SeatCosts, chosen: Sequence[int]) -> Iterator[dict[int, int]]:
     """Tensor-parallel degree of each pool: all combinations where they are few, else alike as far as possible."""
     kv_heads = costs.compute.workload.model.kv_heads
     each = [degrees(costs.pools[n], kv_heads) for n in chosen]

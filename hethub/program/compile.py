@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from hethub.cost.compute import ComputeModel, ComputePrice, PricedSegment, gradient_bytes, state_bytes
 from hethub.cost.shapes import BYTES
@@ -92,7 +93,7 @@ class _Builder:
     # -- the pipelines -------------------------------------------------------------------------------------------
 
     def pipeline(self, pipeline: PipelinePlace) -> None:
-        pairs = list(zip(pipeline.stages, pipeline.stages[1:], strict=False))
+        pairs = list(pairwise(pipeline.stages))
         for one, other in pairs:
             self.join_stages(one, other, What.ACTIVATION)
             if self.training:
@@ -247,8 +248,7 @@ class _Builder:
 
 def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
     """What the schedule may know: the slowest replica's times, the slowest hop, limits, shared devices."""
-    forward, backward, hops, resources = [], [], [], []
-    seen: dict[int, int] = {}
+    forward, backward, hops = [], [], []
     for stage in pipeline.stages:
         prices = [
             tuple(
@@ -260,12 +260,7 @@ def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
         again = stage.recompute == "full"
         forward.append(max(f for f, _ in prices))
         backward.append(max(b + (f if again else 0.0) for f, b in prices))
-        shared = [seen[d] for d in stage.devices() if d in seen]
-        number = min(shared, default=stage.index)
-        for device in stage.devices():
-            seen[device] = number
-        resources.append(number)
-    for one, other in zip(pipeline.stages, pipeline.stages[1:], strict=False):
+    for one, other in pairwise(pipeline.stages):
         hops.append(_hop_seconds(compute, one, other))
     return Shape(
         micro_batches=pipeline.micro_batches,
@@ -273,8 +268,21 @@ def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
         backward_seconds=tuple(backward),
         hop_seconds=tuple(hops),
         in_flight=tuple(min(s.in_flight, pipeline.micro_batches) for s in pipeline.stages),
-        resources=tuple(resources),
+        resources=_resources(pipeline.stages),
     )
+
+
+def _resources(stages: Sequence[StagePlace]) -> tuple[int, ...]:
+    """A number for each stage, the same where stages share a device, directly or by way of others."""
+    numbers: list[int] = []
+    last: dict[int, int] = {}  # device -> the latest stage that it stands in
+    for stage in stages:
+        joined = {numbers[last[device]] for device in stage.devices() if device in last}
+        number = min(joined, default=stage.index)
+        numbers = [number if n in joined else n for n in numbers]
+        numbers.append(number)
+        last.update(dict.fromkeys(stage.devices(), stage.index))
+    return tuple(numbers)
 
 
 def _hop_seconds(compute: ComputeModel, one: StagePlace, other: StagePlace) -> float:

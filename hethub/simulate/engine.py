@@ -26,15 +26,21 @@ _Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, f
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """One simulated step: its seconds and, when asked for, its timeline (step 0)."""
+    """One simulated step: its seconds and, when asked for, its timeline.
+
+    The timeline's step 0 is the one to look at; where three steps were simulated its neighbours -1 and 1 stand beside
+    it, since a device that is done early begins the next step.
+    """
 
     step_seconds: float
     timeline: Timeline | None
 
 
 class _Engine:
-    def __init__(self, program: Program, compute: ComputeModel, record: bool) -> None:
+    def __init__(self, program: Program, compute: ComputeModel, record: bool, steps: int) -> None:
         self.program = program
+        self.steps = steps
+        self.actions = [actions * steps for actions in program.devices]
         self.graph = compute.graph
         self.free_at = [0.0] * compute.graph.cell_count
         self.at = [0] * len(program.devices)
@@ -44,26 +50,42 @@ class _Engine:
         self.meeting: dict[tuple[int, ...], dict[int, float]] = {}
         self.rows: list[_Row] | None = [] if record else None
         self.queue: list[tuple[float, int]] = []
-        self.ends = [0.0] * len(program.devices)
+        self.ends = [[0.0] * len(program.devices) for _ in range(steps)]
 
     def run(self) -> float:
+        """Simulate to the end; returns the seconds of the middle step (of the only one)."""
         self.queue = [(0.0, d) for d, actions in enumerate(self.program.devices) if actions]
         heapq.heapify(self.queue)
         while self.queue:
             now, device = heapq.heappop(self.queue)
             self.advance(device, now)
-        stuck = [d for d, actions in enumerate(self.program.devices) if self.at[d] < len(actions)]
+        stuck = [d for d, actions in enumerate(self.actions) if self.at[d] < len(actions)]
         if stuck:
-            shown = "; ".join(f"rank {d} at {self.program.describe(d, self.at[d])}" for d in stuck[:6])
+            shown = "; ".join(f"rank {d} at {self.program.describe(d, self._place(d))}" for d in stuck[:6])
             raise ProgramError(f"deadlock: {shown}")
-        return max(self.ends)
+        middle = self.steps // 2
+        return max(self.ends[middle]) - (max(self.ends[middle - 1]) if middle else 0.0)
+
+    def _place(self, device: int) -> int:
+        """The index in the device's list of the action that it is at."""
+        return self.at[device] % len(self.program.devices[device])
+
+    def _key(self, device: int, message: int) -> int:
+        """A message of the step that the device is in."""
+        step = self.at[device] // len(self.program.devices[device])
+        return step * len(self.program.messages) + message
+
+    def _next(self, device: int, now: float) -> None:
+        """An action is done."""
+        self.at[device] += 1
+        if self.at[device] % len(self.program.devices[device]) == 0:
+            self.ends[self.at[device] // len(self.program.devices[device]) - 1][device] = now
 
     def advance(self, device: int, now: float) -> None:
         """Run a device until it waits or until another device's event comes first."""
-        actions = self.program.devices[device]
+        actions = self.actions[device]
         while True:
             if self.at[device] == len(actions):
-                self.ends[device] = now
                 return
             if self.queue and self.queue[0][0] < now:
                 heapq.heappush(self.queue, (now, device))
@@ -71,12 +93,12 @@ class _Engine:
             kind, stage, _, message = actions[self.at[device]]
             if kind == _SEND:
                 self.send(device, message, now)
-                self.at[device] += 1
             elif kind == _RECEIVE:
-                if message not in self.arrival:
-                    self.waiting[message] = (device, now)
+                key = self._key(device, message)
+                if key not in self.arrival:
+                    self.waiting[key] = (device, now)
                     return
-                now = self.receive(device, message, now)
+                now = self.receive(device, key, now)
             else:
                 group = self.program.groups[device, stage] if stage >= 0 else (device,)
                 if len(group) > 1:
@@ -87,29 +109,31 @@ class _Engine:
     def send(self, device: int, message: int, now: float) -> None:
         transfer = self.program.transfers[self.program.messages[message].transfer]
         path = self.graph.path(device, transfer.destination)
-        arrival = self.arrival[message] = reserve(self.free_at, path, transfer.bytes, now)
-        self.sent[message] = now
+        key = self._key(device, message)
+        arrival = self.arrival[key] = reserve(self.free_at, path, transfer.bytes, now)
+        self.sent[key] = now
         self.row(device, now, now, 0.0, now)
-        if message in self.waiting:
-            receiver, since = self.waiting.pop(message)
+        self._next(device, now)
+        if key in self.waiting:
+            receiver, since = self.waiting.pop(key)
             heapq.heappush(self.queue, (max(since, arrival), receiver))
-            self.receive(receiver, message, since)
+            self.receive(receiver, key, since)
 
-    def receive(self, device: int, message: int, since: float) -> float:
-        end = max(since, self.arrival[message])
-        self.row(device, since, end, 0.0, self.sent[message])
-        self.at[device] += 1
+    def receive(self, device: int, key: int, since: float) -> float:
+        end = max(since, self.arrival.pop(key))
+        self.row(device, since, end, 0.0, self.sent.pop(key))
+        self._next(device, end)
         return end
 
     def work(self, device: int, ready: float, start: float) -> float:
         """The record begins when the device was ready: waiting for the other members is exposed communication."""
-        kind, stage, _, _ = self.program.devices[device][self.at[device]]
+        kind, stage, _, _ = self.actions[device][self.at[device]]
         price = self.program.prices[device, stage, kind]
         end = start + price.price.seconds
         self.row(device, ready, end, price.busy_seconds, float("nan"))
         if self.rows is not None and len(price.price.busy_seconds) > 1:
             self.collectives(device, start)
-        self.at[device] += 1
+        self._next(device, end)
         return end
 
     def meet(self, device: int, group: tuple[int, ...], now: float) -> None:
@@ -123,7 +147,7 @@ class _Engine:
 
     def collectives(self, device: int, start: float) -> None:
         """The collectives of a group's action as sub-events, each ending its segment."""
-        kind, stage, _, _ = self.program.devices[device][self.at[device]]
+        kind, stage, _, _ = self.actions[device][self.at[device]]
         at = start
         for segment in self.program.prices[device, stage, kind].price.segments:
             at += max(segment.member_seconds)
@@ -136,7 +160,8 @@ class _Engine:
     ) -> None:
         if self.rows is None:
             return
-        action = self.program.devices[device][self.at[device]]
+        action = self.actions[device][self.at[device]]
+        step = self.at[device] // len(self.program.devices[device]) - self.steps // 2
         lane = peer = -1
         size = 0
         if action.message >= 0:
@@ -146,15 +171,19 @@ class _Engine:
         shown = action.kind if kind is None else kind
         self.rows.append(
             (
-                0, device, self.at[device], int(shown), lane, action.stage, action.micro_batch, peer, action.message,
+                step, device, self._place(device), int(shown), lane, action.stage, action.micro_batch, peer, action.message,
                 start, end, busy, sent, busy if shown in COMPUTE_KINDS else 0.0, 0.0, size,
             )  # fmt: skip
         )
 
 
-def simulate(program: Program, compute: ComputeModel, *, record: bool = True) -> Simulation:
-    """Predict one step of a program. Raises ProgramError on a deadlock."""
-    engine = _Engine(program, compute, record)
+def simulate(program: Program, compute: ComputeModel, *, record: bool = True, steps: int = 1) -> Simulation:
+    """Predict one step of a program: the middle one of `steps` (1 or 3) that follow each other without a pause.
+
+    One step alone leaves out what devices that are done early already do for the next: less than a micro-batch.
+    Raises ProgramError on a deadlock.
+    """
+    engine = _Engine(program, compute, record, steps)
     seconds = engine.run()
     if engine.rows is None:
         return Simulation(seconds, None)

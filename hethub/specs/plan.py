@@ -50,7 +50,9 @@ class Rank(Spec):
     count: int = Field(1, ge=1, description="Alike ranks in each replica.")
     heads: int = Field(0, ge=0, description="Query heads of this rank, in whole key-value groups.")
     ffn: int = Field(0, ge=0, description="Columns of the feed-forward layer.")
-    vocab: int = Field(0, ge=0, description="Rows of the vocabulary, in stages with the embedding or the head.")
+    vocab: int = Field(
+        0, ge=0, description="Rows of the vocabulary, in stages with the embedding or the head."
+    )
 
     @model_validator(mode="after")
     def _one_way_to_name_devices(self) -> Rank:
@@ -73,7 +75,9 @@ class Stage(Spec):
     layers: tuple[int, int] = Field(description="Half-open layer range [a, b): 0 embedding, L + 1 head.")
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activations to recompute.")
     in_flight: int = Field(ge=1, description="Most micro-batches whose activations are held at once.")
-    replicas: list[Replica] = Field(min_length=1, description="Replicas; their rows add up to the micro-batch.")
+    replicas: list[Replica] = Field(
+        min_length=1, description="Replicas; their rows add up to the micro-batch."
+    )
 
     @model_validator(mode="before")
     @classmethod

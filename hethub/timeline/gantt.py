@@ -95,7 +95,7 @@ def write_gantt(path: Path, predicted: Timeline, measured: Timeline | None, step
 
 def gantt_figure(predicted: Timeline, measured: Timeline | None, step: int, title: str) -> Figure:
     """Return the chart as a Plotly figure (`data` and `layout`). Raises InputError as `write_gantt` does."""
-    panels = [_panel(predicted, int(step_numbers(predicted)[0]), "predicted step")]
+    panels = [_panel(predicted, 0, "predicted step")]
     if measured is not None:
         panels.append(_panel(measured, step, f"measured step {step}"))
     traces: list[Figure] = []

@@ -1,15 +1,17 @@
 """The one timeline record: what happened when on every device, predicted or measured.
 
-The simulator and the workers write the same columns. `(step, device, action)` joins a predicted record to its
-measured twin: a program's actions repeat every step, so a prediction holds step 0 only and `action` is the
-index in the device's action list. Times are seconds of modelled time (an emulated run's wall time divided by its
-`time_scale`; a real run's wall time), counted from the start of the timeline.
+The simulator and the workers write the same columns. `(device, action)` joins a predicted record to its measured twin
+of every step: a program's actions repeat, so a prediction is its step 0 (with the neighbours -1 and 1 where it holds
+them), and `action` is the index in the device's action list. Times are seconds of modelled time (an emulated run's wall
+time divided by its `time_scale`; a real run's wall time), counted from the start of the timeline.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -124,10 +126,14 @@ class Timeline:
             with np.load(path, allow_pickle=False) as stored:
                 info = json.loads(stored["info"].tobytes().decode())
                 records = stored["records"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{path}: not a timeline file ({error}). Give the folder of a run.") from error
+        try:
+            for key in ("devices", "device_types"):
+                info[key] = tuple(info[key])
+            known = TimelineInfo(**info)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{path}: written by another version of HetHub ({error}).") from error
         if records.dtype != RECORD:
             raise InputError(f"{path}: written by another version of HetHub (its columns differ).")
-        info["devices"] = tuple(info["devices"])
-        info["device_types"] = tuple(info["device_types"])
-        return cls(TimelineInfo(**info), records)
+        return cls(known, records)

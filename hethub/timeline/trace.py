@@ -33,7 +33,7 @@ def write_chrome_trace(path: Path, timelines: list[Timeline], steps: Collection[
     """Write `steps` of each timeline as one process with a thread per device, whole or not at all.
 
     A timeline's own first action is at 0, so that a predicted step lies beside a measured one. A prediction
-    is of every step, and shows the one that it holds. Raises OSError when the file cannot be written.
+    is of every step: its step 0 is shown. Raises OSError when the file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -52,8 +52,8 @@ def write_chrome_trace(path: Path, timelines: list[Timeline], steps: Collection[
 
 def _events(process: int, timeline: Timeline, steps: Collection[int]) -> Iterator[Event]:
     records = timeline.records
-    if timeline.info.origin != "predicted":
-        records = records[np.isin(records["step"], list(steps))]
+    shown = [0] if timeline.info.origin == "predicted" else list(steps)
+    records = records[np.isin(records["step"], shown)]
     # The viewer nests an event in the one before it when its time lies inside, so the longer goes first.
     records = records[np.lexsort((-records["end"], records["start"], records["device"]))]
     yield from _names(process, timeline)

@@ -1,0 +1,92 @@
+"""`hethub launch JOB`: train."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hethub.launch.driver import Finished
+
+__all__ = ["launch"]
+
+
+def launch(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Train a job: plan it (or read its plan), run it on Ray, write the run folder.
+
+    Starts a local Ray unless the job names the address of one.
+
+    Example: hethub launch cluster_specs/laptop-job.yaml
+    """
+    from hethub.errors import MachineError
+    from hethub.specs.job import load_job
+
+    loaded = load_job(job)
+    try:
+        from hethub.launch.driver import launch as run
+    except ImportError as error:
+        raise MachineError(f"{error}. Training needs: pip install 'hethub[launch,plots]'") from error
+    finished = run(loaded, lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(finished.summary, indent=2))
+    else:
+        for line in _report(finished):
+            typer.echo(line)
+    sys.stdout.flush()
+
+
+def _report(finished: Finished) -> list[str]:
+    s = finished.summary
+    mark = " (emulated, modelled time)" if s["emulated"] else ""
+    lines = [
+        f"loss {s['loss_first']:.4f} -> {s['loss_last']:.4f} in {s['steps']} steps",
+        *_held_out(s),
+        f"speed {s['tokens_per_second']:,.0f} tokens/s{mark}, {s['share_of_prediction']:.1%} of its prediction",
+        *_bounds(s),
+        *_emulation(s),
+        *_comparison(finished),
+        f"run folder {finished.folder}: summary.json, timeline.html, trace.json, model.safetensors, logs/",
+    ]
+    return lines
+
+
+def _held_out(s: dict[str, Any]) -> list[str]:
+    if s["heldout_loss"] is None:
+        return []
+    return [f"held-out loss {s['heldout_loss']:.4f} nats per token; a unigram model has {s['unigram_loss']:.4f}"]
+
+
+def _bounds(s: dict[str, Any]) -> list[str]:
+    lines = [f"share of the physical bound {s['share_of_physical_bound']:.1%}"]
+    if s["share_of_homogeneous_bound"] is not None:
+        lines.insert(0, f"share of the homogeneous bound (measured over predicted) {s['share_of_homogeneous_bound']:.1%}")
+    return lines
+
+
+def _emulation(s: dict[str, Any]) -> list[str]:
+    lines = [f"unaccounted time {s['unaccounted_ratio']:.2%} of a step"]
+    if s["emulated"]:
+        valid = "" if s["overrun_ratio"] <= 0.01 else ": more than 1 %, THIS RUN IS INVALID; raise time_scale"
+        lines.append(
+            f"wall clock {s['wall_tokens_per_second']:,.0f} tokens/s at time_scale {s['time_scale']:.3g}; real math at most "
+            f"{s['real_math_ratio']:.1%} of a device's padded time; overruns {s['overrun_ratio']:.2%} of actions{valid}"
+        )
+    return lines
+
+
+def _comparison(finished: Finished) -> list[str]:
+    even, s = finished.even, finished.summary
+    if even is None:
+        return []
+    return [
+        f"the best even split on the same devices: {even['tokens_per_second']:,.0f} tokens/s, so uneven is "
+        f"{s['tokens_per_second'] / even['tokens_per_second']:.2f} x as fast",
+        f"losses of the two over {even['steps']} steps differ by at most {finished.losses_differ:.1e} (relative)",
+    ]

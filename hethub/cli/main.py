@@ -1,0 +1,80 @@
+"""The `hethub` command. Commands import what they need when they run, so that each starts quickly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from hethub import __version__
+from hethub.cli.data import app as data_app
+from hethub.cli.launch import launch
+from hethub.cli.plan import plan
+from hethub.cli.schema import schema
+from hethub.cli.simulate import simulate
+from hethub.cli.timeline import timeline
+from hethub.errors import HetHubError
+
+__all__ = ["app", "run"]
+
+_PREEMPTED = 75  # exit code: asked to stop by SIGTERM
+_INTERRUPTED = 130  # the shell's convention for Ctrl-C
+
+app = typer.Typer(
+    name="hethub",
+    help="Plan, predict and run the training of one model on unlike accelerators.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(plan)
+app.command()(simulate)
+app.command()(launch)
+app.command()(timeline)
+app.command()(schema)
+app.add_typer(data_app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hethub {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+class _Preempted(BaseException):
+    """SIGTERM arrived."""
+
+
+def _on_sigterm(*_: object) -> None:
+    raise _Preempted
+
+
+def run() -> None:
+    """Entry point: runs a command and turns errors into one line and an exit code (see `hethub.errors`)."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app()
+    except HetHubError as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.stderr.write(f"hethub: {error.message}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("hethub: interrupted\n")
+        sys.exit(_INTERRUPTED)
+    except _Preempted:
+        sys.stderr.write("hethub: stopped by SIGTERM\n")
+        sys.exit(_PREEMPTED)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,116 @@
+"""The simulator decides between the best few candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.memory import device_memory, usable_bytes
+from hethub.planners.candidate import Candidate
+from hethub.planners.interface import Problem
+from hethub.planners.placement import place
+from hethub.planners.pools import Pools
+from hethub.program.actions import Program
+from hethub.program.compile import compile_program
+from hethub.program.ownership import Ownership, own
+from hethub.simulate.engine import simulate
+from hethub.specs.layout import Layout, lay_out
+from hethub.specs.plan import Plan
+
+__all__ = ["Finalist", "describe", "fits", "run_off", "simulate_plan", "why_slower"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """A candidate that was compiled and simulated."""
+
+    candidate: Candidate
+    plan: Plan
+    program: Program
+    step_seconds: float
+
+
+def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
+    """Whether every device's peak memory, its true share of the updates counted, is within its size."""
+    devices = compute.graph.devices
+    use = device_memory(compute, layout, ownership.owned_elements)
+    return all(memory.total <= usable_bytes(devices[device].type) for device, memory in use.items())
+
+
+def simulate_plan(plan: Plan, compute: ComputeModel) -> tuple[Program, float] | None:
+    """Program and step seconds of a plan, or None when it does not fit."""
+    layout = lay_out(plan)
+    ownership = own(layout)
+    if not fits(compute, layout, ownership):
+        return None
+    program = compile_program(layout, compute, ownership=ownership)
+    return program, simulate(program, compute, record=False).step_seconds
+
+
+def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> list[Finalist]:
+    """Compile and simulate; the quickest first. Those that do not fit after all are left out."""
+    finalists = []
+    for candidate in candidates:
+        plan = place(candidate, pools, problem.cluster, problem.workload)
+        done = simulate_plan(plan, problem.compute)
+        if done is not None:
+            finalists.append(
+                Finalist(candidate=candidate, plan=plan, program=done[0], step_seconds=done[1])
+            )
+    return sorted(finalists, key=lambda finalist: finalist.step_seconds)
+
+
+def describe(candidate: Candidate, pools: Pools) -> str:
+    """A candidate in a few words, such as `2 x (fast 1 | slow 2), 8 x 1 rows`."""
+    parts = []
+    for entry in candidate.entries:
+        stages = []
+        for stage in entry.chain.stages:
+            seats = []
+            for seat, rows in stage.seats:
+                group = f" TP{seat.degree}" if seat.degree > 1 else ""
+                many = f"{seat.count}x" if seat.count > 1 else ""
+                share = f" {rows} rows" if len(stage.seats) > 1 or seat.count > 1 else ""
+                seats.append(f"{many}{pools[seat.pool].type.name}{group}{share}")
+            full = " recomputed" if stage.full else ""
+            stages.append(f"{' + '.join(seats)} {stage.decoders}{full}")
+        shown = _fold(stages)
+        parts.append(f"{entry.repeat} x ({' | '.join(shown)}), {entry.micro_batches} x {entry.chain.rows} rows")
+    return "; ".join(parts)
+
+
+def _fold(stages: list[str]) -> list[str]:
+    """Equal neighbours become one, with their number."""
+    folded: list[tuple[str, int]] = []
+    for stage in stages:
+        if folded and folded[-1][0] == stage:
+            folded[-1] = (stage, folded[-1][1] + 1)
+        else:
+            folded.append((stage, 1))
+    return [text if count == 1 else f"{count} stages of {text}" for text, count in folded]
+
+
+def why_slower(loser: Finalist, winner: Finalist) -> str:
+    """The part of the closed form in which the loser loses most."""
+    parts = (
+        ("its slowest stage", [_steady(f.candidate) for f in (loser, winner)]),
+        ("filling and draining its pipelines", [_fill(f.candidate) for f in (loser, winner)]),
+        ("reducing gradients and updating", [_tail(f.candidate) for f in (loser, winner)]),
+    )
+    words, (more, less) = max(parts, key=lambda part: part[1][0] - part[1][1])
+    if more - less <= 0.001 * winner.step_seconds:
+        return "it waits longer for links that its messages share"
+    return f"{words} takes {more - less:.3g} s longer over the step"
+
+
+def _steady(candidate: Candidate) -> float:
+    return max(e.chain.period_seconds * (e.micro_batches - 1) for e in candidate.entries)
+
+
+def _fill(candidate: Candidate) -> float:
+    return max(e.chain.fill_seconds for e in candidate.entries)
+
+
+def _tail(candidate: Candidate) -> float:
+    return max(e.chain.tail_seconds for e in candidate.entries)

@@ -1,0 +1,102 @@
+"""The first planner: simple and honest. Closed forms rank thousands of splits, the simulator decides between a few."""
+
+from __future__ import annotations
+
+from hethub.planners.chain import Chains
+from hethub.planners.finalists import Finalist, describe, run_off, why_slower
+from hethub.planners.candidate import Candidate
+from hethub.planners.interface import Found, Problem, RunnerUp
+from hethub.planners.pools import Pools
+from hethub.planners.search import deeper, rank
+from hethub.planners.seats import SeatCosts
+from hethub.planners.shortage import shortage
+
+__all__ = ["FirstPlanner"]
+
+_FINALISTS = 6
+_ACTIONS = 400_000  # of all simulated finalists together, about; big plans are simulated less often
+_WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
+
+
+class FirstPlanner:
+    """Searches the families of `teams.py`. Prices are kept between calls with the same `ComputeModel`."""
+
+    def __init__(self) -> None:
+        self._chains: Chains | None = None
+
+    def plan(self, problem: Problem) -> Found:
+        """Find a plan. Raises InfeasibleError when none fits."""
+        found = self.search(problem)
+        if found is None:
+            raise shortage(problem, self.chains(problem))
+        return found
+
+    def search(self, problem: Problem) -> Found | None:
+        """Find a plan, or None when none fits."""
+        chains = self.chains(problem)
+        pools = chains.costs.pools
+        numbers = pools.of_types(problem.types)
+        batch = problem.workload.global_batch
+        most = _FINALISTS if problem.finalists is None else problem.finalists
+        ranking = rank(chains, numbers, batch, most)
+        considered = ranking.considered
+        finalists = run_off(_affordable(ranking.candidates, most), problem, pools)
+        if not finalists and ranking.candidates:
+            ranking = rank(chains, numbers, batch, _WIDE)
+            for candidate in ranking.candidates:
+                finalists = run_off([candidate], problem, pools)
+                if finalists:
+                    break
+        if not finalists:
+            return None
+        if problem.finalists is None:
+            # The simulator also says how deep the best one's stages should run ahead.
+            others = list(deeper(chains, [finalists[0].candidate], batch))
+            considered += len(others)
+            finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
+        return _found(finalists, considered, pools)
+
+    def chains(self, problem: Problem) -> Chains:
+        """The prices for this problem's compute model."""
+        if self._chains is None or self._chains.costs.compute is not problem.compute:
+            self._chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
+        return self._chains
+
+
+def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
+    winner, *losers = finalists
+    return Found(
+        plan=winner.plan,
+        program=winner.program,
+        step_seconds=winner.step_seconds,
+        considered=considered,
+        runners_up=tuple(
+            RunnerUp(
+                description=describe(loser.candidate, pools),
+                step_seconds=loser.step_seconds,
+                reason=why_slower(loser, winner),
+            )
+            for loser in losers
+        ),
+    )
+
+
+def _affordable(candidates: tuple[Candidate, ...], most: int) -> tuple[Candidate, ...]:
+    """As many of the best candidates as can be simulated in a few seconds, at least two."""
+    count = actions = 0
+    for candidate in candidates:
+        actions += _actions(candidate)
+        if count >= min(2, most) and actions > _ACTIONS:
+            break
+        count += 1
+    return candidates[:count]
+
+
+def _actions(candidate: Candidate) -> int:
+    """Actions of a program, about: forward, backward and four messages of every rank and micro-batch."""
+    return sum(
+        6 * entry.repeat * entry.micro_batches * seat.count * seat.degree
+        for entry in candidate.entries
+        for stage in entry.chain.stages
+        for seat, _ in stage.seats
+    )

@@ -1,0 +1,91 @@
+"""The homogeneous bound: what each device type reaches with its own best plan on its own devices, added up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from hethub.cost.bounds import PhysicalBound
+from hethub.planners.first import FirstPlanner
+from hethub.planners.interface import Found, Problem
+
+__all__ = ["HomogeneousBound", "TypeBound", "homogeneous_bound"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeBound:
+    """One device type alone. `global_batch` is its share of the physical bound times the whole batch, rounded from
+    `exact_batch`; the tokens per second are 0 where it cannot hold the model."""
+
+    device_type: str
+    count: int
+    exact_batch: float
+    global_batch: int
+    tokens_per_second: float
+    whole_batch_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HomogeneousBound:
+    """The sum over `types`, and the types that cannot hold the model alone: with any, the share is no bound."""
+
+    tokens_per_second: float
+    types: tuple[TypeBound, ...]
+    not_a_bound: tuple[str, ...]
+
+
+def homogeneous_bound(
+    planner: FirstPlanner, problem: Problem, physical: PhysicalBound, *, whole: Found | None = None
+) -> HomogeneousBound:
+    """Plan every device type by itself.
+
+    Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the plan for
+    all devices, is taken for the only type of a homogeneous cluster.
+    """
+    counts = Counter(device.type.name for device in problem.compute.graph.devices)
+    types = tuple(_type_bound(planner, problem, name, counts[name], physical, whole) for name in counts)
+    return HomogeneousBound(
+        tokens_per_second=sum(entry.tokens_per_second for entry in types),
+        types=types,
+        not_a_bound=tuple(entry.device_type for entry in types if entry.tokens_per_second == 0.0),
+    )
+
+
+def _type_bound(
+    planner: FirstPlanner, problem: Problem, name: str, count: int, physical: PhysicalBound, whole: Found | None
+) -> TypeBound:
+    batch = problem.workload.global_batch
+    exact = physical.shares[name] * batch
+    own = max(1, round(exact))
+    if whole is not None and own == batch:
+        speed = _tokens_per_second(problem, batch, whole)
+        whole_speed = speed
+    else:
+        speed = _alone(planner, problem, name, own)
+        whole_speed = _alone(planner, problem, name, batch) if speed > 0 else 0.0
+    return TypeBound(
+        device_type=name,
+        count=count,
+        exact_batch=exact,
+        global_batch=own,
+        tokens_per_second=speed,
+        whole_batch_tokens_per_second=whole_speed,
+    )
+
+
+def _alone(planner: FirstPlanner, problem: Problem, name: str, batch: int) -> float:
+    limited = replace(
+        problem,
+        types=frozenset([name]),
+        workload=replace(problem.workload, global_batch=batch),
+        finalists=_FINALISTS,
+    )
+    found = planner.search(limited)
+    return 0.0 if found is None else _tokens_per_second(problem, batch, found)
+
+
+_FINALISTS = 2  # of each type and batch: the closed form ranks splits of alike devices well
+
+
+def _tokens_per_second(problem: Problem, batch: int, found: Found) -> float:
+    return batch * problem.workload.sequence_length / found.step_seconds

@@ -1,0 +1,65 @@
+"""The one interface of planners, so that a baseline, a search and a user's own plug in alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.graph import CostGraph
+from hethub.program.actions import Program
+from hethub.specs.cluster import Cluster
+from hethub.specs.plan import Plan
+from hethub.specs.workload import Workload
+
+__all__ = ["Found", "Planner", "Problem", "RunnerUp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates the
+    simulator decides between (None: the planner's own choice).
+
+    `workload` may differ from `compute.workload` in its global batch only, so that prices are shared between
+    problems.
+    """
+
+    cluster: Cluster
+    workload: Workload
+    compute: ComputeModel
+    types: frozenset[str] | None = None
+    finalists: int | None = None
+
+    @classmethod
+    def of(cls, cluster: Cluster, workload: Workload) -> Problem:
+        """The whole cluster and the whole batch."""
+        return cls(cluster=cluster, workload=workload, compute=ComputeModel(CostGraph(cluster), workload))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerUp:
+    """A finalist that lost: what it was, its simulated step time, and why it is slower."""
+
+    description: str
+    step_seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The plan chosen, its compiled program and simulated step time, how many candidates were considered, and the
+    finalists that lost, best first."""
+
+    plan: Plan
+    program: Program
+    step_seconds: float
+    considered: int
+    runners_up: tuple[RunnerUp, ...]
+
+
+class Planner(Protocol):
+    """Anything that finds a plan."""
+
+    def plan(self, problem: Problem) -> Found:
+        """Find a plan. Raises InfeasibleError when none fits: what is short, by how much, what would fit."""
+        ...

@@ -1,0 +1,100 @@
+"""Candidates in counts become plans on named devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hethub.planners.candidate import Candidate, Entry
+from hethub.planners.chain import StageDraft
+from hethub.planners.pools import Pools
+from hethub.planners.seats import Seat
+from hethub.planners.shares import rank_entries
+from hethub.specs.cluster import Cluster
+from hethub.specs.devices import format_devices
+from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
+from hethub.specs.workload import Model, Workload
+
+__all__ = ["place"]
+
+_Units = dict[int, Iterator[tuple[int, ...]]]  # pool -> tensor-parallel groups not in use yet
+_Group = tuple[int, ...]
+
+
+def place(candidate: Candidate, pools: Pools, cluster: Cluster, workload: Workload) -> Plan:
+    """Give every seat its devices, in device order."""
+    degree_of = {
+        seat.pool: seat.degree
+        for entry in candidate.entries
+        for stage in entry.chain.stages
+        for seat, _ in stage.seats
+    }
+    units = {pool: iter(pools[pool].units(degree)) for pool, degree in degree_of.items()}
+    names = [device.name for device in pools.graph.devices]
+    pipelines = [
+        _pipeline(entry, units, candidate.stage_major, names, workload.model) for entry in candidate.entries
+    ]
+    return Plan(name=candidate.proposal.team.family, pipelines=pipelines, cluster=cluster, workload=workload)
+
+
+def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], model: Model) -> Pipeline:
+    chain = entry.chain
+    groups = _groups(entry, units, stage_major)
+    stages = []
+    layer = 0
+    for number, stage in enumerate(chain.stages):
+        start = layer
+        layer += stage.decoders + (number == 0) + (number == len(chain.stages) - 1)
+        ends = (number == 0, number == len(chain.stages) - 1)
+        stages.append(
+            Stage(
+                layers=(start, layer),
+                recompute="full" if stage.full else "none",
+                in_flight=min(stage.in_flight, entry.micro_batches),
+                replicas=[
+                    Replica(
+                        rows=rows,
+                        repeat=seat.count,
+                        ranks=_ranks(groups[number][place], seat, model, stage.decoders > 0, any(ends), names),
+                    )
+                    for place, (seat, rows) in enumerate(stage.seats)
+                ],
+            )
+        )
+    return Pipeline(
+        repeat=entry.repeat,
+        micro_batches=entry.micro_batches,
+        micro_batch_rows=chain.rows,
+        stages=stages,
+    )
+
+
+def _groups(entry: Entry, units: _Units, stage_major: bool) -> list[list[list[_Group]]]:
+    """Groups of each stage and seat, in the plan file's order: pipeline copy by copy, then replica by replica."""
+    stages = entry.chain.stages
+    groups: list[list[list[_Group]]] = [[[] for _ in stage.seats] for stage in stages]
+    if stage_major:
+        turns = [(number, stage) for number, stage in enumerate(stages) for _ in range(entry.repeat)]
+    else:
+        turns = [(number, stage) for _ in range(entry.repeat) for number, stage in enumerate(stages)]
+    for number, stage in turns:
+        _seat(stage, groups[number], units)
+    return groups
+
+
+def _seat(stage: StageDraft, groups: list[list[_Group]], units: _Units) -> None:
+    """One pipeline's replicas of one stage."""
+    for place, (seat, _) in enumerate(stage.seats):
+        groups[place].extend(next(units[seat.pool]) for _ in range(seat.count))
+
+
+def _ranks(
+    groups: Sequence[_Group], seat: Seat, model: Model, decoders: bool, words: bool, names: list[str]
+) -> list[Rank]:
+    ranks = []
+    start = 0
+    for count, heads, ffn, vocab in rank_entries(model, seat.degree, decoders, words):
+        devices = [names[d] for group in groups for d in group[start : start + count]]
+        start += count
+        named = {"device": devices[0]} if len(devices) == 1 else {"devices": format_devices(devices)}
+        ranks.append(Rank(**named, count=count, heads=heads, ffn=ffn, vocab=vocab))  # type: ignore[arg-type]
+    return ranks

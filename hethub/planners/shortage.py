@@ -1,0 +1,157 @@
+"""Why no plan fits: what is short, by how much, and the smallest change that was found to fit."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.graph import CostGraph
+from hethub.errors import InfeasibleError
+from hethub.planners.candidate import Team
+from hethub.planners.chain import Chains, Setting
+from hethub.planners.interface import Problem
+from hethub.planners.pools import Pools
+from hethub.planners.seats import Seat, SeatCost, SeatCosts
+from hethub.planners.teams import combinations
+from hethub.specs.cluster import Cluster
+
+__all__ = ["fits_at_all", "shortage"]
+
+_MOST_NODES = 1024  # of one group, that a suggestion may add
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Need:
+    """The worst device of the most spread-out split: bytes over, bytes needed, bytes it has, its type."""
+
+    over: float
+    needed: float
+    usable: int
+    device_type: str
+
+
+def shortage(problem: Problem, chains: Chains) -> InfeasibleError:
+    """The error for a problem without a plan; the changes that it names were tried."""
+    workload = problem.workload
+    numbers = chains.costs.pools.of_types(problem.types)
+    text = f"{workload.model.name} does not fit on {problem.cluster.name}"
+    needs = [_least_need(chains, team) for team in _spread_out(chains, numbers)]
+    if not needs:
+        return InfeasibleError(
+            f"{text}: no tensor-parallel group can be formed. Give nodes at least one device."
+        )
+    need = min(needs)
+    text += (
+        f": with every device in one pipeline, full recomputation and micro-batches of 1 row, a {need.device_type} "
+        f"needs {_size(need.needed)} and has {_size(need.usable)}, {_size(need.over)} short. "
+        "Recomputation, smaller micro-batches and a smaller global batch do not help."
+    )
+    more = _more_devices(problem)
+    if more is None:
+        return InfeasibleError(
+            f"{text} Nor do {_MOST_NODES} more nodes of any group: one layer alone is too big. Use devices with more "
+            "memory, a shorter sequence_length or a smaller model."
+        )
+    nodes, group, devices, device_type = more
+    return InfeasibleError(
+        f"{text} {devices} more {device_type} ({nodes} more node{'s' if nodes > 1 else ''} in group {group}) would fit."
+    )
+
+
+def fits_at_all(chains: Chains, numbers: tuple[int, ...], batch: int) -> bool:
+    """Whether the splits that need the least memory fit."""
+    for team in _spread_out(chains, numbers):
+        ((crew, copies),) = team.crews
+        if copies <= batch and chains.chain(crew, 1, Setting(copies, 0, team.pools, max(1, batch // copies))):
+            return True
+    return False
+
+
+def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[Team]:
+    """One pipeline over all units (or as few alike ones as the layers allow), for each choice of degrees."""
+    costs = chains.costs
+    for combination in combinations(costs, numbers):
+        units = {pool: costs.pools[pool].unit_count(degree) for pool, degree in combination.items()}
+        copies = -(-sum(units.values()) // (chains.layers + 2))
+        crew = tuple((Seat(p, d, 1),) for p, d in combination.items() for _ in range(units[p] // copies))
+        if crew:
+            yield Team("chain", ((crew, copies),))
+
+
+def _least_need(chains: Chains, team: Team) -> _Need:
+    """Hand out the decoders so that the device that is most over its memory is least over it."""
+    ((crew, copies),) = team.crews
+    last = len(crew) - 1
+    costs = [chains.costs.cost(slot[0].pool, slot[0].degree, 1) for slot in crew]
+    decoders = [0 if i in (0, last) else 1 for i in range(len(crew))]
+
+    def needed(i: int, count: int) -> float:
+        full = count > costs[i].most_decoders(i == 0, i == last, 1, copies, False)
+        return costs[i].bytes(i == 0, i == last, count, 1, copies, full)
+
+    queue = [(needed(i, n + 1) - costs[i].usable, i) for i, n in enumerate(decoders)]
+    heapq.heapify(queue)
+    for _ in range(chains.layers - sum(decoders)):
+        _, i = queue[0]
+        decoders[i] += 1
+        heapq.heapreplace(queue, (needed(i, decoders[i] + 1) - costs[i].usable, i))
+    return max(_need(chains, cost, needed(i, decoders[i])) for i, cost in enumerate(costs))
+
+
+def _need(chains: Chains, cost: SeatCost, needed: float) -> _Need:
+    name = chains.costs.pools[cost.pool].type.name
+    return _Need(needed - cost.usable, needed, cost.usable, name)
+
+
+def _more_devices(problem: Problem) -> tuple[int, str, int, str] | None:
+    """(nodes, group, devices, device type) of the fewest devices to add to one group, found by trying."""
+    options = []
+    for number, group in enumerate(problem.cluster.node_groups):
+        if problem.types is not None and group.device_type not in problem.types:
+            continue
+        nodes = _fewest_nodes(problem, number)
+        if nodes is not None:
+            options.append((nodes * group.devices_per_node, nodes, group.name, group.device_type))
+    if not options:
+        return None
+    devices, nodes, name, device_type = min(options)
+    return nodes, name, devices, device_type
+
+
+def _fewest_nodes(problem: Problem, number: int) -> int | None:
+    """Doubling, then bisection."""
+    high = 1
+    while not _fits_with(problem, number, high):
+        high *= 2
+        if high > _MOST_NODES:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits_with(problem, number, middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _fits_with(problem: Problem, number: int, nodes: int) -> bool:
+    cluster = _enlarged(problem.cluster, number, nodes)
+    graph = CostGraph(cluster)
+    chains = Chains(SeatCosts(ComputeModel(graph, problem.workload), Pools(graph)))
+    return fits_at_all(chains, chains.costs.pools.of_types(problem.types), problem.workload.global_batch)
+
+
+def _enlarged(cluster: Cluster, number: int, nodes: int) -> Cluster:
+    groups = list(cluster.node_groups)
+    groups[number] = replace(groups[number], nodes=groups[number].nodes + nodes)
+    return replace(cluster, node_groups=tuple(groups))
+
+
+def _size(size_bytes: float) -> str:
+    """GiB, or MiB for the small devices of emulated clusters."""
+    return f"{size_bytes / _GIB:.2f} GiB" if size_bytes >= _GIB else f"{size_bytes / _MIB:.2f} MiB"

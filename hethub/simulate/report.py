@@ -1,0 +1,222 @@
+"""What a plan will do: its program, its simulation, and the figures that `--json` prints.
+
+`plan`, `simulate` and `launch` share this, so that a figure means the same wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hethub.cost.bounds import physical_step_seconds
+from hethub.cost.compute import ComputeModel
+from hethub.cost.memory import MemoryUse, device_memory, usable_bytes
+from hethub.program.actions import Program
+from hethub.program.compile import compile_program
+from hethub.simulate.engine import Simulation, simulate
+from hethub.specs.layout import PipelinePlace, Span, StagePlace, lay_out
+from hethub.specs.plan import Plan, plan_to_spec
+from hethub.timeline.summary import DeviceSummary, by_type, summarize
+
+__all__ = ["StageRow", "predict", "stage_rows"]
+
+
+def predict(
+    plan: Plan, compute: ComputeModel, program: Program | None = None
+) -> tuple[Program, Simulation, dict[str, Any]]:
+    """Compile (unless `program` is given) and simulate a plan that `check_plan` accepts.
+
+    Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and the even
+    split are searches of their own: they are taken from `plan.bounds`, and null with a reason under `missing` where
+    the plan does not hold them. `joules_per_token` takes every used device at its full rated power.
+    """
+    if program is None:
+        program = compile_program(lay_out(plan), compute)
+    simulation = simulate(program, compute)
+    return program, simulation, _figures(plan, compute, program, simulation)
+
+
+def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Simulation) -> dict[str, Any]:
+    seconds = simulation.step_seconds
+    tokens = plan.workload.global_batch * plan.workload.sequence_length
+    speed = tokens / seconds
+    stored = plan.bounds or {}
+    missing: dict[str, str] = {}
+    homogeneous = stored.get("homogeneous_tokens_per_second")
+    physical = tokens / physical_step_seconds(compute)
+    even = stored.get("even_tokens_per_second")
+    if homogeneous is None:
+        reason = "the plan holds no bounds; `hethub plan` computes them"
+        missing["bounds.homogeneous_tokens_per_second"] = missing["share.homogeneous_bound"] = reason
+        missing["share.not_a_bound"] = reason
+    elif homogeneous == 0:
+        missing["share.homogeneous_bound"] = "no device type can hold the model alone"
+    if even is None:
+        why = "no even split fits on these devices" if stored else "the plan holds no bounds; `hethub plan` computes them"
+        missing["baselines.even_tokens_per_second"] = why
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": speed,
+        "bounds": {"homogeneous_tokens_per_second": homogeneous, "physical_tokens_per_second": physical},
+        "share": {
+            "homogeneous_bound": speed / homogeneous if homogeneous else None,
+            "physical_bound": speed / physical,
+            "not_a_bound": stored.get("not_a_bound"),
+        },
+        "device_types": _device_types(compute, program, simulation),
+        "joules_per_token": _joules_per_token(program, compute, seconds, tokens, missing),
+        "usd_per_million_tokens": _usd_per_million_tokens(program, compute, seconds, tokens, missing),
+        "baselines": {"even_tokens_per_second": even},
+        "emulated": plan.cluster.emulated_time_scale is not None,
+        "missing": missing,
+        "plan": plan_to_spec(plan),
+    }
+
+
+def _memory(compute: ComputeModel, program: Program) -> dict[int, MemoryUse]:
+    return device_memory(compute, program.layout, program.ownership.owned_elements)
+
+
+def _device_types(compute: ComputeModel, program: Program, simulation: Simulation) -> list[dict[str, Any]]:
+    """One entry a type; ratios are means over all its devices, those left out included (they are idle)."""
+    devices = compute.graph.devices
+    types = {device.type.name: device.type for device in devices}
+    used = Counter(devices[d].type.name for d in program.layout.used)
+    peak: dict[str, int] = {}
+    for device, use in _memory(compute, program).items():
+        name = devices[device].type.name
+        peak[name] = max(peak.get(name, 0), use.total)
+    return [
+        {
+            "name": entry.device_type,
+            "count": entry.devices,
+            "used": used[entry.device_type],
+            "busy_ratio": entry.busy_ratio,
+            "exposed_communication_ratio": entry.exposed_communication_ratio,
+            "bubble_ratio": entry.bubble_ratio,
+            "peak_memory_bytes": peak.get(entry.device_type, 0),
+            "memory_bytes": types[entry.device_type].memory_bytes,
+        }
+        for entry in by_type(_summaries(simulation))
+    ]
+
+
+def _summaries(simulation: Simulation) -> list[DeviceSummary]:
+    if simulation.timeline is None:
+        raise AssertionError("the simulation kept no timeline")
+    return summarize(simulation.timeline, 0, 0)
+
+
+def _joules_per_token(
+    program: Program, compute: ComputeModel, seconds: float, tokens: int, missing: dict[str, str]
+) -> float | None:
+    """Energy at full rated power of the devices in use."""
+    watts = 0.0
+    for device in program.layout.used:
+        power = compute.graph.devices[device].type.power_watts
+        if power is None:
+            missing["joules_per_token"] = f"power_watts of {compute.graph.devices[device].type.name} is not known"
+            return None
+        watts += power
+    return watts * seconds / tokens
+
+
+def _usd_per_million_tokens(
+    program: Program, compute: ComputeModel, seconds: float, tokens: int, missing: dict[str, str]
+) -> float | None:
+    """Rent of the devices in use."""
+    usd_per_hour = 0.0
+    for device in program.layout.used:
+        price = compute.graph.devices[device].type.usd_per_hour
+        if price is None:
+            name = compute.graph.devices[device].type.name
+            missing["usd_per_million_tokens"] = f"usd_per_hour of {name} is not known"
+            return None
+        usd_per_hour += price
+    return usd_per_hour / 3600 * seconds / tokens * 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """One stage of the split, as a table shows it; alike pipelines are one (`repeat`).
+
+    `replicas` are (number, device type, tensor-parallel degree, rows). Memory is the fullest device's, with what its
+    type can use; `seconds` is forward and backward of one micro-batch on the slowest replica, recomputation included;
+    `busy_ratio` the mean over the stage's devices in all alike pipelines.
+    """
+
+    pipeline: int
+    repeat: int
+    stage: int
+    replicas: tuple[tuple[int, str, int, int], ...]
+    layers: Span
+    recompute: str
+    micro_batches: int
+    micro_batch_rows: int
+    memory_bytes: int
+    usable_bytes: int
+    seconds: float
+    busy_ratio: float
+
+
+def stage_rows(plan: Plan, compute: ComputeModel, program: Program, simulation: Simulation) -> list[StageRow]:
+    """The split in rows for people, pipeline entry by pipeline entry."""
+    memory = _memory(compute, program)
+    busy = [summary.busy_ratio for summary in _summaries(simulation)]
+    rows = []
+    first = 0
+    for entry in plan.pipelines:
+        alike = program.layout.pipelines[first : first + entry.repeat]
+        for stage in range(len(entry.stages)):
+            rows.append(_stage_row(compute, memory, busy, alike, stage))
+        first += entry.repeat
+    return rows
+
+
+def _stage_row(
+    compute: ComputeModel,
+    memory: Mapping[int, MemoryUse],
+    busy: list[float],
+    alike: tuple[PipelinePlace, ...],
+    number: int,
+) -> StageRow:
+    pipeline, stage = alike[0], alike[0].stages[number]
+    devices = compute.graph.devices
+    members = [device for copy in alike for device in copy.stages[number].devices()]
+
+    def fullness(device: int) -> float:
+        return memory[device].total / usable_bytes(devices[device].type)
+
+    fullest = max(members, key=fullness)
+    return StageRow(
+        pipeline=pipeline.index,
+        repeat=len(alike),
+        stage=number,
+        replicas=_replicas(compute, stage),
+        layers=stage.layers,
+        recompute=stage.recompute,
+        micro_batches=pipeline.micro_batches,
+        micro_batch_rows=pipeline.micro_batch_rows,
+        memory_bytes=memory[fullest].total,
+        usable_bytes=usable_bytes(devices[fullest].type),
+        seconds=max(_replica_seconds(compute, stage, place) for place in range(len(stage.replicas))),
+        busy_ratio=sum(busy[device] for device in members) / len(members),
+    )
+
+
+def _replicas(compute: ComputeModel, stage: StagePlace) -> tuple[tuple[int, str, int, int], ...]:
+    kinds: Counter[tuple[str, int, int]] = Counter()
+    for replica in stage.replicas:
+        names = dict.fromkeys(compute.graph.devices[rank.device].type.name for rank in replica.ranks)
+        kinds["+".join(names), len(replica.ranks), replica.rows[1] - replica.rows[0]] += 1
+    return tuple((count, *kind) for kind, count in kinds.items())
+
+
+def _replica_seconds(compute: ComputeModel, stage: StagePlace, place: int) -> float:
+    replica = stage.replicas[place]
+    rows = replica.rows[1] - replica.rows[0]
+    forward = compute.group_price(replica.ranks, stage.layers, rows, backward=False).seconds
+    backward = compute.group_price(replica.ranks, stage.layers, rows, backward=True).seconds
+    return backward + forward * (2 if stage.recompute == "full" else 1)

@@ -1,0 +1,221 @@
+"""The job file: which cluster, plan, data, how many steps, where to."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from hethub.specs.base import Problems, Spec, validate_document
+from hethub.specs.cluster import Cluster, lacking_precision, load_cluster
+from hethub.specs.document import Document, load_document
+from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
+
+__all__ = ["Job", "JobSpec", "OptimizerSettings", "load_job"]
+
+_STDLIB = "stdlib:"
+
+
+class DataSpec(Spec):
+    """Text files or a token file, and how they are read."""
+
+    files: list[str] = Field(
+        min_length=1,
+        description="Text files as globs relative to this file (stdlib:GLOB is relative to Python's own library), or "
+        "one .tokens file.",
+    )
+    tokenizer: str = Field("bytes", description="bytes, or the path of a Hugging Face tokenizer.json.")
+    held_out: float = Field(
+        0.05, ge=0, le=0.5, description="Share of the tokens kept for evaluation, 0 to 0.5."
+    )
+
+
+class EvaluateSpec(Spec):
+    """When and on how much held-out text to evaluate."""
+
+    every: int = Field(ge=1, description="Steps between evaluations.")
+    rows: int = Field(ge=1, description="Held-out sequences of each evaluation.")
+
+
+class OptimizerSpec(Spec):
+    """AdamW with warm-up, decay and clipping."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.1, ge=0, description="Decay of weight matrices per unit of learning rate.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Largest global gradient norm; null does not clip."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    final_learning_rate_ratio: float = Field(
+        0.1, ge=0, le=1, description="Learning rate of the last step over the peak; a cosine leads there."
+    )
+
+
+class CompareSpec(Spec):
+    """A second run on the same workers."""
+
+    even_steps: int = Field(ge=1, description="Steps of the best even split, after the run.")
+
+
+class RaySpec(Spec):
+    """The Ray cluster to join."""
+
+    address: str | None = Field(None, description="Ray address; without one a local Ray is started.")
+
+
+class JobSpec(Spec):
+    """The job file as written. Paths are relative to it."""
+
+    cluster: str = Field(description="Path of the cluster file.")
+    plan: str = Field("auto", description="auto, or the path of a plan file.")
+    data: DataSpec = Field(description="What to train on.")
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, description="Of initial weights and of the order of samples.")
+    evaluate: EvaluateSpec | None = Field(None, description="Evaluation on held-out text.")
+    optimizer: OptimizerSpec = Field(description="AdamW and its learning rate.")
+    output: str = Field(description="Folder of the run, made by it.")
+    compare: CompareSpec | None = Field(None, description="What to compare the run with.")
+    ray: RaySpec = Field(RaySpec(), description="Where the workers run.")
+    workload: WorkloadSpec | None = Field(None, description="Instead of the cluster file's workload.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter, 2019) with warm-up, cosine decay to `final_learning_rate_ratio` of the peak, and
+    clipping of the global gradient norm (None: no clipping)."""
+
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float | None
+    beta1: float
+    beta2: float
+    epsilon: float
+    final_learning_rate_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training job with its files found; paths are absolute.
+
+    `plan` is None when it is to be searched; `tokenizer` is "bytes" or the path of a tokenizer.json; `evaluate_every`
+    and `evaluate_rows` are 0 without evaluation, `compare_even_steps` is 0 without a comparison.
+    """
+
+    path: Path
+    cluster_path: Path
+    cluster: Cluster
+    workload: Workload
+    plan: Path | None
+    data_files: tuple[Path, ...]
+    tokenizer: str | Path
+    held_out: float
+    steps: int
+    seed: int
+    evaluate_every: int
+    evaluate_rows: int
+    optimizer: OptimizerSettings
+    output: Path
+    compare_even_steps: int
+    ray_address: str | None
+
+
+def load_job(path: Path) -> Job:
+    """Read a job file, and the cluster file that it names. Raises InputError with one line per problem."""
+    document = load_document(path)
+    spec = validate_document(document, JobSpec)
+    problems = Problems(document)
+    cluster_path = _file(spec.cluster, document, problems, "cluster")
+    plan = None if spec.plan == "auto" else _file(spec.plan, document, problems, "plan")
+    tokenizer: str | Path = "bytes"
+    if spec.data.tokenizer != "bytes":
+        tokenizer = _file(spec.data.tokenizer, document, problems, "data", "tokenizer")
+    data_files = _data_files(spec.data.files, document, problems)
+    _check_evaluation(spec, problems)
+    problems.raise_any()
+    cluster, default = load_cluster(cluster_path)
+    evaluate = spec.evaluate
+    return Job(
+        path=_absolute(document, path.name),
+        cluster_path=cluster_path,
+        cluster=cluster,
+        workload=_workload(spec, document, cluster, default),
+        plan=plan,
+        data_files=data_files,
+        tokenizer=tokenizer,
+        held_out=float(spec.data.held_out),
+        steps=spec.steps,
+        seed=spec.seed,
+        evaluate_every=0 if evaluate is None else evaluate.every,
+        evaluate_rows=0 if evaluate is None else evaluate.rows,
+        optimizer=OptimizerSettings(**spec.optimizer.model_dump()),
+        output=_absolute(document, spec.output),
+        compare_even_steps=0 if spec.compare is None else spec.compare.even_steps,
+        ray_address=spec.ray.address,
+    )
+
+
+def _absolute(document: Document, name: str) -> Path:
+    """A path that the file names, relative to the file; symbolic links stay."""
+    return Path(os.path.abspath(document.path.parent / name))
+
+
+def _file(name: str, document: Document, problems: Problems, *keys: str) -> Path:
+    path = _absolute(document, name)
+    if not path.is_file():
+        problems.add(keys, f"there is no file {path}. Mend the path, which is relative to this file.")
+    return path
+
+
+def _data_files(patterns: list[str], document: Document, problems: Problems) -> tuple[Path, ...]:
+    """The files of all globs: in the order of the entries, each entry's sorted, none twice."""
+    found: dict[Path, int] = {}
+    for number, pattern in enumerate(patterns):
+        if pattern.startswith(_STDLIB):
+            folder, pattern = Path(sysconfig.get_path("stdlib")), pattern.removeprefix(_STDLIB)
+        else:
+            folder = document.path.parent
+        # The folder's own name may hold characters that a glob would read.
+        matches = sorted(
+            glob.glob(os.path.join(glob.escape(os.path.abspath(folder)), pattern), recursive=True)
+        )
+        files = [Path(os.path.abspath(match)) for match in matches if os.path.isfile(match)]
+        if not files:
+            problems.add(
+                ("data", "files", number), f"no file matches {folder / pattern}. Mend the path or the glob."
+            )
+        for file in files:
+            found.setdefault(file, number)
+    tokens = next((file for file in found if file.suffix == ".tokens"), None)
+    if tokens is not None and len(found) > 1:
+        problems.add(("data", "files", found[tokens]), f"{tokens.name} is a token file. Give it alone.")
+    return tuple(found)
+
+
+def _check_evaluation(spec: JobSpec, problems: Problems) -> None:
+    if spec.evaluate is not None and spec.data.held_out == 0:
+        problems.add(
+            ("evaluate",), "there is no held-out text, as data.held_out is 0. Give some, or drop this key."
+        )
+
+
+def _workload(spec: JobSpec, document: Document, cluster: Cluster, default: Workload | None) -> Workload:
+    if spec.workload is None:
+        if default is None:
+            raise document.error(
+                ("cluster",), "the cluster file has no workload. Add `workload` there or here."
+            )
+        return default
+    workload = resolve_workload(spec.workload, document, ("workload",))
+    problems = Problems(document)
+    for text in lacking_precision(cluster, workload.precision).values():
+        problems.add(("workload", "precision"), text)
+    problems.raise_any()
+    return workload
