@@ -211,7 +211,7 @@ def _prove_progress(program: Program) -> None:
             # Devices that ended (a group's last member may end the others) leave without counting as idle.
             idle += 1
             waiting.append(device)
-    stuck = [d for d in waiting if run.at[d] < len(program.devices[d])]
+    stuck = sorted(d for d in waiting if run.at[d] < len(program.devices[d]))
     if stuck:
         shown = "; ".join(f"rank {d} waits at {program.describe(d, run.at[d])}" for d in stuck[:6])
         raise ProgramError(f"the program does not end: {shown}")

@@ -302,13 +302,18 @@ class _Resolver:
 
     def _check_ends(self, number: int, link: GroupLinkSpec) -> None:
         groups = {group.name for group in self.spec.node_groups}
-        zones = {group.zone for group in self.spec.node_groups}
+        zones: dict[str, set[str]] = {}
+        for group in self.spec.node_groups:
+            zones.setdefault(group.zone, set()).add(group.name)
         for end, name in enumerate(link.between):
             keys = ("links", number, "between", end)
-            if name in groups and name in zones:
+            # A zone that is one group may share its name: both mean the same.
+            if name in groups and zones.get(name, {name}) != {name}:
                 self.problems.add(keys, f'"{name}" is both a group and a zone. Rename one of them.')
-            elif name not in groups | zones:
-                text = unknown_name(f'there is no group or zone "{name}"', name, sorted(groups | zones))
+            elif name not in groups and name not in zones:
+                text = unknown_name(
+                    f'there is no group or zone "{name}"', name, sorted(groups | zones.keys())
+                )
                 self.problems.add(keys, text)
         if link.between[0] == link.between[1]:
             self.problems.add(("links", number, "between"), "joins a name with itself. Name two.")

@@ -138,7 +138,9 @@ class _Figures:
             peak_flops_per_second=peaks,
             matmul_efficiency=self._given("matmul_efficiency") or catalog.DEFAULT_MATMUL_EFFICIENCY,
             memory_efficiency=self._given("memory_efficiency") or catalog.DEFAULT_MEMORY_EFFICIENCY,
-            substitute_dtype={**self.spec.substitute_dtype},
+            substitute_dtype={
+                str(wanted): str(dtype) for wanted, dtype in self.spec.substitute_dtype.items()
+            },
             power_watts=self._given("power_watts"),
             usd_per_hour=self._given("usd_per_hour"),
         )
