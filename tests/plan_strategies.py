@@ -281,7 +281,7 @@ def _two_depths(x: _Shapes) -> list[Pipeline]:
 
 @_named("pipelines of different tensor-parallel degree", heads=8, kv_heads=4)
 def _two_degrees(x: _Shapes) -> list[Pipeline]:
-    three = [(MIDDLE, 4, 12, 32), (MIDDLE2, 2, 8, 20), (SLOW, 2, 4, 12)]
+    three: list[Member] = [(MIDDLE, 4, 12, 32), (MIDDLE2, 2, 8, 20), (SLOW, 2, 4, 12)]
     return [
         x.chain((0, 5), [FAST], rows=2, micro_batches=3),
         Pipeline(micro_batches=2, micro_batch_rows=1, stages=[x.stage((0, 5), [(1, three)], in_flight=1)]),

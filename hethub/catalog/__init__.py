@@ -1,11 +1,12 @@
 """Published figures of devices, links, models and vendors, each with its source.
 
-The tables lie beside this file. They are read when first asked for, and looked up whatever the case of the name. A
-blank figure is unknown and stays None.
+The tables lie beside this file. They are read when first asked for, and looked up whatever the case of the
+name. A blank figure is unknown and stays None.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ __all__ = [
 ]
 
 # Achievable shares of the peaks where nobody measured the device: FlagPerf's plain matrix product and copy on
-# A100-40GB (259.2 of 312 TFLOP/s bf16, 1328 of 1555 GB/s). Of the few measured devices it is the one whose datasheet
-# peaks are undisputed; the others' shares are as much about the quoted peak as about the chip.
+# A100-40GB (259.2 of 312 TFLOP/s bf16, 1328 of 1555 GB/s). Of the few measured devices it is the one whose
+# datasheet peaks are undisputed; the others' shares are as much about the quoted peak as about the chip.
 DEFAULT_MATMUL_EFFICIENCY = 259.2 / 312
 DEFAULT_MEMORY_EFFICIENCY = 1328 / 1555
 
@@ -43,7 +44,7 @@ _FOLDER = Path(__file__).parent
 T = TypeVar("T")
 
 
-class UnknownName(KeyError):
+class UnknownName(KeyError):  # noqa: N818 - it says what is unknown, a name
     """A name that a table does not hold: `nearest` is the one most like it, or None, `known` are all."""
 
     def __init__(self, name: str, known: list[str]) -> None:
@@ -63,8 +64,8 @@ class UnknownName(KeyError):
 class CatalogDevice:
     """A device type's published figures; None is unknown.
 
-    `peak_tflops` holds dense matrix products by dtype; `lacks` the 16-bit dtypes that the device does not have.
-    Efficiencies are measured shares of the peaks, None where nobody measured.
+    `peak_tflops` holds dense matrix products by dtype; `lacks` the 16-bit dtypes that the device does not
+    have. Efficiencies are measured shares of the peaks, None where nobody measured.
     """
 
     name: str
@@ -85,7 +86,7 @@ class CatalogDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogLink:
-    """A link class, one direction: per device inside a node (`scope` intra), per node outside (`scope` inter)."""
+    """A link class, one direction: per device inside a node (scope intra), per node outside (scope inter)."""
 
     name: str
     bandwidth_gb_s: float
@@ -123,7 +124,7 @@ def link(name: str) -> CatalogLink:
 
 def model(name: str) -> dict[str, Any]:
     """A model by name, as `name` and the keys of Hugging Face's config.json. Raises UnknownName."""
-    return dict(_find(name, models()))
+    return copy.deepcopy(dict(_find(name, models())))
 
 
 def vendor(name: str) -> Vendor:

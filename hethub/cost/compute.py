@@ -1,7 +1,8 @@
 """Compute and collective times: a roofline per operator.
 
-Time of an operator = max(flops / achievable flop/s, bytes / achievable bytes/s), as in Williams et al., "Roofline"
-(CACM 2009); achievable = peak x the device type's measured share. Operators of one device follow each other.
+Time of an operator = max(flops / achievable flop/s, bytes / achievable bytes/s), as in Williams et al.,
+"Roofline" (CACM 2009); achievable = peak x the device type's measured share. Operators of one device follow
+each other.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ from hethub.specs.cluster import DeviceType
 from hethub.specs.layout import RankPlace, Share, Span
 from hethub.specs.workload import Workload
 
-__all__ = ["ComputePrice", "ComputeModel", "PricedSegment", "all_reduce_seconds", "gradient_bytes", "state_bytes"]
+__all__ = [
+    "ComputeModel",
+    "ComputePrice",
+    "PricedSegment",
+    "all_reduce_seconds",
+    "gradient_bytes",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class PricedSegment:
-    """One segment of a tensor-parallel group's action: every member's own seconds and the collective after it."""
+    """One segment of a tensor-parallel group's action: every member's seconds and the collective after it."""
 
     member_seconds: tuple[float, ...]
     collective_seconds: float
@@ -39,8 +47,8 @@ class PricedSegment:
 class ComputePrice:
     """An action of a tensor-parallel group: all members start together and end together.
 
-    `seconds` = sum over segments of the slowest member + the collective; a member's own compute is busy time, the rest
-    exposed communication.
+    `seconds` = sum over segments of the slowest member + the collective; a member's own compute is busy time,
+    the rest exposed communication.
     """
 
     segments: tuple[PricedSegment, ...]
@@ -49,8 +57,8 @@ class ComputePrice:
 
 
 def all_reduce_seconds(graph: CostGraph, devices: Sequence[int], size_bytes: float) -> float:
-    """Ring all-reduce over the group's actual paths: 2 (n - 1) steps of latency + (bytes / n) / bandwidth, the worst
-    hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009)."""
+    """Ring all-reduce over the group's actual paths: 2 (n - 1) steps of latency + (bytes / n) / bandwidth,
+    the worst hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009)."""
     count = len(devices)
     if count < 2 or size_bytes == 0:
         return 0.0
@@ -64,7 +72,7 @@ def gradient_bytes(precision: str) -> int:
 
 
 def state_bytes(precision: str) -> int:
-    """Bytes of one owned element's optimizer state: two moments, and a master copy where weights are 16 bit."""
+    """Bytes of one owned element's optimizer state: two moments, and a master copy of 16-bit weights."""
     width = gradient_bytes(precision)
     return 2 * width + (width if BYTES[precision] < width else 0)
 
@@ -98,7 +106,7 @@ class ComputeModel:
         """The work of one layer on one rank (see `shapes`)."""
         build = backward_segments if backward else forward_segments
         size = self._rate(device_type)[2]
-        return build(self.workload.model, kind, share, rows, self.workload.sequence_length, size)
+        return build(self.workload.model, kind, share, rows, seq=self.workload.sequence_length, size=size)
 
     def segment_seconds(
         self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, *, backward: bool
@@ -128,7 +136,9 @@ class ComputeModel:
             found = self._collective[key] = all_reduce_seconds(self.graph, devices, size_bytes)
         return found
 
-    def group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, *, backward: bool) -> ComputePrice:
+    def group_price(
+        self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, *, backward: bool
+    ) -> ComputePrice:
         """The forward or backward action of one replica over `layers` (half-open) and `rows` sequences."""
         key = (ranks, layers, rows, backward)
         found = self._prices.get(key)
@@ -136,7 +146,9 @@ class ComputeModel:
             found = self._prices[key] = self._group_price(ranks, layers, rows, backward)
         return found
 
-    def _group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, backward: bool) -> ComputePrice:
+    def _group_price(
+        self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, backward: bool
+    ) -> ComputePrice:
         model = self.workload.model
         devices = tuple(rank.device for rank in ranks)
         types = [self.graph.devices[device].type for device in devices]
@@ -146,7 +158,9 @@ class ComputeModel:
         for layer in order:
             kind = layer_kind(model, layer)
             if kind not in by_kind:
-                by_kind[kind] = self._layer_segments(ranks, types, devices, kind, rows, backward)
+                by_kind[kind] = self._layer_segments(
+                    ranks, types, devices, kind, rows=rows, backward=backward
+                )
             segments.extend(by_kind[kind])
         return ComputePrice(
             tuple(segments),
@@ -160,6 +174,7 @@ class ComputeModel:
         types: list[DeviceType],
         devices: tuple[int, ...],
         kind: LayerKind,
+        *,
         rows: int,
         backward: bool,
     ) -> list[PricedSegment]:

@@ -1,10 +1,10 @@
 """The cost graph: devices and the node, group and zone vertices between them, joined by links.
 
 A tree with cross links, never an edge per pair of devices. A transfer's path is a set of *cells*: directed
-capacities that concurrent transfers queue for (a device's way in or out inside its node, a node's way in or out of its
-network, a node's part of a cross link, the part of a cross link that all share). Simulator and emulated links reserve
-the same cells by the same rule, and the slowest cell of a path is the path's own speed, so that messages between two
-devices never overtake each other.
+capacities that concurrent transfers queue for (a device's way in or out inside its node, a node's way in or
+out of its network, a node's part of a cross link, the part of a cross link that all share). Simulator and
+emulated links reserve the same cells by the same rule, and the slowest cell of a path is the path's own
+speed, so that messages between two devices never overtake each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = ["CostGraph", "FreeAt", "Path", "reserve"]
 class Path:
     """How bytes get from one device to another.
 
-    `cells` are (index, bytes per second) pairs; the slowest one bounds the transfer, `latency_seconds` is added once.
+    `cells` are (index, bytes per second) pairs; the slowest one bounds the transfer, `latency_seconds` is
+    added once.
     """
 
     cells: tuple[tuple[int, float], ...]
@@ -50,21 +51,22 @@ class FreeAt(Protocol):
 def reserve(free_at: FreeAt, path: Path, size_bytes: float, now: float) -> float:
     """Take the path's cells from `now` on and return the arrival time.
 
-    First come, first served: the transfer starts when every cell is free, holds each for bytes / its own bandwidth,
-    and arrives latency later than its slowest cell is done.
+    First come, first served: the transfer starts when every cell is free, holds each for bytes / its own
+    bandwidth, and arrives latency later than its slowest cell is done.
     """
     start = now
     for cell, _ in path.cells:
         start = max(start, free_at[cell])
     for cell, bandwidth in path.cells:
         free_at[cell] = start + size_bytes / bandwidth
-    return start + path.seconds(size_bytes)
+    # Added up in this order, rounding included, a later message of the same path never arrives earlier.
+    return start + size_bytes / path.bandwidth_bytes_per_second + path.latency_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """The way between two nodes' networks: `crossings` are the cross links taken (number, bytes per second of one
-    node), `shared` the cells that all nodes share."""
+    """The way between two nodes' networks: `crossings` are the cross links taken (number, bytes per second of
+    one node), `shared` the cells that all nodes share."""
 
     bandwidth_bytes_per_second: float
     latency_seconds: float
@@ -151,14 +153,13 @@ class CostGraph:
                     hops = nx.shortest_path(network, *ends, weight="latency_seconds")
                 except nx.NetworkXNoPath:
                     raise InputError(
-                        f"{self.cluster.name}: no link joins {source.name} and {destination.name}. Add one to `links`."
+                        f"{self.cluster.name}: no link joins {source.name} and {destination.name}. "
+                        "Add one to `links`."
                     ) from None
             self._routes[key] = self._along(hops, source, destination)
         return self._routes[key]
 
-    def _along(
-        self, hops: Sequence[tuple[str, str]], source: NodeGroup, destination: NodeGroup
-    ) -> _Route:
+    def _along(self, hops: Sequence[tuple[str, str]], source: NodeGroup, destination: NodeGroup) -> _Route:
         taken: list[tuple[GroupLink, int, bool]] = []
         for start, stop in pairwise(hops):
             number = self._network.edges[start, stop]["cross"]
@@ -167,14 +168,17 @@ class CostGraph:
                 taken.append((cross, number, self._vertex(cross.between[0]) == start))
         links = [source.inter_link, destination.inter_link, *(cross.link for cross, _, _ in taken)]
         slowest = min(links, key=lambda link: link.bandwidth_bytes_per_second)
-        # Where cross links are named, theirs is the measured end-to-end latency; else the worse of the two networks.
+        # Named cross links have the measured end-to-end latency; else the worse of the two networks counts.
         latency = (
             sum(cross.link.latency_seconds for cross, _, _ in taken)
             if taken
             else max(source.inter_link.latency_seconds, destination.inter_link.latency_seconds)
         )
         shared = tuple(
-            (self._first_shared_cell + 2 * number + (0 if forward else 1), cross.total_bandwidth_bytes_per_second)
+            (
+                self._first_shared_cell + 2 * number + (0 if forward else 1),
+                cross.total_bandwidth_bytes_per_second,
+            )
             for cross, number, forward in taken
             if cross.total_bandwidth_bytes_per_second is not None
         )

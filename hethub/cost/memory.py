@@ -1,8 +1,8 @@
 """Bytes on every device at its peak: what the runtime's tally of live storages will count, and its workspace.
 
-Saved activations follow the operators of `hethub/launch/model.py`, which saves per decoder and token:
-both norms' inputs and outputs (4 x hidden), query, repeated key and value, attention output (4 x heads x head_dim),
-gate, up and their product (3 x ffn), and in fp32 two norm scales and one log-sum per head.
+Saved activations follow the operators of `hethub/launch/model.py`, which saves per decoder and token: both
+norms' inputs and outputs (4 x hidden), query, repeated key and value, attention output (4 x heads x
+head_dim), gate, up and their product (3 x ffn), and in fp32 two norm scales and one log-sum per head.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def usable_bytes(device_type: DeviceType) -> int:
 
 
 def activation_bytes(workload: Workload, share: Share, layer: int, rows: int, size: int) -> int:
-    """Bytes that the backward pass of one layer keeps for `rows` sequences; the layer's output is not counted."""
+    """Bytes that one layer keeps for its backward pass of `rows` sequences, its output not counted."""
     model = workload.model
     tokens = rows * workload.sequence_length
     kind = layer_kind(model, layer)
@@ -120,8 +120,8 @@ def device_memory(
 ) -> dict[int, MemoryUse]:
     """Peak memory of every used device.
 
-    `owned_elements` and `reduction_bytes` (device -> count) come from the ownership table; without them a device is
-    taken to update all that it holds, which is the most it can be given.
+    `owned_elements` and `reduction_bytes` (device -> count) come from the ownership table; without them a
+    device is taken to update all that it holds, which is the most it can be given.
     """
     found: dict[int, MemoryUse] = {}
     for pipeline in layout.pipelines:

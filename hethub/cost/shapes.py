@@ -35,8 +35,8 @@ Cut = Literal["none", "heads", "kv", "ffn", "vocab"]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One weight tensor: tensor parallelism cuts `axis` by `cut` (in units of `unit` elements); `layers` are the
-    places it stands in (two for a tied embedding)."""
+    """One weight tensor: tensor parallelism cuts `axis` by `cut` (in units of `unit` elements); `layers` are
+    the places it stands in (two for a tied embedding)."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,14 +117,14 @@ class Operation(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Operators between two tensor-parallel collectives, and the bytes of the all-reduce that ends it (0 if none)."""
+    """Operators between two tensor-parallel collectives, and the bytes of the all-reduce after (0: none)."""
 
     operations: tuple[Operation, ...]
     all_reduce_bytes: int
 
 
 def _matmul(tokens: int, inputs: int, outputs: int, size: int) -> Operation:
-    """(tokens, inputs) x (inputs, outputs): 2 flops per multiply-add; both operands read, the result written."""
+    """(tokens, inputs) x (inputs, outputs): 2 flops per multiply-add; operands read, the result written."""
     return Operation(
         2.0 * tokens * inputs * outputs, size * (tokens * inputs + inputs * outputs + tokens * outputs)
     )
@@ -135,11 +135,13 @@ def _touch(elements: float, size: int) -> Operation:
     return Operation(0.0, elements * size)
 
 
-def forward_segments(model: Model, kind: LayerKind, share: Share, rows: int, seq: int, size: int) -> tuple[Segment, ...]:
+def forward_segments(
+    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int
+) -> tuple[Segment, ...]:
     """Forward work of one layer for one rank: `rows` sequences of `seq` tokens, `size` bytes per element.
 
-    Attention counts the full seq x seq scores (the usual MFU convention; a causal kernel that skips half of them runs
-    at a lower efficiency than a plain product, which about cancels).
+    Attention counts the full seq x seq scores (the usual MFU convention; a causal kernel that skips half of
+    them runs at a lower efficiency than a plain product, which about cancels).
     """
     tokens, hidden = rows * seq, model.hidden_size
     heads, kv = share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
@@ -153,7 +155,9 @@ def forward_segments(model: Model, kind: LayerKind, share: Share, rows: int, seq
         # log-softmax in fp32: read the logits, write and read their exponentials
         return (Segment((norm, product, _touch(3 * tokens * vocab, 4)), 3 * tokens * 4),)
     width, kv_width = heads * model.head_dim, kv * model.head_dim
-    scores = Operation(4.0 * rows * heads * seq * seq * model.head_dim, size * tokens * (2 * width + 2 * kv_width))
+    scores = Operation(
+        4.0 * rows * heads * seq * seq * model.head_dim, size * tokens * (2 * width + 2 * kv_width)
+    )
     attention = (
         norm,
         _matmul(tokens, hidden, width + 2 * kv_width, size),
@@ -173,13 +177,13 @@ def forward_segments(model: Model, kind: LayerKind, share: Share, rows: int, seq
 
 
 def backward_segments(
-    model: Model, kind: LayerKind, share: Share, rows: int, seq: int, size: int
+    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int
 ) -> tuple[Segment, ...]:
-    """Backward work: every product twice (input and weight gradient), traffic twice; segments in reverse order.
+    """Backward work: every product twice (input and weight gradient), traffic twice; segments reversed.
 
     The embedding only adds into its weight gradient and reduces nothing.
     """
-    segments = forward_segments(model, kind, share, rows, seq, size)
+    segments = forward_segments(model, kind, share, rows, seq=seq, size=size)
     if kind == "embedding":
         return (Segment(segments[0].operations, 0),)
     reduced = rows * seq * model.hidden_size * size
@@ -194,6 +198,6 @@ def model_flops_per_token(model: Model, seq: int) -> float:
     whole = Share.whole(model)
     per_row = 0.0
     for kind, count in (("embedding", 1), ("decoder", model.layers), ("head", 1)):
-        for segment in forward_segments(model, kind, whole, 1, seq, 2):  # type: ignore[arg-type]
+        for segment in forward_segments(model, kind, whole, 1, seq=seq, size=2):  # type: ignore[arg-type]
             per_row += count * sum(o.flops for o in segment.operations)
     return 3 * per_row / seq

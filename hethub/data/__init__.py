@@ -1,1 +1,1 @@
-"""Text in, rows of tokens out: tokenizers, token files, and the order of samples as a pure function."""
+"""Training data: text to token files, token files to rows as a pure function of (seed, step, row)."""

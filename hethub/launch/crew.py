@@ -65,7 +65,8 @@ class _Actor:
                 return os.getpid()
             if method == "train":
                 self._results = []
-                return self._worker.train(*arguments, report=self._report) and None
+                self._worker.train(*arguments, report=self._report)
+                return self._worker.now()
             return getattr(self._worker, method)(*arguments)
         except BaseException as error:
             import traceback
@@ -183,10 +184,11 @@ class Crew:
         method: str,
         arguments: Mapping[int, tuple[Any, ...]] | tuple[Any, ...] = (),
         *,
+        devices: Sequence[int] | None = None,
         watch: Callable[[], None] | None = None,
         poll_seconds: float = 0.2,
     ) -> dict[int, Any]:
-        """Call a worker method on every device and wait for all answers, by device.
+        """Call a worker method on every device (or on `devices`) and wait for all answers, by device.
 
         `arguments` are the same for all or by device; `watch` is called while waiting. Raises RunError naming rank,
         device, action and reason as soon as any worker fails or dies.
@@ -194,7 +196,8 @@ class Crew:
         import ray
 
         pending = {}
-        for device, actor in self.actors.items():
+        for device in self.devices if devices is None else devices:
+            actor = self.actors[device]
             chosen = arguments[device] if isinstance(arguments, Mapping) else arguments
             pending[actor.call.remote(method, *chosen)] = device
         answers: dict[int, Any] = {}

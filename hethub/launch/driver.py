@@ -68,7 +68,6 @@ class RunOutcome:
     timeline: Timeline
     held_out: tuple[tuple[int, float], ...]
     step_seconds: float
-    wall_seconds: float
 
 
 def _compile(plan: Plan) -> _Compiled:
@@ -195,55 +194,68 @@ class _Run:
         if wanted != "auto":
             return float(wanted)
         scale = 0.0
-        for compiled in plans:
+        for compiled in reversed(plans):
             self.load(compiled, 1)
-            for real, predicted in self.crew.call("time_stages").values():
-                if predicted > 0:
+            # One group at a time: in the run, too, most of the others wait for their deadlines.
+            for group in sorted(set(compiled.program.groups.values())):
+                for real, predicted in self.crew.call("time_stages", devices=group).values():
                     scale = max(scale, real / (REAL_MATH_SHARE * predicted))
-        return scale
+        return self._rehearse(plans[0], scale)
+
+    def _rehearse(self, compiled: _Compiled, scale: float) -> float:
+        """Raise the scale by what the real math of one step takes longer when all workers share this machine."""
+        self.crew.call("start_clock", (time.monotonic(), scale))
+        self.crew.call("train", (0, 2))
+        timeline = self._timeline(compiled, scale)
+        return scale * max(1.0, max(d.real_ratio for d in summarize(timeline, 1, 1)) / REAL_MATH_SHARE)
 
     def train(self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str) -> RunOutcome:
-        """Train `steps` steps of a run of `total_steps`, evaluating as the job says."""
+        """Train `steps` steps of a run of `total_steps`, evaluating as the job says where that is the whole run.
+
+        Evaluation stands outside the timeline: the clock goes on where the last training step ended.
+        """
         self.load(compiled, total_steps)
-        job, workload = self.job, compiled.plan.workload
+        whole = steps == total_steps
+        workload = compiled.plan.workload
         root = compiled.program.layout.used[0]
-        progress = Progress(
-            title,
-            steps,
-            workload.global_batch * workload.sequence_length,
-            compiled.predicted_step_seconds,
-            scale,
-            self.emulated,
-        )
-        epoch = time.monotonic()
-        self.crew.call("start_clock", (epoch, scale))
+        tokens = workload.global_batch * workload.sequence_length
+        progress = Progress(title, steps, tokens, compiled.predicted_step_seconds, scale, self.emulated)
         reports: list[tuple[int, float, float]] = []
         held_out: list[tuple[int, float]] = []
-        wall = 0.0
-        for first, last in _segments(steps, job.evaluate_every if steps == total_steps else 0):
-            seen = len(reports)
-            progress.start()
-            begin = time.monotonic()
-
-            def watch(seen: int = seen) -> None:
-                fresh = self.crew.results(root, len(reports) - seen)
-                reports.extend(fresh)
-                progress.update(fresh)
-
-            self.crew.call("train", (first, last), watch=watch)
-            wall += time.monotonic() - begin
-            watch()
-            if job.evaluate_rows and steps == total_steps:
-                held_out.append((last, float(self.crew.call("evaluate", (job.evaluate_rows,))[root])))
+        modelled = 0.0
+        for first, last in _segments(steps, self.job.evaluate_every if whole else 0):
+            modelled = self._train_segment(first, last, modelled, scale, root, reports, progress)
+            if self.job.evaluate_rows and whole:
+                held_out.append((last, float(self.crew.call("evaluate", (self.job.evaluate_rows,))[root])))
         timeline = self._timeline(compiled, scale)
-        return RunOutcome(
-            tuple(loss for _, loss, _ in reports),
-            tuple(norm for _, _, norm in reports),
-            timeline,
-            tuple(held_out),
-            median_step_seconds(timeline, held_out, steps),
-            wall,
-        )
+        losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
+        return RunOutcome(tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out))
+
+    def _train_segment(
+        self,
+        first: int,
+        last: int,
+        modelled: float,
+        scale: float,
+        root: int,
+        reports: list[tuple[int, float, float]],
+        progress: Progress,
+    ) -> float:
+        """Steps [first, last), the clock starting at `modelled` seconds; returns what it shows at the end."""
+        if self.emulated:
+            LinkTable.clear(self.links_file)
+        self.crew.call("start_clock", (time.monotonic() - modelled * scale, scale))
+        progress.start()
+        before = len(reports)
+
+        def watch() -> None:
+            fresh = self.crew.results(root, len(reports) - before)
+            reports.extend(fresh)
+            progress.update(fresh)
+
+        ends = self.crew.call("train", (first, last), watch=watch)
+        watch()
+        return float(max(ends.values()))
 
     def _timeline(self, compiled: _Compiled, scale: float) -> Timeline:
         parts = self.crew.call("records")
@@ -276,12 +288,13 @@ def _segments(steps: int, every: int) -> list[tuple[int, int]]:
     return [(first, min(first + stride, steps)) for first in range(0, steps, stride)]
 
 
-def median_step_seconds(timeline: Timeline, held_out: Sequence[tuple[int, float]], steps: int) -> float:
+def median_step_seconds(timeline: Timeline, held_out: Sequence[tuple[int, float]]) -> float:
     """Median over the steps after the third, leaving out those that begin with an evaluation before them."""
     seconds = step_seconds(timeline)
     after_evaluation = {step for step, _ in held_out}
-    counted = [s for i, s in enumerate(seconds) if i >= min(_WARM_STEPS, steps - 1) and i not in after_evaluation]
-    return statistics.median(counted)
+    warm = min(_WARM_STEPS, len(seconds) - 1)
+    counted = [s for i, s in enumerate(seconds) if i >= warm and i not in after_evaluation]
+    return statistics.median(counted or seconds[-1:])
 
 
 def _summary(

@@ -31,6 +31,12 @@ class LinkTable:
         """Make the table with every link free; the owner of the run's folder deletes it."""
         file.write_bytes(bytes(8 * cells))
 
+    @staticmethod
+    def clear(file: Path) -> None:
+        """Make every link free at once, while nobody sends."""
+        with file.open("r+b") as stream:
+            stream.write(bytes(file.stat().st_size))
+
     def reserve(self, path: LinkPath, size_bytes: float, now: float) -> float:
         """Take the path from `now` on; returns the arrival time."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)

@@ -225,6 +225,10 @@ class Worker:
         if self.training is not None:
             self.compute.clock = Clock(epoch_seconds, time_scale)
 
+    def now(self) -> float:
+        """Modelled seconds since the clock's epoch."""
+        return self.compute.clock.now() if self.training is not None else 0.0
+
     def train(self, first: int, last: int, report: Callable[[int, StepResult], None] | None = None) -> list[StepResult]:
         """Steps [first, last); `report` is called after each. Idle devices return nothing."""
         results = []

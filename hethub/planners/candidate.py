@@ -12,7 +12,7 @@ from hethub.apportion import apportion
 from hethub.planners.chain import Chain, Chains, Setting
 from hethub.planners.seats import Crew
 
-__all__ = ["Candidate", "Entry", "Proposal", "Team", "divisors", "lower_bound", "price", "proposals"]
+__all__ = ["Candidate", "Entry", "Proposal", "Team", "divisors", "least_tail", "lower_bound", "price", "proposals"]
 
 
 class Team(NamedTuple):
@@ -29,7 +29,7 @@ class Team(NamedTuple):
     @property
     def pools(self) -> tuple[int, ...]:
         """Numbers of the pools in use, ascending."""
-        return tuple(sorted({seat.pool for crew, _ in self.crews for slot in crew for seat in slot}))
+        return tuple(sorted({seat.pool for crew, _ in self.crews for slot, _ in crew for seat in slot}))
 
 
 class Proposal(NamedTuple):
@@ -87,24 +87,46 @@ def proposals(team: Team, batch: int) -> Iterator[Proposal]:
             yield Proposal(team, 0, micro_batches)
 
 
+def least_tail(chains: Chains, team: Team) -> float:
+    """Seconds that reduction and update of a team take at least, however the layers are divided."""
+    return max(chains.tail_bound(crew, _setting(team, copies, 1, False, 0)) for crew, copies in team.crews)
+
+
 def lower_bound(chains: Chains, proposal: Proposal, batch: int) -> float:
-    """Seconds that no division of the layers can beat, cheap to compute; infinite where rows cannot be dealt."""
+    """Seconds up to the reduction that no division of the layers can beat, cheap to compute.
+
+    Infinite where the rows cannot be dealt or a layer fits nowhere.
+    """
     team = proposal.team
-    if proposal.rows:
-        micro_batches = batch // proposal.rows
-        bounds = [chains.bound(crew, proposal.rows) for crew, _ in team.crews]
-        speed = sum(copies / period for (_, copies), (period, _) in zip(team.crews, bounds, strict=True))
-        if speed == 0.0 or any(math.isinf(period) for period, _ in bounds):
-            return math.inf
-        if len(team.crews) == 1:
-            period, fill = bounds[0]
-            return fill + (math.ceil(micro_batches / team.pipelines) - 1) * period
-        return micro_batches / speed
-    worst = 0.0
-    for crew, rows, _ in _dealt_rows(chains, proposal, batch):
-        period, fill = chains.bound(crew, rows) if rows else (0.0, 0.0)
-        worst = max(worst, fill + (proposal.micro_batches - 1) * period)
-    return worst
+    if proposal.micro_batches:
+        worst = 0.0
+        for crew, rows, _ in _dealt_rows(chains, proposal, batch):
+            if rows:
+                period, fill = chains.bound(crew, rows)
+                worst = max(worst, math.inf if math.isinf(period) else fill + (proposal.micro_batches - 1) * period)
+        return worst
+    bounds = [(copies, *chains.bound(crew, proposal.rows)) for crew, copies in team.crews]
+    if any(math.isinf(period) for _, period, _ in bounds):
+        return math.inf
+    if len(bounds) == 1:
+        copies, period, fill = bounds[0]
+        return fill + (math.ceil(batch // proposal.rows / copies) - 1) * period
+    return _least_seconds(bounds, batch // proposal.rows)
+
+
+def _least_seconds(bounds: list[tuple[int, float, float]], micro_batches: int) -> float:
+    """When (copies, period, fill) pipelines can have done so many micro-batches together, fractions allowed.
+
+    By T a pipeline has done at most 1 + (T - fill) / period, and none before that is positive.
+    """
+    while True:
+        speed = sum(copies / period for copies, period, _ in bounds)
+        ahead = sum(copies * (1 - fill / period) for copies, period, fill in bounds)
+        seconds = (micro_batches - ahead) / speed
+        able = [entry for entry in bounds if seconds > entry[2] - entry[1]]
+        if len(able) == len(bounds) or not able:
+            return seconds
+        bounds = able
 
 
 def price(
@@ -174,7 +196,7 @@ def _dealt_rows(chains: Chains, proposal: Proposal, batch: int) -> list[tuple[Cr
     weights: list[float] = []
     places: list[Crew] = []
     for crew, copies in team.crews:
-        least = sum(sum(seat.count for seat in slot) for slot in crew) // len(crew)
+        least = max(sum(seat.count for seat in slot) for slot, _ in crew)
         period = chains.bound(crew, max(1, least, total // team.pipelines))[0]
         weights.extend([1.0 / period] * copies)
         places.extend([crew] * copies)

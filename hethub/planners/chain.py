@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hethub.apportion import apportion
 from hethub.cost.graph import Path
-from hethub.planners.seats import Crew, Seat, SeatCost, SeatCosts, Slot
+from hethub.planners.seats import Crew, Seat, SeatCost, SeatCosts, Slot, crew_size, crew_slots
 
 __all__ = ["Chain", "Chains", "Setting", "StageDraft"]
 
@@ -56,11 +56,28 @@ class Chain:
         return self.fill_seconds + (micro_batches - 1) * self.period_seconds
 
 
-class _Staff(NamedTuple):
-    """A slot with its rows dealt out."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Staff:
+    """A slot with its rows dealt out.
+
+    `decoder_seconds` is one decoder's forward and backward on the slowest seat, `again_seconds` its forward; without
+    and with recomputation at most `most_kept` and `most_recomputed` decoders fit, whatever surrounds the slot.
+    """
 
     seats: tuple[tuple[Seat, int], ...]
     costs: tuple[SeatCost, ...]
+    decoder_seconds: float
+    again_seconds: float
+    most_kept: int
+    most_recomputed: int
+
+    def least_seconds(self, decoders: int) -> float:
+        """Seconds of a micro-batch over so many decoders in the best of surroundings."""
+        if decoders <= self.most_kept:
+            return decoders * self.decoder_seconds
+        if decoders <= self.most_recomputed:
+            return decoders * (self.decoder_seconds + self.again_seconds)
+        return _NEVER
 
 
 class Chains:
@@ -72,6 +89,8 @@ class Chains:
         self._staffs: dict[tuple[Slot, int], _Staff | None] = {}
         self._chains: dict[tuple[Crew, int, Setting], Chain | None] = {}
         self._periods: dict[tuple[Crew, int], tuple[float, float]] = {}
+        self._tails: dict[tuple[Crew, Setting], float] = {}
+        self._tail_rates: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def bound(self, crew: Crew, rows: int) -> tuple[float, float]:
         """(least period, least fill) in seconds of any division of the layers, memory and links ignored.
@@ -85,17 +104,27 @@ class Chains:
         return found
 
     def _bound(self, crew: Crew, rows: int) -> tuple[float, float]:
-        if len(crew) > self.layers + 2:
+        """Whole decoders to the slots, the slowest slot as quick as can be. The ends and the links are left out, and of
+        memory only what a single micro-batch needs counts."""
+        if crew_size(crew) > self.layers + 2:
             return _NEVER, _NEVER
-        speed, least = 0.0, _NEVER
-        for slot in crew:
+        runs = []
+        for slot, count in crew:
             staff = self.staff(slot, rows)
             if staff is None:
                 return _NEVER, _NEVER
-            seconds = max(sum(cost.decoder) for cost in staff.costs)
-            speed += 1.0 / seconds
-            least = min(least, seconds)
-        return self.layers / speed, self.layers * least
+            runs.append((staff, count))
+        levels = [0] * len(runs)
+        queue = [(staff.least_seconds(1), i) for i, (staff, _) in enumerate(runs)]
+        heapq.heapify(queue)
+        left, period = self.layers, 0.0
+        while left > 0:
+            period, i = queue[0]
+            staff, count = runs[i]
+            left -= count  # alike slots take one decoder each
+            levels[i] += 1
+            heapq.heapreplace(queue, (staff.least_seconds(levels[i] + 1), i))
+        return period, max(period, self.layers * min(staff.decoder_seconds for staff, _ in runs))
 
     def staff(self, slot: Slot, rows: int) -> _Staff | None:
         """Deal the rows of a micro-batch to a slot's replicas by speed; None when there are too few."""
@@ -117,20 +146,30 @@ class Chains:
             kind = (seat.pool, seat.degree, own)
             kinds[kind] = kinds.get(kind, 0) + 1
         seats = tuple((Seat(pool, degree, count), own) for (pool, degree, own), count in kinds.items())
-        return _Staff(seats, tuple(self.costs.cost(s.pool, s.degree, own) for s, own in seats))
+        costs = tuple(self.costs.cost(s.pool, s.degree, own) for s, own in seats)
+        # no end, one micro-batch in flight, updates shared by very many: the least that memory can ask
+        most = [min(c.most_decoders(False, False, 1, 1 << 30, full) for c in costs) for full in (False, True)]
+        return _Staff(
+            seats=seats,
+            costs=costs,
+            decoder_seconds=max(sum(cost.decoder) for cost in costs),
+            again_seconds=max(cost.decoder[0] for cost in costs),
+            most_kept=most[0],
+            most_recomputed=max(most),
+        )
 
     def chain(self, crew: Crew, rows: int, setting: Setting) -> Chain | None:
         """The best division of the layers over the crew, or None when it does not fit."""
         # Deeper than this a stage never runs ahead, so that more micro-batches price alike.
-        setting = setting._replace(micro_batches=min(setting.micro_batches, 4 * len(crew)))
+        setting = setting._replace(micro_batches=min(setting.micro_batches, 4 * crew_size(crew)))
         key = (crew, rows, setting)
         if key not in self._chains:
             self._chains[key] = self._price(crew, rows, setting)
         return self._chains[key]
 
     def _price(self, crew: Crew, rows: int, setting: Setting) -> Chain | None:
-        staffs = [self.staff(slot, rows) for slot in crew]
-        if len(crew) > self.layers + 2 or None in staffs:
+        staffs = [self.staff(slot, rows) for slot in crew_slots(crew)]
+        if len(staffs) > self.layers + 2 or None in staffs:
             return None
         known = [staff for staff in staffs if staff is not None]
         count = len(known)
@@ -224,31 +263,64 @@ class Chains:
         return pools.path(source.pool, source.pool), max(1, size // source.degree) if apart else 1
 
     def _tail(self, stage: _Stage, decoders: int, setting: Setting) -> float:
-        """Reduce, update and gather of the most loaded rank, roughly: messages of all devices of a node share its
-        link, and every holder exchanges all that it does not update itself."""
-        compute, pools = self.costs.compute, self.costs.pools
+        """Reduce, update and gather of the stage's most loaded rank."""
         worst = 0.0
         for cost in stage.staff.costs:
-            elements = stage.elements(cost, decoders)
-            owned = elements / stage.holders
-            device_type = pools[cost.pool].type
-            update = cost.gradient * 2 + 2 * cost.state + 2 * cost.width
-            seconds = compute.touch_seconds(device_type, owned * update)
-            if stage.holders > 1:
-                size = pools[cost.pool].node_size
-                inside = setting.stage_major and not setting.others and setting.copies * cost.degree <= size
-                path = pools.path(cost.pool, cost.pool, within_node=inside)
-                if setting.others or path is None:
-                    paths = [pools.path(cost.pool, other) for other in setting.pools if other != cost.pool]
-                    known = [p for p in (*paths, path) if p is not None]
-                    path = max(known, key=lambda p: p.seconds(elements), default=None)
-                moved = (elements - owned) * (cost.gradient + cost.width)
-                seconds += compute.touch_seconds(device_type, (elements - owned) * (3 * cost.gradient + 2 * cost.width))
-                if path is not None:
-                    seconds += 2 * path.latency_seconds
-                    seconds += moved * (1 if inside else size) / path.bandwidth_bytes_per_second
-            worst = max(worst, seconds)
+            latency, each = self._tail_rate(cost.pool, cost.degree, stage.holders, setting)
+            worst = max(worst, latency + each * stage.elements(cost, decoders))
         return worst
+
+    def tail_bound(self, crew: Crew, setting: Setting) -> float:
+        """The least `tail_seconds` of any division of the layers: decoders only, fractions allowed."""
+        key = (crew, setting)
+        found = self._tails.get(key)
+        if found is None:
+            found = self._tails[key] = self.layers / sum(
+                count / self._slot_tail(slot, setting) for slot, count in crew
+            )
+        return found
+
+    def _slot_tail(self, slot: Slot, setting: Setting) -> float:
+        """Least seconds of the tail for each decoder."""
+        holders = setting.copies * sum(seat.count for seat in slot) + setting.others
+        worst = 0.0
+        for seat in slot:
+            elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
+            ways = [setting._replace(stage_major=stage_major) for stage_major in (False, True)]
+            worst = max(
+                worst, elements * min(self._tail_rate(seat.pool, seat.degree, holders, way)[1] for way in ways)
+            )
+        return worst
+
+    def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> tuple[float, float]:
+        """(latency, seconds for each element that a rank holds) of reduce, update and gather, roughly: messages of all
+        devices of a node share its link, and every holder exchanges all that it does not update itself."""
+        key = (pool, degree, holders, setting.copies, setting.others, setting.pools, setting.stage_major)
+        if key not in self._tail_rates:
+            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting)
+        return self._tail_rates[key]
+
+    def _find_tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> tuple[float, float]:
+        compute, pools = self.costs.compute, self.costs.pools
+        cost = self.costs.cost(pool, degree, 1)
+        owned, moved = 1.0 / holders, 1.0 - 1.0 / holders
+        traffic = owned * (2 * cost.gradient + 2 * cost.state + 2 * cost.width)
+        traffic += moved * (3 * cost.gradient + 2 * cost.width)
+        each = compute.touch_seconds(pools[pool].type, traffic)
+        if holders == 1:
+            return 0.0, each
+        size = pools[pool].node_size
+        inside = setting.stage_major and not setting.others and setting.copies * degree <= size
+        paths = [pools.path(pool, pool, within_node=inside)]
+        if setting.others:
+            paths += [pools.path(pool, other) for other in setting.pools if other != pool]
+        known = [path for path in paths if path is not None]
+        if not known:
+            return 0.0, each
+        slowest = min(known, key=lambda path: path.bandwidth_bytes_per_second)
+        shared = 1 if inside else size
+        each += moved * (cost.gradient + cost.width) * shared / slowest.bandwidth_bytes_per_second
+        return 2 * slowest.latency_seconds, each
 
 
 class _Stage:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from hethub.planners.candidate import Candidate, Proposal, Team, lower_bound, price, proposals
+from hethub.planners.candidate import Candidate, Proposal, Team, least_tail, lower_bound, price, proposals
 from hethub.planners.chain import Chains
-from hethub.planners.seats import Crew, SeatCosts
+from hethub.planners.seats import Crew, SeatCosts, crew_size
 from hethub.planners.teams import orders, teams
 
 __all__ = ["Ranking", "deeper", "rank"]
@@ -56,9 +56,10 @@ def rank(chains: Chains, numbers: tuple[int, ...], batch: int, most: int) -> Ran
     queue: list[tuple[float, int, Proposal]] = []
     considered = 0
     for team in dict.fromkeys(teams(costs, numbers, batch)):
+        tail = least_tail(chains, team)
         for proposal in proposals(team, batch):
             considered += 1
-            bound = lower_bound(chains, proposal, batch)
+            bound = tail + lower_bound(chains, proposal, batch)
             if bound < math.inf:
                 queue.append((bound, considered, proposal))
     heapq.heapify(queue)
@@ -71,33 +72,36 @@ def rank(chains: Chains, numbers: tuple[int, ...], batch: int, most: int) -> Ran
 
 def _offer_variants(chains: Chains, proposal: Proposal, batch: int, best: _Best) -> int:
     """Price a proposal in all orders of its pools and both ways to deal out units; returns how many more these are."""
-    variants = list(_variants(chains.costs, proposal))
+    variants = _variants(chains.costs, proposal)
+    ways = (False, True) if _repeats(proposal) else (False,)
     for variant in variants:
-        for stage_major in (False, True) if _repeats(variant) else (False,):
+        for stage_major in ways:
             candidate = price(chains, variant, batch, stage_major=stage_major)
             if candidate is not None:
                 best.offer(candidate)
-    return len(variants) * (2 if _repeats(proposal) else 1) - 1
+    return len(variants) * len(ways) - 1
 
 
 def _repeats(proposal: Proposal) -> bool:
     """Whether dealing out by stage or by pipeline differs."""
-    return any(copies > 1 and len(crew) > 1 for crew, copies in proposal.team.crews)
+    return any(copies > 1 and crew_size(crew) > 1 for crew, copies in proposal.team.crews)
 
 
-def _variants(costs: SeatCosts, proposal: Proposal) -> Iterator[Proposal]:
+def _variants(costs: SeatCosts, proposal: Proposal) -> list[Proposal]:
+    """The proposal with its pools in other orders along the pipelines."""
     pools = proposal.team.pools
     if len(pools) == 1 or proposal.team.family in ("mixed", "beside"):
-        yield proposal
-        return
+        return [proposal]
+    found = []
     for order in orders(costs, pools):
         place = {pool: number for number, pool in enumerate(order)}
         crews = tuple((_sorted(crew, place), copies) for crew, copies in proposal.team.crews)
-        yield proposal._replace(team=Team(proposal.team.family, crews))
+        found.append(proposal._replace(team=Team(proposal.team.family, crews)))
+    return found
 
 
 def _sorted(crew: Crew, place: dict[int, int]) -> Crew:
-    return tuple(sorted(crew, key=lambda slot: place[slot[0].pool]))
+    return tuple(sorted(crew, key=lambda run: place[run[0][0].pool]))
 
 
 def deeper(chains: Chains, candidates: Iterable[Candidate], batch: int) -> Iterator[Candidate]:

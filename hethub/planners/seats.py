@@ -6,7 +6,9 @@ all of the pool's, so that a search over thousands of splits evaluates them with
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
@@ -16,7 +18,7 @@ from hethub.planners.pools import Pools
 from hethub.planners.shares import even_shares
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
 
-__all__ = ["Crew", "Ends", "Seat", "SeatCost", "SeatCosts", "Slot"]
+__all__ = ["Crew", "Ends", "Seat", "SeatCost", "SeatCosts", "Slot", "crew_size", "crew_slots"]
 
 
 class Seat(NamedTuple):
@@ -28,7 +30,17 @@ class Seat(NamedTuple):
 
 
 Slot = tuple[Seat, ...]  # a stage without its layers
-Crew = tuple[Slot, ...]  # a pipeline without its layers
+Crew = tuple[tuple[Slot, int], ...]  # a pipeline without its layers: slots, each with how many follow each other
+
+
+def crew_size(crew: Crew) -> int:
+    """How many stages."""
+    return sum(count for _, count in crew)
+
+
+def crew_slots(crew: Crew) -> list[Slot]:
+    """The slot of every stage."""
+    return [slot for slot, count in crew for _ in range(count)]
 
 
 class Ends(NamedTuple):
@@ -57,7 +69,7 @@ class SeatCost:
     head: tuple[float, float]
     decoder_elements: int
     decoder_kept: int
-    ends: dict[tuple[bool, bool], Ends]
+    ends: Mapping[tuple[bool, bool], Ends]  # by (first stage, last stage)
     usable: int
     width: int  # bytes of a weight
     gradient: int  # bytes of a gradient element
@@ -98,6 +110,18 @@ class SeatCost:
         kept = ends.kept + decoders * self.decoder_kept
         activations = held * ends.entry + kept if full else held * kept
         return elements * self.element_bytes(holders) + activations + ends.fixed
+
+
+class _LazyEnds(dict[tuple[bool, bool], Ends]):
+    """Measured when asked for: most stages have no end."""
+
+    def __init__(self, measure: Callable[[bool, bool], Ends]) -> None:
+        super().__init__()
+        self._measure = measure
+
+    def __missing__(self, key: tuple[bool, bool]) -> Ends:
+        found = self[key] = self._measure(*key)
+        return found
 
 
 class SeatCosts:
@@ -145,11 +169,7 @@ class SeatCosts:
             head=seconds(model.layers + 1),
             decoder_elements=elements,
             decoder_kept=kept,
-            ends={
-                (first, last): self._ends(ranks[0], rows, first, last, elements, kept, boundary, width)
-                for first in (False, True)
-                for last in (False, True)
-            },
+            ends=_LazyEnds(partial(self._ends, ranks[0], rows, elements, kept, boundary, width)),
             usable=usable_bytes(device_type),
             width=width,
             gradient=gradient_bytes(workload.precision),
@@ -161,12 +181,12 @@ class SeatCosts:
         self,
         rank: RankPlace,
         rows: int,
-        first: bool,
-        last: bool,
         elements: int,
         kept: int,
         boundary: int,
         width: int,
+        first: bool,
+        last: bool,
     ) -> Ends:
         """Measure a stage of `cost.memory` and take its decoders off."""
         workload = self.compute.workload

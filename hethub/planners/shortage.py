@@ -13,7 +13,7 @@ from hethub.planners.candidate import Team
 from hethub.planners.chain import Chains, Setting
 from hethub.planners.interface import Problem
 from hethub.planners.pools import Pools
-from hethub.planners.seats import Seat, SeatCost, SeatCosts
+from hethub.planners.seats import Seat, SeatCost, SeatCosts, crew_slots
 from hethub.planners.teams import combinations
 from hethub.specs.cluster import Cluster
 
@@ -77,7 +77,7 @@ def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[Team]:
     for combination in combinations(costs, numbers):
         units = {pool: costs.pools[pool].unit_count(degree) for pool, degree in combination.items()}
         copies = -(-sum(units.values()) // (chains.layers + 2))
-        crew = tuple((Seat(p, d, 1),) for p, d in combination.items() for _ in range(units[p] // copies))
+        crew = tuple(((Seat(p, d, 1),), units[p] // copies) for p, d in combination.items() if units[p] >= copies)
         if crew:
             yield Team("chain", ((crew, copies),))
 
@@ -85,9 +85,9 @@ def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[Team]:
 def _least_need(chains: Chains, team: Team) -> _Need:
     """Hand out the decoders so that the device that is most over its memory is least over it."""
     ((crew, copies),) = team.crews
-    last = len(crew) - 1
-    costs = [chains.costs.cost(slot[0].pool, slot[0].degree, 1) for slot in crew]
-    decoders = [0 if i in (0, last) else 1 for i in range(len(crew))]
+    costs = [chains.costs.cost(slot[0].pool, slot[0].degree, 1) for slot in crew_slots(crew)]
+    last = len(costs) - 1
+    decoders = [0 if i in (0, last) else 1 for i in range(len(costs))]
 
     def needed(i: int, count: int) -> float:
         full = count > costs[i].most_decoders(i == 0, i == last, 1, copies, False)

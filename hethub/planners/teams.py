@@ -32,14 +32,17 @@ def degrees(pool: Pool, kv_heads: int) -> list[int]:
 
 
 def orders(costs: SeatCosts, pools: Iterable[int]) -> list[tuple[int, ...]]:
-    """Orders of pools along a pipeline. Few pools: all. Else: as in the spec, by memory, by speed, and reversed."""
+    """Orders of pools along a pipeline: most memory first, its reverse, and further ones: all where pools are few,
+    else as in the spec, by speed, and their reverses."""
     numbers = tuple(pools)
-    if len(numbers) <= 3:
-        return list(permutations(numbers))
     memory = tuple(sorted(numbers, key=lambda n: (-costs.pools[n].type.memory_bytes, n)))
-    speed = tuple(sorted(numbers, key=lambda n: (sum(costs.cost(n, 1, 1).decoder), n)))
-    found = [numbers, memory, speed]
-    return list(dict.fromkeys([*found, *(order[::-1] for order in found)]))
+    found = [memory, memory[::-1]]
+    if len(numbers) <= 3:
+        found += permutations(memory)
+    else:
+        speed = tuple(sorted(numbers, key=lambda n: (sum(costs.cost(n, 1, 1).decoder), n)))
+        found += [numbers, numbers[::-1], speed, speed[::-1]]
+    return list(dict.fromkeys(found))
 
 
 def teams(costs: SeatCosts, numbers: tuple[int, ...], batch: int) -> Iterator[Team]:
@@ -94,12 +97,12 @@ def _repeats(units: dict[int, int], batch: int) -> list[int]:
 def _chain(combination: dict[int, int], units: dict[int, int], batch: int) -> Iterator[Team]:
     for copies in _repeats(units, batch):
         for replicas in _replica_choices(combination, units, copies):
-            crew: list[tuple[Seat, ...]] = []
-            for pool, degree in combination.items():
-                count = units[pool] // (copies * replicas[pool])
-                crew.extend([(Seat(pool, degree, replicas[pool]),)] * count)
-            if crew and len({slot[0].pool for slot in crew}) == len(combination):
-                yield Team("chain", ((tuple(crew), copies),))
+            crew = tuple(
+                ((Seat(pool, degree, replicas[pool]),), units[pool] // (copies * replicas[pool]))
+                for pool, degree in combination.items()
+            )
+            if all(count for _, count in crew):
+                yield Team("chain", ((crew, copies),))
 
 
 def _replica_choices(combination: dict[int, int], units: dict[int, int], copies: int) -> Iterator[dict[int, int]]:
@@ -115,7 +118,7 @@ def _mixed(combination: dict[int, int], units: dict[int, int], batch: int) -> It
         for stages in range(1, min(units.values()) // copies + 1):
             slot = tuple(Seat(pool, d, units[pool] // (copies * stages)) for pool, d in combination.items())
             if sum(seat.count for seat in slot) * copies <= batch:
-                yield Team("mixed", (((slot,) * stages, copies),))
+                yield Team("mixed", ((((slot, stages),), copies),))
 
 
 def _beside(combination: dict[int, int], units: dict[int, int], batch: int) -> Iterator[Team]:
@@ -124,7 +127,7 @@ def _beside(combination: dict[int, int], units: dict[int, int], batch: int) -> I
         crews = []
         for pool, degree in combination.items():
             own = min(stages, units[pool])
-            crews.append(((((Seat(pool, degree, 1),),) * own), units[pool] // own))
+            crews.append(((((Seat(pool, degree, 1),), own),), units[pool] // own))
         if sum(copies for _, copies in crews) <= batch:
             yield Team("beside", tuple(crews))
 
@@ -139,9 +142,9 @@ def _parts(combination: dict[int, int], units: dict[int, int], batch: int) -> It
             crews: dict[Crew, int] = {}
             for counts in division:
                 crew = tuple(
-                    (Seat(pool, combination[pool], 1),)
+                    ((Seat(pool, combination[pool], 1),), count)
                     for pool, count in zip(pools, counts, strict=True)
-                    for _ in range(count)
+                    if count
                 )
                 crews[crew] = crews.get(crew, 0) + 1
             yield Team("parts", tuple(crews.items()))

@@ -1,0 +1,1 @@
+"""Plans compiled into action lists: schedules, ownership, compilation, proof, and the checker."""

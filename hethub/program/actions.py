@@ -59,7 +59,7 @@ class Message(NamedTuple):
 
 
 class Price(NamedTuple):
-    """Predicted seconds of an action on one device: `price` is its whole group's, `member` the device's place in it."""
+    """Predicted seconds of an action on one device: its whole group's price and its place in the group."""
 
     price: ComputePrice
     member: int
@@ -77,11 +77,11 @@ Channel = tuple[int, int, Lane]
 class Program:
     """Everything that one step does, everywhere.
 
-    `devices[d]` is the action list of device d (empty when unused). `groups[d, stage]` is the tensor-parallel group
-    that device d computes stage `stage` with. `prices[d, stage, kind]` prices compute; stage -1 for the work after the
-    pipeline. `inbound[d, stage, what]` are the transfers that make up a stage's input or output gradient on d, in row
-    order, those from d itself included. `order[channel]` are its messages in the sender's order and `depth[channel]`
-    the receive buffers that suffice.
+    `devices[d]` is the action list of device d (empty when unused). `groups[d, stage]` is the tensor-parallel
+    group that device d computes stage `stage` with. `prices[d, stage, kind]` prices compute; stage -1 for the
+    work after the pipeline. `inbound[d, stage, what]` are the transfers that make up a stage's input or
+    output gradient on d, in row order, those from d itself included. `order[channel]` are its messages in the
+    sender's order and `depth[channel]` the receive buffers that suffice.
     """
 
     layout: Layout
@@ -108,5 +108,7 @@ class Program:
         if entry.message >= 0:
             transfer = self.transfers[self.messages[entry.message].transfer]
             other = transfer.destination if entry.kind == Kind.SEND else transfer.source
-            words.append(f"{transfer.what.name.lower()} {'to' if entry.kind == Kind.SEND else 'from'} rank {other}")
+            words.append(
+                f"{transfer.what.name.lower()} {'to' if entry.kind == Kind.SEND else 'from'} rank {other}"
+            )
         return " ".join(words)

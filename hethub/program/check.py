@@ -230,7 +230,7 @@ def _seats(plan: Plan) -> Iterator[_Seat]:
             for r, replica in enumerate(stage.replicas):
                 first_row = 0
                 for k, rank in enumerate(replica.ranks):
-                    keys = ("pipelines", p, "stages", s, "replicas", r, "ranks", k)
+                    keys: Keys = ("pipelines", p, "stages", s, "replicas", r, "ranks", k)
                     for place, device in enumerate(_safe_names(rank)):
                         # innermost first: rank of the group, then replica, then pipeline
                         turn, member = divmod(place, rank.count)
@@ -257,8 +257,8 @@ def _check_names(plan: Plan, seats: list[_Seat]) -> Iterator[Problem]:
                     keys = ("pipelines", p, "stages", s, "replicas", r, "ranks", k)
                     yield from _check_entry(rank, wanted * rank.count, keys)
     known = {device.name for device in plan.cluster.devices()}
-    for keys, names in _by_entry(seat for seat in seats if seat.device not in known).items():
-        yield Problem((*keys, _device_key(plan, keys)), _unknown_text(plan.cluster, names))
+    for entry, names in _by_entry(seat for seat in seats if seat.device not in known).items():
+        yield Problem((*entry, _device_key(plan, entry)), _unknown_text(plan.cluster, names))
 
 
 def _check_entry(rank: Rank, wanted: int, keys: Keys) -> Iterator[Problem]:

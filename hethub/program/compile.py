@@ -1,4 +1,4 @@
-"""Compile a layout into a program: schedule each pipeline, join stages by transfers, reduce and update by ownership."""
+"""Compile a layout into a program: schedule pipelines, join stages, reduce and update by ownership."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Builder:
         self.order: dict[Channel, list[int]] = defaultdict(list)
         self.unreceived: dict[tuple[int, int], int] = {}  # (transfer, micro-batch) -> message
 
-    # -- transfers -----------------------------------------------------------------------------------------------
+    # -- transfers -------------------------------------------------------------------------------------------
 
     def add_transfer(
         self,
@@ -90,7 +90,7 @@ class _Builder:
         number = self.unreceived.pop((transfer, micro_batch))
         self.actions[entry.destination].append(Action(Kind.RECEIVE, entry.stage, micro_batch, number))
 
-    # -- the pipelines -------------------------------------------------------------------------------------------
+    # -- the pipelines ---------------------------------------------------------------------------------------
 
     def pipeline(self, pipeline: PipelinePlace) -> None:
         pairs = list(pairwise(pipeline.stages))
@@ -134,7 +134,7 @@ class _Builder:
                 if self.transfers[transfer].destination != device:
                     self.send(transfer, task.micro_batch)
 
-    # -- after the pipelines -------------------------------------------------------------------------------------
+    # -- after the pipelines ---------------------------------------------------------------------------------
 
     def touch(self, device: int, kind: Kind, size: float) -> None:
         """An action without a stage, priced by the memory traffic of `size` bytes."""
@@ -144,7 +144,7 @@ class _Builder:
         self.actions[device].append(Action(kind, -1, -1, -1))
 
     def route(self, what: What, routes: dict[tuple[int, int], tuple[int, ...]], width: int) -> None:
-        """Send slices along every route: all sends of a device first, neighbours in turn, then its receives."""
+        """Send slices along every route: a device sends all, neighbours in turn, then receives."""
         count = len(self.actions)
         transfers = {
             (source, destination): self.add_transfer(
@@ -194,11 +194,11 @@ class _Builder:
             size = BYTES[self.compute.graph.devices[device].type.dtype_for(precision)]
             # read gradient; read and write master and moments; write the weight
             self.touch(
-                device, Kind.UPDATE, owned * (gradient_bytes(precision) + 2 * state_bytes(precision) + 2 * size)
+                device,
+                Kind.UPDATE,
+                owned * (gradient_bytes(precision) + 2 * state_bytes(precision) + 2 * size),
             )
-        narrow = min(
-            BYTES[self.compute.graph.devices[d].type.dtype_for(precision)] for d in self.layout.used
-        )
+        narrow = min(BYTES[self.compute.graph.devices[d].type.dtype_for(precision)] for d in self.layout.used)
         self.route(What.WEIGHTS, dict(self.ownership.weight_routes), narrow)
         incoming: dict[int, int] = defaultdict(int)
         for (_, holder), slices in self.ownership.weight_routes.items():
@@ -230,8 +230,8 @@ class _Builder:
 
     def _depths(self, order: dict[Channel, tuple[int, ...]]) -> Iterator[tuple[Channel, int]]:
         """Receives are posted in the sender's order and consumed in any: a buffer is needed for every message
-        that is posted before the one waited for and not consumed yet. At least two, so that one can fill while
-        the other is read."""
+        that is posted before the one waited for and not consumed yet. At least two, so that one can fill
+        while the other is read."""
         position = {message: i for messages in order.values() for i, message in enumerate(messages)}
         consumed: dict[Channel, int] = defaultdict(int)
         need: dict[Channel, int] = defaultdict(lambda: 2)
@@ -295,7 +295,9 @@ def _hop_seconds(compute: ComputeModel, one: StagePlace, other: StagePlace) -> f
         rows = target.rows[1] - target.rows[0]
         if target.ranks[0].device != source:
             path = compute.graph.path(source, target.ranks[0].device)
-            worst = max(worst, path.seconds(rows * workload.sequence_length * workload.model.hidden_size * size))
+            worst = max(
+                worst, path.seconds(rows * workload.sequence_length * workload.model.hidden_size * size)
+            )
     return worst
 
 

@@ -1,8 +1,9 @@
 """Who holds and who updates which slice of which parameter: one table, read by all.
 
-Slices are the common refinement of all holders' cuts along a parameter's cut axis. Every element has exactly one
-updater. A holder is a *contributor* when its gradient is a partial sum (other rows, pipelines, a tied place) and not
-one when it holds a mere copy (a norm weight on the later ranks of a tensor-parallel group): copies are never added.
+Slices are the common refinement of all holders' cuts along a parameter's cut axis. Every element has exactly
+one updater. A holder is a *contributor* when its gradient is a partial sum (other rows, pipelines, a tied
+place) and not one when it holds a mere copy (a norm weight on the later ranks of a tensor-parallel group):
+copies are never added.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from hethub.cost.shapes import Parameter, model_parameters, parameter_span
@@ -18,7 +20,7 @@ from hethub.specs.layout import Layout, Span
 
 __all__ = ["Ownership", "Slice", "own"]
 
-# Below this many elements a slice goes to one updater: cutting a norm weight further only multiplies messages.
+# Below this many elements a slice goes to one updater: cutting a norm weight only multiplies messages.
 _SMALL = 4096
 
 
@@ -108,9 +110,11 @@ def _holdings(layout: Layout, parameter: Parameter) -> list[tuple[int, Span, boo
 def _refine(holdings: list[tuple[int, Span, bool]]) -> list[_Piece]:
     edges = sorted({edge for _, span, _ in holdings for edge in span})
     pieces = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         inside = [(d, adds) for d, span, adds in holdings if span[0] <= start and stop <= span[1]]
-        pieces.append(_Piece((start, stop), tuple(d for d, _ in inside), tuple(d for d, adds in inside if adds)))
+        pieces.append(
+            _Piece((start, stop), tuple(d for d, _ in inside), tuple(d for d, adds in inside if adds))
+        )
     return pieces
 
 
@@ -123,7 +127,8 @@ def _share_out(number: int, parameter: Parameter, piece: _Piece, turn: int) -> l
     else:
         width = stop - start
         spans = {
-            d: (start + width * i // count, start + width * (i + 1) // count) for i, d in enumerate(piece.holders)
+            d: (start + width * i // count, start + width * (i + 1) // count)
+            for i, d in enumerate(piece.holders)
         }
     return [
         Slice(number, a, b, (b - a) * each, piece.holders, piece.contributors, updater)

@@ -19,13 +19,13 @@ class ProgramError(Exception):
 def prove(program: Program) -> None:
     """Check that
 
-    1. every message is sent once by its source and received once by its destination, and each channel's stated order
-       is the order of its sends,
+    1. every message is sent once by its source and received once by its destination, and each channel's
+       stated order is the order of its sends,
     2. every micro-batch goes forward (and, in training, backward) once on every rank of every stage,
-    3. what an action reads is there before it: inputs are received first, results are sent after they are made, and
-       reduction, norm, update and gather follow each other,
-    4. the program ends: executed with blocking receives, receive buffers of the stated depth posted in the sender's
-       order, and tensor-parallel groups that wait for all their members.
+    3. what an action reads is there before it: inputs are received first, results are sent after they are
+       made, and reduction, norm, update and gather follow each other,
+    4. the program ends: executed with blocking receives, receive buffers of the stated depth posted in the
+       sender's order, and tensor-parallel groups that wait for all their members.
 
     Raises ProgramError with the waiting actions when there is a cycle.
     """
@@ -53,11 +53,15 @@ def _prove_messages(program: Program) -> None:
                 raise ProgramError(f"message {action.message} stands at rank {device}, not at {end}")
     for message in range(len(program.messages)):
         if sent[message] != 1 or received[message] != 1:
-            raise ProgramError(f"message {message} is sent {sent[message]} and received {received[message]} times")
+            raise ProgramError(
+                f"message {message} is sent {sent[message]} and received {received[message]} times"
+            )
     # Receives are posted in the stated order and carry no tag, so any other order would swap payloads.
     for channel in sends.keys() | program.order.keys():
         if tuple(sends[channel]) != program.order.get(channel, ()):
-            raise ProgramError(f"channel {channel[0]} to {channel[1]}: its sends do not stand in the stated order")
+            raise ProgramError(
+                f"channel {channel[0]} to {channel[1]}: its sends do not stand in the stated order"
+            )
 
 
 def _prove_work(program: Program) -> None:
@@ -76,13 +80,19 @@ def _prove_work(program: Program) -> None:
     }
     if set(done) != expected or any(count != 1 for count in done.values()):
         odd = sorted((set(done) ^ expected) | {key for key, count in done.items() if count != 1})[0]
-        raise ProgramError(f"rank {odd[0]}: {odd[1].name} of stage {odd[2]} micro-batch {odd[3]} is not there once")
+        raise ProgramError(
+            f"rank {odd[0]}: {odd[1].name} of stage {odd[2]} micro-batch {odd[3]} is not there once"
+        )
 
 
 def _kinds(program: Program, recompute: str) -> tuple[Kind, ...]:
     if not program.training:
         return (Kind.FORWARD,)
-    return (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD) if recompute == "full" else (Kind.FORWARD, Kind.BACKWARD)
+    return (
+        (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
+        if recompute == "full"
+        else (Kind.FORWARD, Kind.BACKWARD)
+    )
 
 
 # The order of what follows the pipeline on every device; actions of the pipeline itself are phase 0.
@@ -111,12 +121,14 @@ def _prove_data(program: Program, device: int) -> None:
             needs = _own_work(action, again) + _inputs(program, device, action, received)
             made.add((action.kind, action.stage, action.micro_batch))
         if now < phase or any(need not in made for need in needs):
-            raise ProgramError(f"rank {device}: {program.describe(device, number)} comes before what it needs")
+            raise ProgramError(
+                f"rank {device}: {program.describe(device, number)} comes before what it needs"
+            )
         phase = now
 
 
 def _maker(transfer: Transfer, micro_batch: int) -> _Work:
-    """The work that makes what an activation or gradient transfer carries; its `stage` is the receiving one."""
+    """The work that makes what a transfer carries; the transfer's `stage` is the receiving one."""
     if transfer.what == What.ACTIVATION:
         return (Kind.FORWARD, transfer.stage - 1, micro_batch)
     return (Kind.BACKWARD, transfer.stage + 1, micro_batch)
@@ -133,7 +145,7 @@ def _own_work(action: Action, again: set[int]) -> list[_Work]:
 
 
 def _inputs(program: Program, device: int, action: Action, received: set[tuple[int, int]]) -> list[_Work]:
-    """This device's own work that makes the action's input; raises ProgramError where a message has not come."""
+    """This device's own work that makes the action's input; ProgramError where a message has not come."""
     if action.kind == Kind.RECOMPUTE:
         return []  # it reads what the forward kept
     what = What.ACTIVATION if action.kind == Kind.FORWARD else What.GRADIENT
@@ -144,8 +156,8 @@ def _inputs(program: Program, device: int, action: Action, received: set[tuple[i
             needs.append(_maker(transfer, action.micro_batch))
         elif (number, action.micro_batch) not in received:
             raise ProgramError(
-                f"rank {device}: {action.kind.name} of stage {action.stage} micro-batch {action.micro_batch} comes "
-                f"before its {what.name.lower()} from rank {transfer.source}"
+                f"rank {device}: {action.kind.name} of stage {action.stage} micro-batch {action.micro_batch} "
+                f"comes before its {what.name.lower()} from rank {transfer.source}"
             )
     return needs
 

@@ -1,9 +1,9 @@
 """Schedules: functions from (stage times, memory limits, micro-batches) to an order of work.
 
-A schedule returns ONE total order of all (forward | backward) x stage x micro-batch of a pipeline that respects every
-dependence. Each device executes the part of that order that concerns its own stages; since all follow one order, no
-plan can deadlock, tensor-parallel groups meet in the same order, and a device may stand in several stages. Nothing else
-knows schedules by name.
+A schedule returns ONE total order of all (forward | backward) x stage x micro-batch of a pipeline that
+respects every dependence. Each device executes the part of that order that concerns its own stages; since all
+follow one order, no plan can deadlock, tensor-parallel groups meet in the same order, and a device may stand
+in several stages. Nothing else knows schedules by name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Schedule = Callable[[Shape], list[Task]]
 
 
 class _Run:
-    """A pipeline executed in predicted time, greedily: whenever a device is free, it takes the best ready task."""
+    """A pipeline executed in predicted time, greedily: a device that is free takes the best ready task."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -130,7 +130,7 @@ def one_forward_one_backward(shape: Shape) -> list[Task]:
 
 
 def gpipe(shape: Shape) -> list[Task]:
-    """GPipe (Huang et al.): all forwards, then all backwards; needs in_flight = micro_batches on every stage."""
+    """GPipe (Huang et al.): all forwards, then all backwards; needs in_flight = micro_batches everywhere."""
     stages = range(len(shape.forward_seconds))
     forwards = [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
     backwards = [Task(Kind.BACKWARD, s, m) for m in range(shape.micro_batches) for s in reversed(stages)]

@@ -1,8 +1,8 @@
 """The simulator: discrete events over the very lists that the workers execute.
 
-Each device runs its list in order. Sends cost no compute time: they reserve the cells of their path when issued (the
-rule of `cost.graph.reserve`, which emulated links follow too). Receives wait for the arrival. A tensor-parallel group's
-action starts when its last member is there.
+Each device runs its list in order. Sends cost no compute time: they reserve the cells of their path when
+issued (the rule of `cost.graph.reserve`, which emulated links follow too). Receives wait for the arrival. A
+tensor-parallel group's action starts when its last member is there.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, f
 class Simulation:
     """One simulated step: its seconds and, when asked for, its timeline.
 
-    The timeline's step 0 is the one to look at; where three steps were simulated its neighbours -1 and 1 stand beside
-    it, since a device that is done early begins the next step.
+    The timeline's step 0 is the one to look at; where three steps were simulated its neighbours -1 and 1
+    stand beside it, since a device that is done early begins the next step.
     """
 
     step_seconds: float
@@ -126,7 +126,7 @@ class _Engine:
         return end
 
     def work(self, device: int, ready: float, start: float) -> float:
-        """The record begins when the device was ready: waiting for the other members is exposed communication."""
+        """The record begins when the device was ready: waiting for other members is exposed communication."""
         kind, stage, _, _ = self.actions[device][self.at[device]]
         price = self.program.prices[device, stage, kind]
         end = start + price.price.seconds
@@ -152,11 +152,11 @@ class _Engine:
         for segment in self.program.prices[device, stage, kind].price.segments:
             at += max(segment.member_seconds)
             if segment.collective_seconds:
-                self.row(device, at, at + segment.collective_seconds, 0.0, float("nan"), Kind.COLLECTIVE)
+                self.row(device, at, at + segment.collective_seconds, 0.0, float("nan"), kind=Kind.COLLECTIVE)
             at += segment.collective_seconds
 
     def row(
-        self, device: int, start: float, end: float, busy: float, sent: float, kind: Kind | None = None
+        self, device: int, start: float, end: float, busy: float, sent: float, *, kind: Kind | None = None
     ) -> None:
         if self.rows is None:
             return
@@ -169,19 +169,19 @@ class _Engine:
             lane, size = int(transfer.lane), transfer.bytes
             peer = transfer.destination if action.kind == Kind.SEND else transfer.source
         shown = action.kind if kind is None else kind
-        self.rows.append(
-            (
-                step, device, self._place(device), int(shown), lane, action.stage, action.micro_batch, peer, action.message,
-                start, end, busy, sent, busy if shown in COMPUTE_KINDS else 0.0, 0.0, size,
-            )  # fmt: skip
-        )
+        real = busy if shown in COMPUTE_KINDS else 0.0
+        row: _Row = (
+            step, device, self._place(device), int(shown), lane, action.stage, action.micro_batch, peer,
+            action.message, start, end, busy, sent, real, 0.0, size,
+        )  # fmt: skip
+        self.rows.append(row)
 
 
 def simulate(program: Program, compute: ComputeModel, *, record: bool = True, steps: int = 1) -> Simulation:
-    """Predict one step of a program: the middle one of `steps` (1 or 3) that follow each other without a pause.
+    """Predict one step of a program: the middle one of `steps` (1 or 3) that follow without a pause.
 
-    One step alone leaves out what devices that are done early already do for the next: less than a micro-batch.
-    Raises ProgramError on a deadlock.
+    One step alone leaves out what devices that are done early already do for the next: less than a
+    micro-batch. Raises ProgramError on a deadlock.
     """
     engine = _Engine(program, compute, record, steps)
     seconds = engine.run()

@@ -1,0 +1,1 @@
+"""The files that people write, checked and resolved: cluster, workload, job, plan."""

@@ -42,7 +42,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Problems:
-    """Collects what is wrong with a file, so that all of it is told at once. `prefix` leads to the part looked at."""
+    """Collects what is wrong with a file, to tell it all at once. `prefix` leads to the part looked at."""
 
     def __init__(self, document: Document, prefix: Sequence[Key] = ()) -> None:
         self._document = document
@@ -98,6 +98,15 @@ _EXPECTED = {
     "tuple_type": "a list",
 }
 
+_LIMITS = {
+    "greater_than_equal": "{given} is less than {ge}. Give at least {ge}.",
+    "greater_than": "{given} is not more than {gt}. Give more.",
+    "less_than_equal": "{given} is more than {le}. Give at most {le}.",
+    "less_than": "{given} is not less than {lt}. Give less.",
+    "too_short": "has {actual_length} entries. Give at least {min_length}.",
+    "too_long": "has more than {max_length} entries. Give at most {max_length}.",
+}
+
 
 def _explain(
     error: ValidationError, value: Any, model: type[BaseModel]
@@ -106,13 +115,17 @@ def _explain(
     told: dict[tuple[Key, ...], list[Any]] = {}
     for item in error.errors(include_url=False):
         told.setdefault(_keys(item, value), []).append(item)
+    missing = [keys for keys, items in told.items() if items[0]["type"] == "missing"]
     for keys, items in told.items():
         expected = [_EXPECTED.get(item["type"]) or _literals(item) for item in items]
         if len(items) > 1 and all(expected):
             yield keys, f"expected {' or '.join(filter(None, expected))}, got {_shown(items[0]['input'])}."
         else:
+            # A mapping that lacks one key and has an unknown one most likely means that one.
+            lacking = [other[-1] for other in missing if other[:-1] == keys[:-1]]
+            likely = str(lacking[0]) if len(lacking) == 1 else None
             for item in items:
-                yield keys, _describe(item, keys, model)
+                yield keys, _describe(item, keys, model, likely)
 
 
 def _keys(item: Any, value: Any) -> tuple[Key, ...]:
@@ -129,42 +142,32 @@ def _keys(item: Any, value: Any) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def _describe(item: Any, keys: Sequence[Key], model: type[BaseModel]) -> str:
-    kind, context = item["type"], item.get("ctx", {})
-    given = _shown(item["input"])
+def _describe(item: Any, keys: Sequence[Key], model: type[BaseModel], likely: str | None) -> str:
+    """What is wrong and what to do; `likely` is the key that an unknown one stands for if it is like none."""
+    kind = item["type"]
     if kind == "extra_forbidden":
         spec = _spec_at(model, item["loc"][:-1])
-        return unknown_name("unknown key", str(keys[-1]), spec.model_fields if spec else ())
+        return unknown_name("unknown key", str(keys[-1]), spec.model_fields if spec else (), likely=likely)
     if kind == "missing":
         return f"required key is missing. Add it{_description(model, item['loc'])}."
-    if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {given}. Change it."
     if kind == "literal_error":
         return _unknown_word(item, keys)
+    return _refused_value(kind, item, _shown(item["input"]))
+
+
+def _refused_value(kind: str, item: Any, given: str) -> str:
+    context = item.get("ctx", {})
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, got {given}. Change it."
     if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
         return (
             f"{given} is not a name. Use 1 to 64 letters, digits, '.', '-' and '_', a letter or digit first."
         )
     if kind == "value_error":
         return _sentence(str(context["error"]))
-    return _limit(kind, context, given) or f"{item['msg']}, got {given}. Change it."
-
-
-def _limit(kind: str, context: dict[str, Any], given: str) -> str | None:
-    """Text for a value or a length past its limit."""
-    if kind == "greater_than_equal":
-        return f"{given} is less than {context['ge']}. Give at least {context['ge']}."
-    if kind == "greater_than":
-        return f"{given} is not more than {context['gt']}. Give more."
-    if kind == "less_than_equal":
-        return f"{given} is more than {context['le']}. Give at most {context['le']}."
-    if kind == "less_than":
-        return f"{given} is not less than {context['lt']}. Give less."
-    if kind == "too_short":
-        return f"has {context['actual_length']} entries. Give at least {context['min_length']}."
-    if kind == "too_long":
-        return f"has too many entries. Give at most {context['max_length']}."
-    return None
+    if kind in _LIMITS:
+        return _LIMITS[kind].format(given=given, **context)
+    return f"{item['msg']}, got {given}. Change it."
 
 
 def _unknown_word(item: Any, keys: Sequence[Key]) -> str:

@@ -36,8 +36,8 @@ __all__ = [
 Transport = Literal["native", "device-direct", "host-staged", "shared-memory", "tcp"]
 
 _TRANSPORT = (
-    "How bytes move: native (the vendor's library), device-direct, host-staged (through host memory, in chunks), "
-    "shared-memory or tcp."
+    "How bytes move: native (the vendor's library), device-direct, host-staged (through host memory, in "
+    "chunks), shared-memory or tcp."
 )
 
 
@@ -162,7 +162,7 @@ def resolve_cluster(spec: ClusterSpec, document: Document, prefix: Sequence[Key]
 
 
 def require_precision(cluster: Cluster, precision: str, document: Document) -> None:
-    """Raise InputError, located in the cluster's own file, when a device type cannot compute in `precision`."""
+    """Raise InputError, located in the cluster's file, when a device type cannot compute in `precision`."""
     problems = Problems(document)
     written = document.value.get("device_types") or {}
     for name, text in lacking_precision(cluster, precision).items():
@@ -190,8 +190,9 @@ def _lacking(device_type: DeviceType, precision: str) -> str:
             f"{{{dtype}: fp16}} to its entry in device_types, or change the precision."
         )
     return (
-        f"no {dtype} peak is known for {name}, and the workload's precision is {precision}. Give peak_tflops: "
-        f"{{{dtype}: ...}} in its entry in device_types, or substitute_dtype, or change the precision."
+        f"no {dtype} peak is known for {name}, and the workload's precision is {precision}. Give "
+        f"peak_tflops: {{{dtype}: ...}} or substitute_dtype in its entry in device_types, or change the "
+        "precision."
     )
 
 
@@ -240,6 +241,7 @@ class _Resolver:
         if own is None:
             try:
                 name = catalog.device(name).name
+                own = self.spec.device_types.get(name)
             except catalog.UnknownName:
                 known = [*self.spec.device_types, *(one.name for one in catalog.devices().values())]
                 what = f'"{name}" is neither in device_types nor in the catalog'
@@ -247,10 +249,10 @@ class _Resolver:
                 return name
         if name not in self.types:
             place = keys if own is None else ("device_types", name)
-            self.types[name] = self._resolve_type(name, own or DeviceTypeSpec(), place)
+            self.types[name] = self._resolve_type(name, own, place)
         return name
 
-    def _resolve_type(self, name: str, spec: DeviceTypeSpec, keys: Sequence[Key]) -> DeviceType | None:
+    def _resolve_type(self, name: str, spec: DeviceTypeSpec | None, keys: Sequence[Key]) -> DeviceType | None:
         return resolve_device_type(name, spec, self.problems, keys, emulated=self.spec.emulated is not None)
 
     def _check_unused_types(self) -> None:
@@ -338,8 +340,8 @@ class _Resolver:
             if ("group", group.name) not in reached:
                 self.problems.add(
                     ("node_groups", number, "name"),
-                    f'no chain of links joins "{group.name}" (zone {group.zone}) and "{groups[0].name}" (zone '
-                    f"{groups[0].zone}). Put them in one zone, or add an entry to links.",
+                    f'no chain of links joins "{group.name}" (zone {group.zone}) and "{groups[0].name}" '
+                    f"(zone {groups[0].zone}). Put them in one zone, or add an entry to links.",
                 )
 
     def _exclude(self) -> frozenset[str]:
@@ -392,7 +394,7 @@ def _reached(
 
 
 def cluster_to_spec(cluster: Cluster) -> dict[str, Any]:
-    """The cluster file of a cluster with every figure written out: it loads back equal without the catalog."""
+    """The cluster as a file's content with every figure: it loads back equal without the catalog."""
     content: dict[str, Any] = {
         "name": cluster.name,
         "device_types": {name: write_device_type(found) for name, found in cluster.device_types.items()},

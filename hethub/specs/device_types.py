@@ -15,15 +15,16 @@ from hethub.specs.resolved import DeviceType
 
 __all__ = ["DeviceTypeSpec", "resolve_device_type", "write_device_type"]
 
-# What context, kernels, communication buffers and allocator gaps take of a real accelerator's memory. Sailor, whose
-# predictions were checked against nvidia-smi, plans with 2.0e9 bytes without and 3.0e9 bytes with tensor parallelism.
+# What context, kernels, communication buffers and allocator gaps take of a real accelerator's memory.
+# Sailor, whose predictions were checked against nvidia-smi, plans with 2.0e9 bytes without and 3.0e9 bytes
+# with tensor parallelism.
 DEFAULT_RESERVE_BYTES = 3 * 10**9
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
 class DeviceTypeSpec(Spec):
-    """A device type as written: what the catalog lacks or what differs here. An explicit null means unknown."""
+    """A device type as written: what the catalog lacks or what differs here. Null means unknown."""
 
     catalog: str | None = Field(
         None, description="Catalog device whose figures hold where none is given here."
@@ -77,9 +78,13 @@ class DeviceTypeSpec(Spec):
 
 
 def resolve_device_type(
-    name: str, spec: DeviceTypeSpec, problems: Problems, keys: Sequence[Key], *, emulated: bool
+    name: str, spec: DeviceTypeSpec | None, problems: Problems, keys: Sequence[Key], *, emulated: bool
 ) -> DeviceType | None:
-    """The device type with every figure known, or None after telling `problems` what is wrong at `keys`."""
+    """The device type with every figure known, or None after telling `problems` what is wrong.
+
+    `keys` lead to the entry of device_types, or, without a `spec`, to where a group names a catalog device.
+    """
+    declared, spec = spec is not None, spec or DeviceTypeSpec()
     known: catalog.CatalogDevice | None = None
     if not spec.complete():
         wanted = spec.catalog if "catalog" in spec.model_fields_set else name
@@ -89,7 +94,7 @@ def resolve_device_type(
             if "catalog" in spec.model_fields_set:
                 problems.add((*keys, "catalog"), str(error))
                 return None
-    return _Figures(name, spec, known, problems, keys).device_type(emulated)
+    return _Figures(name, spec, known, problems, keys, declared=declared).device_type(emulated)
 
 
 class _Figures:
@@ -102,12 +107,15 @@ class _Figures:
         known: catalog.CatalogDevice | None,
         problems: Problems,
         keys: Sequence[Key],
+        *,
+        declared: bool,
     ) -> None:
         self.name = name
         self.spec = spec
         self.known = known
         self.problems = problems
         self.keys = tuple(keys)
+        self.declared = declared
         self.failed = False
 
     def device_type(self, emulated: bool) -> DeviceType | None:
@@ -122,8 +130,8 @@ class _Figures:
             if dtype not in peaks:
                 self._refuse(
                     "substitute_dtype",
-                    f"{self.name} has no known peak for {dtype} either, so it cannot stand in for {wanted}. Give "
-                    "another, or its peak.",
+                    f"{self.name} has no known peak for {dtype} either, so it cannot stand in for {wanted}. "
+                    "Give another, or its peak.",
                 )
         if self.failed or memory is None or bandwidth is None or vendor is None:
             return None
@@ -147,7 +155,10 @@ class _Figures:
 
     def _refuse(self, key: str, text: str) -> None:
         self.failed = True
-        self.problems.add((*self.keys, key), text)
+        if self.declared:
+            self.problems.add((*self.keys, key), text)
+        else:
+            self.problems.add(self.keys, f"{text} Add device_types: {{{self.name}: {{{key}: ...}}}}.")
 
     def _given(self, key: str) -> Any:
         """The spec's figure if it gives one, null included, else the catalog's."""

@@ -1,8 +1,8 @@
 """The one YAML loader: a safe subset of YAML 1.2, with the line and column of every value.
 
-Refused: aliases and anchors, tags, duplicate keys, several documents, text that is not UTF-8, not-a-number and
-infinity, and whatever exceeds the bounds below. Plain scalars follow the YAML 1.2 core schema, so that `3e-4` is a
-number and `no`, `on` and `12:30` are text. Keys are always text. JSON is read as the YAML that it is.
+Refused: aliases and anchors, tags, duplicate keys, several documents, text that is not UTF-8, not-a-number
+and infinity, and whatever exceeds the bounds below. Plain scalars follow the YAML 1.2 core schema, so that
+`3e-4` is a number and `no`, `on` and `12:30` are text. Keys are always text. JSON is read as YAML.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Document:
         return " ".join(filter(None, (self.where(keys), key_path(keys)))) + f": {text}"
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Something this loader does not take, at a mark."""
 
     def __init__(self, mark: Any, text: str) -> None:
@@ -110,15 +110,15 @@ def _plain(text: str, mark: Any) -> Any:
         # Few digits first: int() of a very long text is slow and, in base 10, refused by Python itself.
         number = int(text, base) if len(text) < 30 else _LARGEST_INTEGER
         if abs(number) >= _LARGEST_INTEGER:
-            raise _Refused(mark, "this whole number does not fit into 64 bits. Write a smaller one.")
+            raise _RefusedError(mark, "this whole number does not fit into 64 bits. Write a smaller one.")
         return number
     if _FLOAT.fullmatch(text):
         real = float(text)
         if math.isinf(real):
-            raise _Refused(mark, "this number is too large for a double. Write a smaller one.")
+            raise _RefusedError(mark, "this number is too large for a double. Write a smaller one.")
         return real
     if _NOT_FINITE.fullmatch(text):
-        raise _Refused(mark, f"{text} is not a finite number. Write a finite one.")
+        raise _RefusedError(mark, f"{text} is not a finite number. Write a finite one.")
     return text
 
 
@@ -152,13 +152,13 @@ class _Builder:
             self._open.pop()
             self._key = self._keys.pop()
         elif kind is yaml.AliasEvent:
-            raise _Refused(
-                event.start_mark, f"aliases such as *{event.anchor} are not taken. Write the value out."
+            raise _RefusedError(
+                event.start_mark, f"aliases (*{event.anchor}) are not taken. Write the value out."
             )
         elif kind is yaml.DocumentStartEvent:
             self._documents += 1
             if self._documents > 1:
-                raise _Refused(event.start_mark, "a second document begins here. Keep one document per file.")
+                raise _RefusedError(event.start_mark, "a second document begins here. Keep one per file.")
 
     def _awaits_key(self) -> bool:
         return self._key is None and type(self._open[-1][0]) is dict
@@ -166,19 +166,19 @@ class _Builder:
     def _check(self, event: Any) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            raise _Refused(
+            raise _RefusedError(
                 event.start_mark, f"the file has more than {MAX_NODES} values. Split or shorten it."
             )
         if event.anchor is not None:
-            raise _Refused(event.start_mark, f"anchors such as &{event.anchor} are not taken. Remove it.")
+            raise _RefusedError(event.start_mark, f"anchors (&{event.anchor}) are not taken. Remove it.")
         if event.tag is not None:
-            raise _Refused(event.start_mark, f"tags such as {event.tag} are not taken. Remove it.")
+            raise _RefusedError(event.start_mark, f"tags ({event.tag}) are not taken. Remove it.")
 
     def _begin(self, container: Any, mark: Any) -> None:
         if len(self._open) >= MAX_DEPTH:
-            raise _Refused(mark, f"values are nested more than {MAX_DEPTH} deep. Flatten them.")
+            raise _RefusedError(mark, f"values are nested more than {MAX_DEPTH} deep. Flatten them.")
         if self._open and self._awaits_key():
-            raise _Refused(mark, "a key must be text. Write a word, or quote it.")
+            raise _RefusedError(mark, "a key must be text. Write a word, or quote it.")
         marks: Any = {}
         self._put(container, mark)
         self.marks[id(container)] = marks
@@ -190,7 +190,7 @@ class _Builder:
         container, marks = self._open[-1]
         if event.value in container:
             first = marks[event.value].line + 1
-            raise _Refused(
+            raise _RefusedError(
                 event.start_mark,
                 f"the key {event.value!r} stands here again (first on line {first}). Keep one.",
             )
@@ -211,7 +211,7 @@ class _Builder:
 
 
 def parse_document(text: str, path: Path) -> Document:
-    """Parse YAML text; `path` is for messages only. Raises InputError on anything the loader does not take."""
+    """Parse YAML text; `path` is for messages only. Raises InputError on what it does not take."""
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError:
@@ -220,7 +220,7 @@ def parse_document(text: str, path: Path) -> Document:
 
 
 def load_document(path: Path) -> Document:
-    """Read and parse a YAML (or JSON) file. Raises InputError when it is missing, unreadable, too large or wrong."""
+    """Read and parse a YAML or JSON file. Raises InputError when it is missing, too large or wrong."""
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -246,7 +246,7 @@ def _parse(content: bytes, path: Path) -> Document:
         parser = _EVENTS(content)
         while parser.check_event():
             builder.take(parser.get_event())
-    except _Refused as error:
+    except _RefusedError as error:
         raise InputError(f"{path}:{error.mark.line + 1}:{error.mark.column + 1}: {error.text}") from None
     except yaml.MarkedYAMLError as error:
         raise InputError(_syntax(error, path)) from None

@@ -25,8 +25,8 @@ class DataSpec(Spec):
 
     files: list[str] = Field(
         min_length=1,
-        description="Text files as globs relative to this file (stdlib:GLOB is relative to Python's own library), or "
-        "one .tokens file.",
+        description="Text files as globs relative to this file (stdlib:GLOB is relative to Python's own "
+        "library), or one .tokens file.",
     )
     tokenizer: str = Field("bytes", description="bytes, or the path of a Hugging Face tokenizer.json.")
     held_out: float = Field(
@@ -88,8 +88,8 @@ class JobSpec(Spec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter, 2019) with warm-up, cosine decay to `final_learning_rate_ratio` of the peak, and
-    clipping of the global gradient norm (None: no clipping)."""
+    """AdamW (Loshchilov and Hutter, 2019) with warm-up, cosine decay to `final_learning_rate_ratio` of the
+    peak, and clipping of the global gradient norm (None: no clipping)."""
 
     learning_rate: float
     warmup_steps: int
@@ -105,8 +105,9 @@ class OptimizerSettings:
 class Job:
     """A training job with its files found; paths are absolute.
 
-    `plan` is None when it is to be searched; `tokenizer` is "bytes" or the path of a tokenizer.json; `evaluate_every`
-    and `evaluate_rows` are 0 without evaluation, `compare_even_steps` is 0 without a comparison.
+    `plan` is None when it is to be searched; `tokenizer` is "bytes" or the path of a tokenizer.json;
+    `evaluate_every` and `evaluate_rows` are 0 without evaluation, `compare_even_steps` is 0 without a
+    comparison.
     """
 
     path: Path

@@ -17,8 +17,8 @@ Span = tuple[int, int]  # half-open [start, stop)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank holds of a layer cut by tensor parallelism: half-open spans of query heads, key-value heads,
-    FFN columns and vocabulary rows."""
+    """What one rank holds of a layer cut by tensor parallelism: half-open spans of query heads, key-value
+    heads, FFN columns and vocabulary rows."""
 
     heads: Span
     kv: Span
@@ -147,7 +147,7 @@ def _unroll(pipeline: Pipeline, model: Model, index_of: dict[str, int]) -> Itera
 def lay_out(plan: Plan) -> Layout:
     """Unroll a plan that `check_plan` accepts (others may raise KeyError or ValueError)."""
     index_of = {device.name: i for i, device in enumerate(plan.cluster.devices())}
-    places = []
+    places: list[PipelinePlace] = []
     row = 0
     for pipeline in plan.pipelines:
         for stages in _unroll(pipeline, plan.workload.model, index_of):

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json, Llama family: what of it is a `Model`, what changes nothing, what is refused."""
+"""Hugging Face's config.json, Llama family: what is a `Model`, what changes nothing, what is refused."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-# Keys that change nothing of the training mathematics: names, token numbers, generation, loading, initial weights
-# (ours are a function of seed and name) and the length that the model was first trained for.
+# Keys that change nothing of the training mathematics: names, token numbers, generation, loading, initial
+# weights (ours are a function of seed and name) and the length that the model was first trained for.
 _IGNORED = frozenset(
     (
         *(
@@ -149,7 +149,7 @@ _READ = (
 
 
 def model_from_config(config: Mapping[str, Any], name: str, report: Report) -> Model | None:
-    """The model that `config` (the keys of a config.json) describes, or None after telling `report` what is wrong.
+    """The model that `config`, the keys of a config.json, describes; None after a `report` of what is wrong.
 
     `name` is used where the mapping has no `name` of its own, which Hugging Face's files do not.
     """
@@ -274,7 +274,7 @@ class _Reader:
             )
 
     def _rope(self) -> tuple[float, RopeScaling | None]:
-        """Base and scaling of the rotary positions, from either of Hugging Face's two ways of writing them."""
+        """Base and scaling of the rotary positions, from either of Hugging Face's two ways to write them."""
         key = "rope_parameters" if self.config.get("rope_parameters") is not None else "rope_scaling"
         table = self.config.get(key)
         if table is not None and not isinstance(table, dict):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 __all__ = ["nearest", "unknown_name"]
 
-_SHOWN_NAMES = 60
+_SHOWN_NAMES = 16
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -22,10 +22,20 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """`what` is wrong with `name`, the nearest known name, then all of them."""
+def unknown_name(what: str, name: str, known: Iterable[str], *, likely: str | None = None) -> str:
+    """`what` is wrong with `name`, the nearest known name (else `likely`), then all (or the most alike)."""
     names = list(known)
-    like = nearest(name, names)
+    like = nearest(name, names) or likely
     hint = f' Did you mean "{like}"?' if like else ""
-    shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+    rest = len(names) - _SHOWN_NAMES
+    if rest > 0:
+        names = _most_alike(name, names)
+    shown = ", ".join(names) + (f" and {rest} more" if rest > 0 else "")
     return f"{what}.{hint} Known: {shown or 'none'}."
+
+
+def _most_alike(name: str, known: list[str]) -> list[str]:
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+
+    return sorted(known, key=likeness, reverse=True)[:_SHOWN_NAMES]

@@ -1,12 +1,13 @@
 """The plan file: the most general split, small to write.
 
-A plan is a list of pipelines (model replicas), each with its own micro-batches and stages; a stage has replicas that
-each take some rows of every micro-batch; a replica is a tensor-parallel group whose ranks take their own shares of
-attention heads (whole key-value groups), FFN columns and vocabulary rows. Layer 0 is the embedding, 1 to L the
-decoders, L + 1 the final norm, head and loss; `layers: [a, b]` is half-open.
+A plan is a list of pipelines (model replicas), each with its own micro-batches and stages; a stage has
+replicas that each take some rows of every micro-batch; a replica is a tensor-parallel group whose ranks take
+their own shares of attention heads (whole key-value groups), FFN columns and vocabulary rows. Layer 0 is the
+embedding, 1 to L the decoders, L + 1 the final norm, head and loss; `layers: [a, b]` is half-open.
 
-The file stands alone: it holds the cluster and the workload with every figure, the prediction, the bounds and why the
-runner-up lost. Everything that can be derived (groups, transports, owners, transfers) is derived, never stored.
+The file stands alone: it holds the cluster and the workload with every figure, the prediction, the bounds and
+why the runner-up lost. Everything that can be derived (groups, transports, owners, transfers) is derived,
+never stored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from hethub.specs.base import Spec, validate_document
 from hethub.specs.cluster import Cluster, ClusterSpec, cluster_to_spec, resolve_cluster
@@ -62,7 +63,7 @@ class Rank(Spec):
 
 
 class Replica(Spec):
-    """A tensor-parallel group that takes `rows` of every micro-batch; `repeat` alike ones follow each other."""
+    """A tensor-parallel group that takes `rows` of every micro-batch, or `repeat` alike ones in turn."""
 
     rows: int = Field(ge=1, description="Rows of every micro-batch.")
     repeat: int = Field(1, ge=1, description="Alike replicas, each with `rows` rows.")
@@ -114,7 +115,7 @@ class PlanSpec(Spec):
 class Plan(Spec):
     """A plan with its cluster and workload resolved. `pipelines` is the split itself."""
 
-    model_config = {"arbitrary_types_allowed": True}
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: str
     pipelines: list[Pipeline]

@@ -1,4 +1,4 @@
-"""The units that people write, to and from the SI units inside: GiB and MiB, Gbit/s, GB/s and MB/s, TFLOP/s, us."""
+"""The units that people write (GiB, MiB, Gbit/s, GB/s, MB/s, TFLOP/s, us), to and from SI units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ __all__ = [
     "write_peaks",
 ]
 
-# By ending of the key: what one unit is in bytes, bytes per second or FLOP/s. The first one is preferred in writing.
+# By ending of the key: what one unit is in bytes, bytes per second or FLOP/s. The first one is preferred in
+# writing.
 MEMORIES = {"gib": 2.0**30, "mib": 2.0**20}
 BANDWIDTHS = {"gb_s": 1e9, "gbit_s": 1e9 / 8, "mb_s": 1e6}
 PEAKS = {"tflops": 1e12, "gflops": 1e9}
@@ -39,12 +40,13 @@ def one_of(spec: object, stem: str, units: Mapping[str, float]) -> tuple[Any, fl
 
 def seconds_from_us(microseconds: float) -> float:
     """Microseconds to seconds."""
-    return microseconds * 1e-6
+    return microseconds / 1e6
 
 
 def us_from_seconds(seconds: float) -> float:
     """Seconds to the microseconds that read back as the same seconds."""
-    return _number(seconds, 1e-6)
+    near = seconds * 1e6
+    return next((us for us in _neighbours(near) if seconds_from_us(us) == seconds), near)
 
 
 def write_memory(stem: str, size_bytes: int) -> dict[str, float]:
@@ -74,12 +76,13 @@ def write_exactly(key: str, value: float, unit: float) -> dict[str, float]:
 
 
 def _exact(value: float, unit: float) -> float | None:
-    """The number that times `unit` is `value` to the last bit. There may be none: units are not powers of two."""
-    near = value / unit
-    for number in (round(near, 9), near, math.nextafter(near, math.inf), math.nextafter(near, 0)):
-        if number * unit == value:
-            return number
-    return None
+    """The number that times `unit` is `value` to the last bit. There may be none."""
+    return next((number for number in _neighbours(value / unit) if number * unit == value), None)
+
+
+def _neighbours(near: float) -> tuple[float, ...]:
+    """`near` as people would write it, `near` itself, and the doubles on either side."""
+    return (round(near, 9), near, math.nextafter(near, math.inf), math.nextafter(near, 0))
 
 
 def _number(value: float, unit: float) -> float:

@@ -40,8 +40,8 @@ class DeviceType:
         peak = self.peak_flops_per_second.get(dtype)
         if peak is None:
             raise InputError(
-                f"device_types.{self.name}: no peak is known for {dtype}. Give peak_tflops: {{{dtype}: ...}} or, where "
-                f"the device lacks {dtype}, substitute_dtype: {{{dtype}: ...}}."
+                f"device_types.{self.name}: no peak is known for {dtype}. Give peak_tflops: {{{dtype}: "
+                f"...}} or, where the device lacks {dtype}, substitute_dtype: {{{dtype}: ...}}."
             )
         return peak * self.matmul_efficiency
 
@@ -61,7 +61,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeGroup:
-    """Alike nodes. `intra_link` is what one device gets inside its node, `inter_link` what one node gets outside."""
+    """Alike nodes. `intra_link`: what a device gets in its node; `inter_link`: what a node gets outside."""
 
     name: str
     device_type: str
@@ -74,7 +74,7 @@ class NodeGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLink:
-    """A link between two groups or zones: `link` is what one node gets, the total what all share (None: no limit)."""
+    """A link between two groups or zones: `link` is what a node gets, the total what all share."""
 
     between: tuple[str, str]
     link: Link

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -22,13 +21,13 @@ class WorkloadSpec(Spec):
     """The `workload` key as written."""
 
     model: str | dict[str, Any] = Field(
-        description="A shipped model (llama-7b), the path of a Hugging Face config.json of the Llama family, relative "
-        "to this file, or a mapping with its keys.",
+        description="A shipped model (llama-7b), the path of a Hugging Face config.json of the Llama "
+        "family, relative to this file, or a mapping with its keys.",
     )
     sequence_length: int = Field(ge=1, le=2**24, description="Tokens of each sequence.")
     global_batch: int = Field(ge=1, le=2**24, description="Sequences of each optimizer step.")
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = Field(
-        description="Of weights and activations; master weights and optimizer state are fp32 (fp64 with fp64)."
+        description="Of weights and activations. Masters and optimizer state are fp32, or fp64 with fp64."
     )
     optimizer: Literal["adamw"] = Field("adamw", description="The optimizer.")
 
@@ -45,7 +44,7 @@ class Workload:
 
 
 def resolve_workload(spec: WorkloadSpec, document: Document, prefix: Sequence[Key] = ()) -> Workload:
-    """The workload with its model found. `prefix` leads to the workload in `document`, whose folder paths start from.
+    """The workload, its model found. `prefix` leads to it in `document`; paths start from that file's folder.
 
     Raises InputError with one line per problem.
     """

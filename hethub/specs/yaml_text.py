@@ -14,7 +14,7 @@ _WIDTH = 110
 # What may stand unquoted, for this project's loader and for YAML 1.1 readers alike.
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+()%*@-]*( [A-Za-z0-9_./+()%*@=-]+)*")
 _DIGIT_FIRST = re.compile(r"[1-9][A-Za-z0-9_.-]*[a-df-zA-DF-Z][A-Za-z0-9_.-]*")  # 1f1b, but not 1e5
-_WORDS = frozenset("y yes n no on off true false null".split())
+_WORDS = frozenset(["y", "yes", "n", "no", "on", "off", "true", "false", "null"])
 # Characters that JSON lets stand in a string and YAML does not print, or reads as a line break.
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
@@ -22,8 +22,8 @@ _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 def dump_yaml(value: Any) -> str:
     """YAML text that `parse_document` reads back as an equal value.
 
-    Takes what JSON can say: mappings with text keys, lists or tuples, text, numbers, booleans and None. Raises
-    ValueError on infinite or not-a-number floats, TypeError on anything else.
+    Takes what JSON can say: mappings with text keys, lists or tuples, text, numbers, booleans and None.
+    Raises ValueError on infinite or not-a-number floats, TypeError on anything else.
     """
     lines: list[str] = []
     _block(value, "", "", lines)
@@ -88,7 +88,7 @@ def _flow(value: Any, room: int) -> str | None:
 
 
 def _block(value: Any, lead: str, indent: str, lines: list[str]) -> None:
-    """Append `value` after `lead` ("key:" or "-", with its own indent); what follows is indented by `indent`."""
+    """Append `value` after `lead` ("key:" or "-", with its own indent), what follows indented by `indent`."""
     nested = isinstance(value, dict | list | tuple)
     # The outermost mapping stays open, however short.
     one_line = _flow(value, _WIDTH - len(lead)) if not nested or not value or lead else None

@@ -1,0 +1,47 @@
+"""`hethub simulate PLAN`: what a plan file will do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="The plan file, as `hethub plan` writes it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")] = None,
+) -> None:
+    """Predict one step of a plan: its time, and how busy every device is.
+
+    Example: hethub simulate plan.yaml --trace step.json
+    """
+    from hethub.cost.compute import ComputeModel
+    from hethub.cost.graph import CostGraph
+    from hethub.errors import InputError
+    from hethub.program.check import require_valid
+    from hethub.simulate.report import predict, stage_rows
+    from hethub.specs.plan import load_plan
+
+    loaded, document = load_plan(plan)
+    require_valid(loaded, document, str(plan))
+    compute = ComputeModel(CostGraph(loaded.cluster), loaded.workload)
+    program, simulation, figures = predict(loaded, compute)
+    if trace is not None and simulation.timeline is not None:
+        from hethub.timeline.trace import write_chrome_trace
+
+        try:
+            write_chrome_trace(trace, [simulation.timeline], range(1))
+        except OSError as error:
+            raise InputError(f"{trace}: cannot be written ({error.strerror}). Give another --trace.") from error
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    from hethub.cli.split import print_split
+
+    heading = f"{loaded.workload.model.name} on {loaded.cluster.name}: {plan}"
+    print_split(heading, stage_rows(loaded, compute, program, simulation), figures)

@@ -1,0 +1,84 @@
+"""The same training: any plan gives the losses, gradient norms and weights of one process.
+
+Seeded bugs that these tests were seen to catch (see docs/architecture.md, "What the parity tests catch"): a norm
+weight's gradient summed over tensor-parallel ranks, a row dropped in a transfer, a tied table's second gradient left
+out, gradients squared in place by the norm in fp64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from hethub.cost.shapes import parameter_span
+from hethub.launch.executor import local_places
+from hethub.launch.reference import ReferenceRun, train_reference
+from hethub.launch.worker import DTYPES, make_batches
+from hethub.specs.plan import Plan
+from tests.launch.pool import SETTINGS, Pool, Trained
+from tests.plan_strategies import NAMED_PLANS, plans
+
+STEPS = 20
+TOLERANCE = {"fp64": (1e-9, 1e-9), "fp32": (1e-4, 1e-3)}  # of losses and norms, of weights
+_HELD_OUT_ROWS = 10
+
+
+def _check(plan: Plan, trained: Trained, steps: int) -> None:
+    reference = train_reference(
+        plan.workload,
+        make_batches(trained.task),
+        SETTINGS,
+        steps=steps,
+        seed=trained.task.seed,
+        dtype=DTYPES[plan.workload.precision],
+        held_out_rows=_HELD_OUT_ROWS,
+    )
+    close, close_weights = TOLERANCE[plan.workload.precision]
+    np.testing.assert_allclose(trained.losses, reference.losses, rtol=close)
+    np.testing.assert_allclose(trained.norms, reference.norms, rtol=close)
+    np.testing.assert_allclose(trained.held_out, reference.held_out_loss, rtol=close)
+    assert trained.weights.keys() == reference.weights.keys()
+    for name, value in reference.weights.items():
+        off = np.linalg.norm(trained.weights[name] - value) / np.linalg.norm(value)
+        assert off < close_weights, f"{name} is off by {off:.1e}"
+    _check_replicas(trained)
+
+
+def _check_replicas(trained: Trained) -> None:
+    """Every holder's shard is bit for bit the updaters' value: replicas cannot drift apart."""
+    for device in trained.program.layout.used:
+        share = next(iter(local_places(trained.program, device).values())).rank.share
+        for parameter in trained.program.ownership.parameters:
+            if parameter.name in trained.shards[device]:
+                index = [slice(None)] * len(parameter.shape)
+                index[parameter.axis] = slice(*parameter_span(parameter, share))
+                expected = trained.weights[parameter.name][tuple(index)]
+                assert np.array_equal(trained.shards[device][parameter.name], expected)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("name", sorted(NAMED_PLANS))
+def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: str) -> None:
+    plan = NAMED_PLANS[name](precision)
+    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
+
+
+@given(plan=plans("fp64"))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan) -> None:
+    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
+
+
+@pytest.mark.parametrize("name", ["heads 6 + 2", "everything uneven at once"])
+def test_groups_across_islands_train_like_one_process(pool: Pool, name: str) -> None:
+    """Vendor libraries do not mix: such groups exchange point to point."""
+    plan = NAMED_PLANS[name]("fp64")
+    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, exchange_groups=True), STEPS)
+
+
+def test_the_same_plan_twice_is_the_same_bits(pool: Pool) -> None:
+    plan = NAMED_PLANS["everything uneven at once"]("fp32")
+    one, other = (pool.train(plan, 5) for _ in range(2))
+    assert [x.hex() for x in one.losses] == [x.hex() for x in other.losses]
+    assert all(np.array_equal(one.weights[name], other.weights[name]) for name in one.weights)
