@@ -259,7 +259,6 @@ def _set_environment(*, local: bool) -> None:
     """What Ray and its workers read from the environment; a user's own settings win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if local:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -71,7 +71,8 @@ def answer(cluster: Cluster, workload: Workload, *, clock: Callable[[], float] =
             },
         }
     )
-    program, simulation, figures = predict(plan, problem.compute, found.program)
+    kept = found.simulation if found.simulation.timeline is not None else None
+    program, simulation, figures = predict(plan, problem.compute, found.program, kept)
     return Answer(
         plan=plan.model_copy(update={"prediction": _prediction(figures)}),
         compute=problem.compute,

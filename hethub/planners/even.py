@@ -18,7 +18,6 @@ from hethub.planners.candidate import divisors
 from hethub.planners.finalists import simulate_plan
 from hethub.planners.interface import Found, Problem
 from hethub.planners.shares import even_shares, rank_entries
-from hethub.program.actions import Program
 from hethub.specs.devices import format_devices
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
@@ -59,7 +58,7 @@ class EvenPlanner:
         """Find it, or None when no even split fits."""
         pricing = _Pricing(problem)
         splits = sorted(pricing.splits(), key=lambda split: split.seconds)
-        best: tuple[float, Plan, Program] | None = None
+        best: Found | None = None
         simulated = 0
         for split in splits:
             if not pricing.may_fit(split):
@@ -69,20 +68,15 @@ class EvenPlanner:
             if done is None:
                 continue
             simulated += 1
-            if best is None or done[1] < best[0]:
-                best = (done[1], plan, done[0])
+            found = Found(
+                plan=plan, program=done[0], simulation=done[1], considered=len(splits), runners_up=()
+            )
+            if best is None or found.step_seconds < best.step_seconds:
+                best = found
             big = 6 * split.micro_batches * len(pricing.compute.graph.devices) > _BIG
             if simulated == (1 if big else _SIMULATED):
                 break
-        if best is None:
-            return None
-        return Found(
-            plan=best[1],
-            program=best[2],
-            step_seconds=best[0],
-            considered=len(splits),
-            runners_up=(),
-        )
+        return best
 
 
 class _Pricing:

@@ -14,7 +14,7 @@ from hethub.planners.pools import Pools
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.program.ownership import Ownership, own
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
 
@@ -28,7 +28,12 @@ class Finalist:
     candidate: Candidate
     plan: Plan
     program: Program
-    step_seconds: float
+    simulation: Simulation
+
+    @property
+    def step_seconds(self) -> float:
+        """Simulated seconds of a step."""
+        return self.simulation.step_seconds
 
 
 def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
@@ -38,26 +43,28 @@ def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
     return all(memory.total <= usable_bytes(devices[device].type) for device, memory in use.items())
 
 
-def simulate_plan(plan: Plan, compute: ComputeModel) -> tuple[Program, float] | None:
-    """Program and step seconds of a plan, or None when it does not fit."""
+def simulate_plan(
+    plan: Plan, compute: ComputeModel, *, record: bool = False
+) -> tuple[Program, Simulation] | None:
+    """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of actions."""
     layout = lay_out(plan)
     ownership = own(layout)
     if not fits(compute, layout, ownership):
         return None
     program = compile_program(layout, compute, ownership=ownership)
-    return program, simulate(program, compute, record=False).step_seconds
+    return program, simulate(program, compute, record=record, sub_events=False)
 
 
-def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> list[Finalist]:
+def run_off(
+    candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
+) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out."""
     finalists = []
     for candidate in candidates:
         plan = place(candidate, pools, problem.cluster, problem.workload)
-        done = simulate_plan(plan, problem.compute)
+        done = simulate_plan(plan, problem.compute, record=record)
         if done is not None:
-            finalists.append(
-                Finalist(candidate=candidate, plan=plan, program=done[0], step_seconds=done[1])
-            )
+            finalists.append(Finalist(candidate=candidate, plan=plan, program=done[0], simulation=done[1]))
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
 
 

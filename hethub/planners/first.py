@@ -14,7 +14,7 @@ from hethub.planners.shortage import shortage
 __all__ = ["FirstPlanner"]
 
 _FINALISTS = 6
-_ACTIONS = 400_000  # of all simulated finalists together, about; big plans are simulated less often
+_ACTIONS = 600_000  # of all simulated finalists together, about; big plans are simulated less often
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
 
@@ -40,21 +40,29 @@ class FirstPlanner:
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = rank(chains, numbers, batch, most)
         considered = ranking.considered
-        finalists = run_off(_affordable(ranking.candidates, most), problem, pools)
+        affordable = _affordable(ranking.candidates)
+        # The only finalist's simulation is the one that will be reported: keep its timeline.
+        alone = len(affordable) == 1
+        finalists = run_off(affordable, problem, pools, record=alone)
         if not finalists and ranking.candidates:
-            ranking = rank(chains, numbers, batch, _WIDE)
-            for candidate in ranking.candidates:
-                finalists = run_off([candidate], problem, pools)
-                if finalists:
-                    break
+            finalists = self._any_that_fits(problem, numbers)
         if not finalists:
             return None
-        if problem.finalists is None:
+        if problem.finalists is None and not alone:
             # The simulator also says how deep the best one's stages should run ahead.
             others = list(deeper(chains, [finalists[0].candidate], batch))
             considered += len(others)
             finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
         return _found(finalists, considered, pools)
+
+    def _any_that_fits(self, problem: Problem, numbers: tuple[int, ...]) -> list[Finalist]:
+        """The first of many candidates whose exact memory is within the devices'."""
+        chains = self.chains(problem)
+        for candidate in rank(chains, numbers, problem.workload.global_batch, _WIDE).candidates:
+            finalists = run_off([candidate], problem, chains.costs.pools)
+            if finalists:
+                return finalists
+        return []
 
     def chains(self, problem: Problem) -> Chains:
         """The prices for this problem's compute model."""
@@ -68,7 +76,7 @@ def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
     return Found(
         plan=winner.plan,
         program=winner.program,
-        step_seconds=winner.step_seconds,
+        simulation=winner.simulation,
         considered=considered,
         runners_up=tuple(
             RunnerUp(
@@ -81,12 +89,12 @@ def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
     )
 
 
-def _affordable(candidates: tuple[Candidate, ...], most: int) -> tuple[Candidate, ...]:
-    """As many of the best candidates as can be simulated in a few seconds, at least two."""
+def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """As many of the best candidates as can be simulated in a few seconds, at least one."""
     count = actions = 0
     for candidate in candidates:
         actions += _actions(candidate)
-        if count >= min(2, most) and actions > _ACTIONS:
+        if count and actions > _ACTIONS:
             break
         count += 1
     return candidates[:count]

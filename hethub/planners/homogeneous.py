@@ -11,6 +11,8 @@ from hethub.planners.interface import Found, Problem
 
 __all__ = ["HomogeneousBound", "TypeBound", "homogeneous_bound"]
 
+_FINALISTS = 2  # of each type and batch: the closed form ranks splits of alike devices well
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeBound:
@@ -82,9 +84,6 @@ def _alone(planner: FirstPlanner, problem: Problem, name: str, batch: int) -> fl
     )
     found = planner.search(limited)
     return 0.0 if found is None else _tokens_per_second(problem, batch, found)
-
-
-_FINALISTS = 2  # of each type and batch: the closed form ranks splits of alike devices well
 
 
 def _tokens_per_second(problem: Problem, batch: int, found: Found) -> float:

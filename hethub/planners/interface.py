@@ -8,6 +8,7 @@ from typing import Protocol
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.actions import Program
+from hethub.simulate.engine import Simulation
 from hethub.specs.cluster import Cluster
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
@@ -47,14 +48,19 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The plan chosen, its compiled program and simulated step time, how many candidates were considered, and the
-    finalists that lost, best first."""
+    """The plan chosen, its compiled program and simulated step, how many candidates were considered, and the
+    finalists that lost, best first. The simulation has a timeline where the planner had reason to keep one."""
 
     plan: Plan
     program: Program
-    step_seconds: float
+    simulation: Simulation
     considered: int
     runners_up: tuple[RunnerUp, ...]
+
+    @property
+    def step_seconds(self) -> float:
+        """Simulated seconds of a step."""
+        return self.simulation.step_seconds
 
 
 class Planner(Protocol):

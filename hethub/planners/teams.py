@@ -47,7 +47,7 @@ def orders(costs: SeatCosts, pools: Iterable[int]) -> list[tuple[int, ...]]:
 
 def teams(costs: SeatCosts, numbers: tuple[int, ...], batch: int) -> Iterator[Team]:
     """All teams of all families over the pools `numbers`; the same team may come twice."""
-    pools = costs.pools
+    pools, layers = costs.pools, costs.compute.workload.model.layers
     for chosen in _choices(numbers):
         for combination in combinations(costs, chosen):
             units = {n: pools[n].unit_count(d) for n, d in combination.items()}
@@ -55,8 +55,8 @@ def teams(costs: SeatCosts, numbers: tuple[int, ...], batch: int) -> Iterator[Te
                 continue
             yield from _chain(combination, units, batch)
             if len(chosen) > 1:
-                yield from _mixed(combination, units, batch)
-                yield from _beside(combination, units, batch)
+                yield from _mixed(combination, units, layers, batch)
+                yield from _beside(combination, units, layers, batch)
             if sum(pools[n].count for n in chosen) <= _SMALL:
                 yield from _parts(combination, units, batch)
 
@@ -113,17 +113,21 @@ def _replica_choices(combination: dict[int, int], units: dict[int, int], copies:
             yield {**dict.fromkeys(combination, 1), pool: count}
 
 
-def _mixed(combination: dict[int, int], units: dict[int, int], batch: int) -> Iterator[Team]:
+def _mixed(
+    combination: dict[int, int], units: dict[int, int], layers: int, batch: int
+) -> Iterator[Team]:
     for copies in _repeats(units, batch):
-        for stages in range(1, min(units.values()) // copies + 1):
+        for stages in range(1, min(min(units.values()) // copies, layers + 2) + 1):
             slot = tuple(Seat(pool, d, units[pool] // (copies * stages)) for pool, d in combination.items())
             if sum(seat.count for seat in slot) * copies <= batch:
                 yield Team("mixed", ((((slot, stages),), copies),))
 
 
-def _beside(combination: dict[int, int], units: dict[int, int], batch: int) -> Iterator[Team]:
+def _beside(
+    combination: dict[int, int], units: dict[int, int], layers: int, batch: int
+) -> Iterator[Team]:
     """One pool's pipelines beside the others'; all pools cut into the same number of stages, or nearly."""
-    for stages in range(1, max(units.values()) + 1):
+    for stages in range(1, min(max(units.values()), layers + 2) + 1):
         crews = []
         for pool, degree in combination.items():
             own = min(stages, units[pool])

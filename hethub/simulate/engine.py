@@ -11,6 +11,7 @@ import heapq
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import reserve
@@ -21,6 +22,7 @@ from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Timeline, Timeli
 __all__ = ["Simulation", "simulate"]
 
 _SEND, _RECEIVE = int(Kind.SEND), int(Kind.RECEIVE)
+_CHUNK = 1 << 16  # rows that wait as tuples, four times as big as records, before they become an array
 _Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, float, float, float, int]
 
 
@@ -37,7 +39,9 @@ class Simulation:
 
 
 class _Engine:
-    def __init__(self, program: Program, compute: ComputeModel, record: bool, steps: int) -> None:
+    def __init__(
+        self, program: Program, compute: ComputeModel, record: bool, steps: int, sub_events: bool
+    ) -> None:
         self.program = program
         self.steps = steps
         self.actions = [actions * steps for actions in program.devices]
@@ -48,7 +52,9 @@ class _Engine:
         self.arrival: dict[int, float] = {}
         self.waiting: dict[int, tuple[int, float]] = {}  # message -> (device, since)
         self.meeting: dict[tuple[int, ...], dict[int, float]] = {}
+        self.sub_events = sub_events
         self.rows: list[_Row] | None = [] if record else None
+        self.chunks: list[npt.NDArray[np.void]] = []
         self.queue: list[tuple[float, int]] = []
         self.ends = [[0.0] * len(program.devices) for _ in range(steps)]
 
@@ -131,7 +137,7 @@ class _Engine:
         price = self.program.prices[device, stage, kind]
         end = start + price.price.seconds
         self.row(device, ready, end, price.busy_seconds, float("nan"))
-        if self.rows is not None and len(price.price.busy_seconds) > 1:
+        if self.rows is not None and self.sub_events and len(price.price.busy_seconds) > 1:
             self.collectives(device, start)
         self._next(device, end)
         return end
@@ -175,15 +181,35 @@ class _Engine:
             action.message, start, end, busy, sent, real, 0.0, size,
         )  # fmt: skip
         self.rows.append(row)
+        if len(self.rows) == _CHUNK:
+            self.pack()
+
+    def pack(self) -> None:
+        """Turn the rows that wait into records."""
+        self.chunks.append(np.array(self.rows, dtype=RECORD))
+        self.rows = []
+
+    def records(self) -> npt.NDArray[np.void]:
+        """All records, in the order in which the simulator came by them."""
+        self.pack()
+        return np.concatenate(self.chunks)
 
 
-def simulate(program: Program, compute: ComputeModel, *, record: bool = True, steps: int = 1) -> Simulation:
+def simulate(
+    program: Program,
+    compute: ComputeModel,
+    *,
+    record: bool = True,
+    steps: int = 1,
+    sub_events: bool = True,
+) -> Simulation:
     """Predict one step of a program: the middle one of `steps` (1 or 3) that follow without a pause.
 
     One step alone leaves out what devices that are done early already do for the next: less than a
-    micro-batch. Raises ProgramError on a deadlock.
+    micro-batch. `sub_events` records the collectives inside compute actions too, which are most of the records
+    of a big plan and change no share of a summary. Raises ProgramError on a deadlock.
     """
-    engine = _Engine(program, compute, record, steps)
+    engine = _Engine(program, compute, record, steps, sub_events)
     seconds = engine.run()
     if engine.rows is None:
         return Simulation(seconds, None)
@@ -194,4 +220,4 @@ def simulate(program: Program, compute: ComputeModel, *, record: bool = True, st
         device_types=tuple(device.type.name for device in devices),
         emulated=compute.graph.cluster.emulated_time_scale is not None,
     )
-    return Simulation(seconds, Timeline(info, np.array(engine.rows, dtype=RECORD)))
+    return Simulation(seconds, Timeline(info, engine.records()))

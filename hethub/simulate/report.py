@@ -22,11 +22,16 @@ from hethub.timeline.summary import DeviceSummary, by_type, summarize
 
 __all__ = ["StageRow", "predict", "stage_rows"]
 
+_DETAILED = 300_000  # actions of a program up to which the timeline holds every collective
+
 
 def predict(
-    plan: Plan, compute: ComputeModel, program: Program | None = None
+    plan: Plan,
+    compute: ComputeModel,
+    program: Program | None = None,
+    simulation: Simulation | None = None,
 ) -> tuple[Program, Simulation, dict[str, Any]]:
-    """Compile (unless `program` is given) and simulate a plan that `check_plan` accepts.
+    """Compile and simulate (unless `program` and `simulation` are given) a plan that `check_plan` accepts.
 
     Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and the even
     split are searches of their own: they are taken from `plan.bounds`, and null with a reason under `missing` where
@@ -34,7 +39,9 @@ def predict(
     """
     if program is None:
         program = compile_program(lay_out(plan), compute)
-    simulation = simulate(program, compute)
+    if simulation is None:
+        actions = sum(len(actions) for actions in program.devices)
+        simulation = simulate(program, compute, sub_events=actions <= _DETAILED)
     return program, simulation, _figures(plan, compute, program, simulation)
 
 

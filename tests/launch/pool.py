@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import tempfile
 import time
 import traceback
@@ -85,10 +86,10 @@ def _serve(device: int, count: int, port: int, connection: Connection) -> None:
 
 
 class Pool:
-    """`size` processes that stand for devices 0 to size - 1 of any cluster."""
+    """`size` processes that stand for devices 0 to size - 1 of any cluster; `active` of them take part."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size = self.active = size
         self.folder = Path(tempfile.mkdtemp(prefix="hethub-test-"))
         context = multiprocessing.get_context("spawn")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -108,9 +109,9 @@ class Pool:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every worker. Raises PoolError with the traceback of the first that fails."""
-        for connection in self.connections:
+        left = dict(enumerate(self.connections[: self.active]))
+        for connection in left.values():
             connection.send((method, arguments))
-        left = dict(enumerate(self.connections))
         answers: dict[int, Any] = {}
         while left:
             ready = wait(list(left.values()), timeout=_ANSWER_SECONDS)
@@ -122,7 +123,7 @@ class Pool:
                     del left[device]
                     if not fine:
                         raise PoolError(answers[device])
-        return [answers[device] for device in range(self.size)]
+        return [answers[device] for device in range(self.active)]
 
     def close(self) -> None:
         """End the processes."""
@@ -130,6 +131,7 @@ class Pool:
             connection.send(("close", ()))
         for process in self.processes:
             process.join()
+        shutil.rmtree(self.folder)
 
     def train(
         self,
@@ -138,12 +140,12 @@ class Pool:
         *,
         total_steps: int | None = None,
         held_out_rows: int = 10,
-        exchange_groups: bool = False,
         time_scale: float | None = None,
         seeds: Sequence[int] = (1,),
     ) -> Trained:
         """Train a plan from the first step on all its devices; `time_scale` emulates them."""
         compute = compute_model(plan)
+        self.active = len(compute.graph.devices)
         program = compile_program(lay_out(plan), compute)
         prove(program)
         evaluation = compile_program(lay_out(plan), compute, ownership=program.ownership, training=False)
@@ -162,7 +164,6 @@ class Pool:
             held_out=0.2,
             links_file=None if time_scale is None else self.folder / "links",
             beacon_file=self.folder / "beacon",
-            exchange_groups=exchange_groups,
         )
         self.call("load", task)
         self.call("start_clock", time.monotonic(), time_scale or 1.0)

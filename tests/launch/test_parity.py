@@ -70,13 +70,6 @@ def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan) -> None:
     _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
 
 
-@pytest.mark.parametrize("name", ["heads 6 + 2", "everything uneven at once"])
-def test_groups_across_islands_train_like_one_process(pool: Pool, name: str) -> None:
-    """Vendor libraries do not mix: such groups exchange point to point."""
-    plan = NAMED_PLANS[name]("fp64")
-    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, exchange_groups=True), STEPS)
-
-
 def test_the_same_plan_twice_is_the_same_bits(pool: Pool) -> None:
     plan = NAMED_PLANS["everything uneven at once"]("fp32")
     one, other = (pool.train(plan, 5) for _ in range(2))
