@@ -11,9 +11,9 @@ __all__ = ["apportion"]
 def apportion(total: int, weights: Sequence[float], minimum: int = 0) -> list[int]:
     """Split `total` into whole shares near `weights`, each at least `minimum`; they add up exactly.
 
-    Every share is the floor or the ceiling of its quota of what the minima leave; ties go to the earlier share, so
-    that equal input gives equal output. Raises ValueError when the minima alone exceed `total`, when there is no
-    weight, or when a weight is negative, not finite, or all are 0.
+    Every share is the floor or the ceiling of its quota of what the minima leave; ties go to the earlier
+    share, so that equal input gives equal output. Raises ValueError when the minima alone exceed `total`,
+    when there is no weight, or when a weight is negative, not finite, or all are 0.
     """
     left = total - minimum * len(weights)
     if not weights or minimum < 0 or left < 0:

@@ -22,7 +22,9 @@ def plan(
     cluster: Annotated[Path, typer.Argument(help="The cluster file, with its workload.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where to write the plan (default plan.yaml; with --json: nowhere)."),
+        typer.Option(
+            "--output", "-o", help="Where to write the plan (default plan.yaml; with --json: nowhere)."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -40,7 +42,9 @@ def plan(
 
     loaded, workload = load_cluster(cluster)
     if workload is None:
-        raise InputError(f"{cluster}: names no workload. Add the key workload: {{model: ..., sequence_length: ...}}.")
+        raise InputError(
+            f"{cluster}: names no workload. Add the key workload: {{model: ..., sequence_length: ...}}."
+        )
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")
@@ -49,7 +53,9 @@ def plan(
         try:
             save_plan(found.plan, target)
         except OSError as error:
-            raise InputError(f"{target}: cannot be written ({error.strerror}). Give another --output.") from error
+            raise InputError(
+                f"{target}: cannot be written ({error.strerror}). Give another --output."
+            ) from error
     if as_json:
         typer.echo(json.dumps(found.figures, indent=2))
     else:
@@ -72,11 +78,11 @@ def _print(found: Answer, target: Path | None) -> None:
 def _search_lines(found: Answer) -> list[str]:
     """Why this plan: the size of the search, the gap proven, and why the runner-up lost."""
     search = found.figures["search"]
-    lines = [
-        f"search\t{search['considered']} splits considered in {search['seconds']:.2g} s; no plan's step can be more "
-        f"than {search['proven_gap']:.1%} shorter (physical bound)"
-    ]
+    effort = f"{search['considered']} splits considered in {search['seconds']:.2g} s"
+    gap = f"no plan's step can be more than {search['proven_gap']:.1%} shorter (physical bound)"
+    lines = [f"search\t{effort}; {gap}"]
     if search["runners_up"]:
         loser = search["runners_up"][0]
-        lines.append(f"runner-up\t{loser['description']}: {loser['step_seconds']:.4g} s, since {loser['reason']}")
+        lost = f"{loser['step_seconds']:.4g} s, since {loser['reason']}"
+        lines.append(f"runner-up\t{loser['description']}: {lost}")
     return [line.replace("\t", ": ", 1) for line in lines] if sys.stdout.isatty() else lines

@@ -14,7 +14,9 @@ __all__ = ["simulate"]
 def simulate(
     plan: Annotated[Path, typer.Argument(help="The plan file, as `hethub plan` writes it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")
+    ] = None,
 ) -> None:
     """Predict one step of a plan: its time, and how busy every device is.
 
@@ -37,7 +39,9 @@ def simulate(
         try:
             write_chrome_trace(trace, [simulation.timeline], range(1))
         except OSError as error:
-            raise InputError(f"{trace}: cannot be written ({error.strerror}). Give another --trace.") from error
+            raise InputError(
+                f"{trace}: cannot be written ({error.strerror}). Give another --trace."
+            ) from error
     if as_json:
         typer.echo(json.dumps(figures, indent=2))
         return

@@ -80,17 +80,20 @@ def _facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("step", f"{figures['step_seconds']:.4g} s predicted{mark}"),
         ("speed", f"{speed:,.0f} tokens/s predicted{mark}"),
         _homogeneous(figures),
-        (
-            "physical bound",
-            f"{figures['bounds']['physical_tokens_per_second']:,.0f} tokens/s, of which "
-            f"{figures['share']['physical_bound']:.1%} is reached",
-        ),
+        ("physical bound", _physical(figures)),
     ]
     even = figures["baselines"]["even_tokens_per_second"]
     if even is None:
-        facts.append(("best even split", f"unknown: {figures['missing']['baselines.even_tokens_per_second']}"))
+        facts.append(
+            ("best even split", f"unknown: {figures['missing']['baselines.even_tokens_per_second']}")
+        )
     else:
-        facts.append(("best even split", f"{even:,.0f} tokens/s on the same devices; this plan is {speed / even:.2f} x as fast"))
+        facts.append(
+            (
+                "best even split",
+                f"{even:,.0f} tokens/s on the same devices; this plan is {speed / even:.2f} x as fast",
+            )
+        )
     facts += [_idle(figures), *_money(figures)]
     return [fact for fact in facts if fact[1]]
 
@@ -106,6 +109,11 @@ def _homogeneous(figures: dict[str, Any]) -> tuple[str, str]:
     if share["not_a_bound"]:
         text += f" (not a bound: {', '.join(share['not_a_bound'])} cannot hold the model alone and count 0)"
     return name, text
+
+
+def _physical(figures: dict[str, Any]) -> str:
+    bound = figures["bounds"]["physical_tokens_per_second"]
+    return f"{bound:,.0f} tokens/s, of which {figures['share']['physical_bound']:.1%} is reached"
 
 
 def _idle(figures: dict[str, Any]) -> tuple[str, str]:

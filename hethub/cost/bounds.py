@@ -19,8 +19,8 @@ _KINDS: tuple[LayerKind, ...] = ("embedding", "decoder", "head")
 class PhysicalBound:
     """The smallest conceivable step time, and each device type's share of the throughput (adds up to 1).
 
-    The linear program may give one type all of the head and another none, so shares are taken from what each type
-    would reach by itself under the same bound.
+    The linear program may give one type all of the head and another none, so shares are taken from what
+    each type would reach by itself under the same bound.
     """
 
     step_seconds: float
@@ -28,19 +28,22 @@ class PhysicalBound:
 
 
 def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> PhysicalBound:
-    """Solve the linear program: split each layer kind's work over all devices fractionally, communication free.
+    """Solve the linear program: split each layer kind's work over all devices fractionally, communication
+    free.
 
     Minimize T with sum over types of x[kind, type] = 1 for each kind, and for each type
     sum over kinds of x[kind, type] * layers[kind] * device-seconds[kind, type] <= T * devices of the type.
 
-    The lowest device-seconds per row over all micro-batches and tensor-parallel degrees are those of one device that
-    takes the whole batch at once. An operator's time is max(flops / F, bytes / B). Flops are proportional to the rows
-    and to the share; bytes are those of the weights, the same for any number of rows, plus those of the activations,
-    proportional to the rows: so the time per row never rises with the rows. The ranks of a tensor-parallel group read
-    all activations each and together all weights, so their flops add up to the whole's and their bytes to no less;
-    and a sum of maxima is at least the maximum of the sums. Recomputation, reduction, norm and update only add.
+    The lowest device-seconds per row over all micro-batches and tensor-parallel degrees are those of one
+    device that takes the whole batch at once. An operator's time is max(flops / F, bytes / B). Flops are
+    proportional to the rows and to the share; bytes are those of the weights, the same for any number of
+    rows, plus those of the activations, proportional to the rows: so the time per row never rises with the
+    rows. The ranks of a tensor-parallel group read all activations each and together all weights, so their
+    flops add up to the whole's and their bytes to no less; and a sum of maxima is at least the maximum of
+    the sums. Recomputation, reduction, norm and update only add.
 
-    `global_batch` (rows) replaces the workload's own. Raises InputError when a device type lacks a needed figure.
+    `global_batch` (rows) replaces the workload's own. Raises InputError when a device type lacks a needed
+    figure.
     """
     workload = compute.workload
     rows = workload.global_batch if global_batch is None else global_batch
@@ -49,7 +52,10 @@ def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> Ph
     counts = Counter(device.type.name for device in compute.graph.devices)
     layers = {"embedding": 1, "decoder": workload.model.layers, "head": 1}
     work = [
-        [layers[kind] * compute.layer_seconds(types[name], kind, whole, rows) / counts[name] for kind in _KINDS]
+        [
+            layers[kind] * compute.layer_seconds(types[name], kind, whole, rows) / counts[name]
+            for kind in _KINDS
+        ]
         for name in types
     ]
     # In units of the time that the slowest type alone would take, so that all coefficients are at most 1.

@@ -51,16 +51,16 @@ class FreeAt(Protocol):
 def reserve(free_at: FreeAt, path: Path, size_bytes: float, now: float) -> float:
     """Take the path's cells from `now` on and return the arrival time.
 
-    First come, first served: the transfer starts when every cell is free, holds each for bytes / its own
-    bandwidth, and arrives latency later than its slowest cell is done.
+    Each cell serves first come, first served, and holds a transfer for bytes / its own bandwidth; the
+    transfer arrives latency later than the last of them is done. Cells are not taken together: one that
+    waited for a busy cell elsewhere on the path would keep everyone else from a link that is idle.
     """
-    start = now
-    for cell, _ in path.cells:
-        start = max(start, free_at[cell])
+    done = now
     for cell, bandwidth in path.cells:
-        free_at[cell] = start + size_bytes / bandwidth
-    # Added up in this order, rounding included, a later message of the same path never arrives earlier.
-    return start + size_bytes / path.bandwidth_bytes_per_second + path.latency_seconds
+        free = max(now, free_at[cell]) + size_bytes / bandwidth
+        free_at[cell] = free
+        done = max(done, free)
+    return done + path.latency_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """A small dense simplex, in plain Python.
 
-The physical bound needs a linear program of a dozen variables. scipy's HiGHS alone would take half of the start-up
-budget of `hethub plan` (0.5 s for the whole process), and a tableau this small is solved in well under a millisecond;
-the tests hold it against HiGHS on random instances. Not meant for more than a few hundred variables.
+The physical bound needs a linear program of a dozen variables. scipy's HiGHS alone would take half of the
+start-up budget of `hethub plan` (0.5 s for the whole process), and a tableau this small is solved in well
+under a millisecond; the tests hold it against HiGHS on random instances. Not meant for more than a few
+hundred variables.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def minimize(
 ) -> LinearSolution:
     """Minimize cost . x over x >= 0 with row . x <= bound (`at_most`) and row . x = bound (`equal`).
 
-    Two phases, Bland's rule against cycling (Bland, "New finite pivoting rules for the simplex method", Mathematics
-    of Operations Research 2(2), 1977). Raises Infeasible or Unbounded.
+    Two phases, Bland's rule against cycling (Bland, "New finite pivoting rules for the simplex method",
+    Mathematics of Operations Research 2(2), 1977). Raises Infeasible or Unbounded.
     """
     tableau = _Tableau(len(cost), at_most, equal)
     tableau.drive_out_artificials()
@@ -53,7 +54,8 @@ def minimize(
 
 
 class _Tableau:
-    """Rows [coefficients | right side] with one basic variable each: variables, then slacks, then artificials."""
+    """Rows [coefficients | right side] with one basic variable each: variables, then slacks, then
+    artificials."""
 
     def __init__(
         self,

@@ -116,7 +116,7 @@ def device_memory(
     compute: ComputeModel,
     layout: Layout,
     owned_elements: Mapping[int, int] | None = None,
-    reduction_bytes: Mapping[int, int] | None = None,
+    incoming_elements: Mapping[int, int] | None = None,
 ) -> dict[int, MemoryUse]:
     """Peak memory of every used device.
 
@@ -135,7 +135,7 @@ def device_memory(
     for device, use in found.items():
         elements = use.gradients // gradient_bytes(precision)
         owned = elements if owned_elements is None else owned_elements.get(device, 0)
-        extra = 0 if reduction_bytes is None else reduction_bytes.get(device, 0)
+        extra = 0 if incoming_elements is None else incoming_elements.get(device, 0) * gradient_bytes(precision)
         found[device] = use + MemoryUse(
             weights=0,
             gradients=0,

@@ -32,8 +32,10 @@ from hethub.planners.interface import Problem
 from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
+from hethub.simulate.engine import simulate
 from hethub.simulate.report import predict
 from hethub.specs.job import Job
+from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, save_plan
 from hethub.timeline.gantt import write_gantt
 from hethub.timeline.record import Timeline
@@ -43,6 +45,8 @@ from hethub.timeline.trace import write_chrome_trace
 __all__ = ["Finished", "RunOutcome", "launch"]
 
 REAL_MATH_SHARE = 0.04  # of the fastest device's padded time, which `time_scale: auto` aims at
+_STEADY_ACTIONS = 50_000  # up to this many per step, the step between two others is predicted
+_REHEARSAL_STEPS = 4
 _WARM_STEPS = 3  # not counted in the median step
 _JOIN_TIMEOUT_SECONDS = 600.0  # how long a silent peer is waited for inside a step
 
@@ -72,8 +76,11 @@ class RunOutcome:
 
 def _compile(plan: Plan) -> _Compiled:
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    program, simulation, figures = predict(plan, compute)
+    program = compile_program(lay_out(plan), compute)
     prove(program)
+    small = sum(len(actions) for actions in program.devices) <= _STEADY_ACTIONS
+    simulation = simulate(program, compute, steps=3 if small else 1)
+    program, simulation, figures = predict(plan, compute, program, simulation)
     evaluation = compile_program(program.layout, compute, ownership=program.ownership, training=False)
     prove(evaluation)
     assert simulation.timeline is not None
@@ -203,11 +210,13 @@ class _Run:
         return self._rehearse(plans[0], scale)
 
     def _rehearse(self, compiled: _Compiled, scale: float) -> float:
-        """Raise the scale by what the real math of one step takes longer when all workers share this machine."""
+        """Raise the scale by what the real math of a step takes longer when all workers share this machine; the best of
+        a few steps, so that a passing load of something else does not slow the whole run."""
         self.crew.call("start_clock", (time.monotonic(), scale))
-        self.crew.call("train", (0, 2))
+        self.crew.call("train", (0, _REHEARSAL_STEPS))
         timeline = self._timeline(compiled, scale)
-        return scale * max(1.0, max(d.real_ratio for d in summarize(timeline, 1, 1)) / REAL_MATH_SHARE)
+        shares = [max(d.real_ratio for d in summarize(timeline, n, n)) for n in range(1, _REHEARSAL_STEPS)]
+        return scale * max(1.0, min(shares) / REAL_MATH_SHARE)
 
     def train(self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str) -> RunOutcome:
         """Train `steps` steps of a run of `total_steps`, evaluating as the job says where that is the whole run.

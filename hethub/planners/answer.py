@@ -1,4 +1,5 @@
-"""The whole answer to "how should this cluster train this model": plan, prediction, bounds and baseline together."""
+"""The whole answer to "how should this cluster train this model": plan, prediction, bounds and baseline
+together."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ __all__ = ["Answer", "answer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The plan, complete with prediction, bounds and search; what it was found with; and the JSON `figures`."""
+    """The plan, complete with prediction, bounds and search; what it was found with; and the JSON
+    `figures`."""
 
     plan: Plan
     compute: ComputeModel
@@ -86,7 +88,14 @@ def answer(cluster: Cluster, workload: Workload, *, clock: Callable[[], float] =
 
 def _prediction(figures: dict[str, Any]) -> dict[str, Any]:
     """What the plan file keeps of the figures."""
-    kept = ("step_seconds", "tokens_per_second", "share", "device_types", "joules_per_token", "usd_per_million_tokens")
+    kept = (
+        "step_seconds",
+        "tokens_per_second",
+        "share",
+        "device_types",
+        "joules_per_token",
+        "usd_per_million_tokens",
+    )
     return {key: figures[key] for key in kept}
 
 

@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hethub.apportion import apportion
-from hethub.planners.chain import Chain, Chains, Setting
+from hethub.planners.chain import Chain, Chains
 from hethub.planners.seats import Crew
+from hethub.planners.stage import Setting
 
-__all__ = ["Candidate", "Entry", "Proposal", "Team", "divisors", "least_tail", "lower_bound", "price", "proposals"]
+__all__ = [
+    "Candidate",
+    "Entry",
+    "Proposal",
+    "Team",
+    "divisors",
+    "least_tail",
+    "lower_bound",
+    "price",
+    "proposals",
+]
 
 
 class Team(NamedTuple):
@@ -33,8 +44,9 @@ class Team(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A team and one number that settles the batch: either all micro-batches have `rows` rows and pipelines differ in
-    their number, or all pipelines have `micro_batches` and differ in their rows (the other is 0)."""
+    """A team and one number that settles the batch: either all micro-batches have `rows` rows and pipelines
+    differ in their number, or all pipelines have `micro_batches` and differ in their rows (the other is 0).
+    """
 
     team: Team
     rows: int
@@ -103,7 +115,9 @@ def lower_bound(chains: Chains, proposal: Proposal, batch: int) -> float:
         for crew, rows, _ in _dealt_rows(chains, proposal, batch):
             if rows:
                 period, fill = chains.bound(crew, rows)
-                worst = max(worst, math.inf if math.isinf(period) else fill + (proposal.micro_batches - 1) * period)
+                worst = max(
+                    worst, math.inf if math.isinf(period) else fill + (proposal.micro_batches - 1) * period
+                )
         return worst
     bounds = [(copies, *chains.bound(crew, proposal.rows)) for crew, copies in team.crews]
     if any(math.isinf(period) for _, period, _ in bounds):
@@ -196,7 +210,7 @@ def _dealt_rows(chains: Chains, proposal: Proposal, batch: int) -> list[tuple[Cr
     weights: list[float] = []
     places: list[Crew] = []
     for crew, copies in team.crews:
-        least = max(sum(seat.count for seat in slot) for slot, _ in crew)
+        least = max(sum(seat.replicas for seat in slot) for slot, _ in crew)
         period = chains.bound(crew, max(1, least, total // team.pipelines))[0]
         weights.extend([1.0 / period] * copies)
         places.extend([crew] * copies)

@@ -1,14 +1,15 @@
 """The baseline: the best even split, as a planner that knows no device types would make it.
 
-Pipeline x tensor x data parallel degree = all devices, in spec order with tensor-parallel ranks next to each other, then
-data parallel, then stages (Megatron's order); equal layers (plus or minus one decoder; embedding in the first stage,
-head in the last), equal tensor-parallel shares, equal rows.
+Pipeline x tensor x data parallel degree = all devices, in spec order with tensor-parallel ranks next to
+each other, then data parallel, then stages (Megatron's order); equal layers (plus or minus one decoder;
+embedding in the first stage, head in the last), equal tensor-parallel shares, equal rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from hethub.apportion import apportion
 from hethub.cost.compute import ComputeModel
@@ -17,10 +18,10 @@ from hethub.errors import InfeasibleError
 from hethub.planners.candidate import divisors
 from hethub.planners.finalists import simulate_plan
 from hethub.planners.interface import Found, Problem
+from hethub.planners.placement import name_ranks
 from hethub.planners.shares import even_shares, rank_entries
-from hethub.specs.devices import format_devices
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace
-from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
+from hethub.specs.plan import Pipeline, Plan, Replica, Stage
 
 __all__ = ["EvenPlanner"]
 
@@ -28,13 +29,23 @@ _SIMULATED = 4  # of the best by closed form; fewer where programs are big
 _BIG = 200_000  # actions of a program of which only one is simulated
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Split:
-    """One even split; `seconds` is the closed form."""
+class _Shape(NamedTuple):
+    """Degrees of pipeline, tensor and data parallelism; their product is the number of devices."""
 
     stages: int
     degree: int
     copies: int
+
+    def group(self, stage: int, copy: int) -> tuple[int, ...]:
+        """Devices of one tensor-parallel group."""
+        start = (stage * self.copies + copy) * self.degree
+        return tuple(range(start, start + self.degree))
+
+
+class _Split(NamedTuple):
+    """One even split; `seconds` is the closed form of its step."""
+
+    shape: _Shape
     rows: int
     micro_batches: int
     full: bool
@@ -49,8 +60,8 @@ class EvenPlanner:
         found = self.search(problem)
         if found is None:
             raise InfeasibleError(
-                f"no even split of {problem.workload.model.name} over all devices of {problem.cluster.name} fits. "
-                "Use an uneven one: hethub plan."
+                f"no even split of {problem.workload.model.name} over all devices of {problem.cluster.name} "
+                "fits. Use an uneven one: hethub plan."
             )
         return found
 
@@ -92,53 +103,45 @@ class _Pricing:
     def splits(self) -> Iterator[_Split]:
         """All even splits, priced."""
         batch = self.problem.workload.global_batch
+        for shape in self._shapes():
+            for rows in divisors(batch // shape.copies):
+                micro_batches = batch // shape.copies // rows
+                for full in (False, True):
+                    seconds = self._step_seconds(shape, rows, micro_batches, full)
+                    yield _Split(shape, rows, micro_batches, full, seconds)
+
+    def _shapes(self) -> Iterator[_Shape]:
+        """All that divide the devices, the key-value groups, the columns and the batch."""
+        model, batch = self.model, self.problem.workload.global_batch
         for stages in divisors(self.count):
-            if stages > self.model.layers:
+            if stages > model.layers:
                 break
             for degree in divisors(self.count // stages):
                 copies = self.count // stages // degree
-                if self.model.kv_heads % degree or self.model.ffn_size % degree or batch % copies:
-                    continue
-                for rows in divisors(batch // copies):
-                    for full in (False, True):
-                        yield self._split(stages, degree, copies, rows, batch // copies // rows, full)
+                if model.kv_heads % degree == 0 and model.ffn_size % degree == 0 and batch % copies == 0:
+                    yield _Shape(stages, degree, copies)
 
-    def _split(
-        self, stages: int, degree: int, copies: int, rows: int, micro_batches: int, full: bool
-    ) -> _Split:
-        """1F1B: the sum of all stages, then the slowest stage for every further micro-batch; the slowest copy."""
+    def _step_seconds(self, shape: _Shape, rows: int, micro_batches: int, full: bool) -> float:
+        """1F1B: the sum of all stages, then the slowest for every further micro-batch; the slowest copy."""
         worst = 0.0
-        for chain in self._distinct_chains(stages, degree, copies):
+        for chain in self._distinct_chains(shape):
             times = []
-            for stage, devices in enumerate(chain):
-                forward, backward = self._seconds(devices, self._layers(stage, stages), rows)
+            for stage, group in enumerate(chain):
+                forward, backward = self._seconds(group, self._layers(stage, shape.stages), rows)
                 times.append(forward * (2 if full else 1) + backward)
             hops = sum(
                 2 * self.compute.graph.path(one[0], other[0]).seconds(self._boundary(rows))
-                for one, other in zip(chain, chain[1:], strict=False)
+                for one, other in pairwise(chain)
             )
             worst = max(worst, sum(times) + hops + (micro_batches - 1) * max(times))
-        worst += self._reduction(degree, copies, stages)
-        return _Split(
-            stages=stages,
-            degree=degree,
-            copies=copies,
-            rows=rows,
-            micro_batches=micro_batches,
-            full=full,
-            seconds=worst,
-        )
+        return worst + self._reduction(shape)
 
-    def _group(self, stage: int, copy: int, degree: int, copies: int) -> tuple[int, ...]:
-        start = (stage * copies + copy) * degree
-        return tuple(range(start, start + degree))
-
-    def _distinct_chains(self, stages: int, degree: int, copies: int) -> list[list[tuple[int, ...]]]:
+    def _distinct_chains(self, shape: _Shape) -> list[list[tuple[int, ...]]]:
         """One pipeline of each sequence of device types."""
         devices = self.compute.graph.devices
         found: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-        for copy in range(copies):
-            chain = [self._group(stage, copy, degree, copies) for stage in range(stages)]
+        for copy in range(shape.copies):
+            chain = [shape.group(stage, copy) for stage in range(shape.stages)]
             found.setdefault(tuple(devices[d].type.name for group in chain for d in group), chain)
         return list(found.values())
 
@@ -151,7 +154,7 @@ class _Pricing:
         """Forward and backward of a micro-batch; groups of the same types on the same path price alike."""
         graph = self.compute.graph
         types = tuple(graph.devices[d].type.name for d in group)
-        apart = tuple(graph.path(a, b) for a, b in zip(group, group[1:], strict=False))
+        apart = tuple(graph.path(a, b) for a, b in pairwise(group))
         slowest = min((p.bandwidth_bytes_per_second for p in apart), default=0.0)
         key = (types, slowest, layers, rows)
         found = self._times.get(key)
@@ -168,82 +171,64 @@ class _Pricing:
         workload = self.problem.workload
         return rows * workload.sequence_length * workload.model.hidden_size * 4
 
-    def _reduction(self, degree: int, copies: int, stages: int) -> float:
+    def _reduction(self, shape: _Shape) -> float:
         """Gradients to their updaters and weights back, over the slowest path among a stage's copies."""
-        if copies == 1:
+        if shape.copies == 1:
             return 0.0
-        share = even_shares(self.model, degree)[0]
-        elements = max(self.compute.stage_parameters(share, self._layers(s, stages)) for s in {0, stages - 1})
-        first = self._group(0, 0, degree, copies)[0]
-        last = self._group(0, copies - 1, degree, copies)[0]
-        path = self.compute.graph.path(first, last)
-        return 2 * path.seconds(4.0 * elements * (copies - 1) / copies)
+        share = even_shares(self.model, shape.degree)[0]
+        ends = {0, shape.stages - 1}
+        elements = max(self.compute.stage_parameters(share, self._layers(s, shape.stages)) for s in ends)
+        path = self.compute.graph.path(shape.group(0, 0)[0], shape.group(0, shape.copies - 1)[0])
+        return 2 * path.seconds(4.0 * elements * (shape.copies - 1) / shape.copies)
 
     def may_fit(self, split: _Split) -> bool:
         """Whether every stage fits when its copies share the updates evenly; the exact count comes later."""
-        return all(
-            self._stage_fits(split, stage, device_type)
-            for stage in range(split.stages)
-            for device_type in self._types_of(split, stage)
-        )
-
-    def _types_of(self, split: _Split, stage: int) -> dict[str, int]:
-        """Device types in a stage, each with one of its devices."""
-        size = split.copies * split.degree
         devices = self.compute.graph.devices
-        return {devices[d].type.name: d for d in range(stage * size, (stage + 1) * size)}
+        for stage in range(split.shape.stages):
+            size = split.shape.copies * split.shape.degree
+            one_of_each = {devices[d].type.name: d for d in range(stage * size, (stage + 1) * size)}
+            if not all(self._stage_fits(split, stage, device) for device in one_of_each.values()):
+                return False
+        return True
 
-    def _stage_fits(self, split: _Split, stage: int, device_type: str) -> bool:
-        device = self._types_of(split, stage)[device_type]
-        share = even_shares(self.model, split.degree)[0]
+    def _stage_fits(self, split: _Split, stage: int, device: int) -> bool:
+        copies = split.shape.copies
+        share = even_shares(self.model, split.shape.degree)[0]
         place = StagePlace(
             stage,
-            self._layers(stage, split.stages),
+            self._layers(stage, split.shape.stages),
             "full" if split.full else "none",
-            split.stages - stage,
+            split.shape.stages - stage,
             (ReplicaPlace((0, split.rows), (RankPlace(device, share),)),),
         )
         pipeline = PipelinePlace(0, "1f1b", split.micro_batches, split.rows, 0, (place,))
-        owned = self.compute.stage_parameters(share, place.layers) // split.copies
-        use = device_memory(self.compute, Layout(self.model, (pipeline,)), {device: owned})[device]
+        owned = self.compute.stage_parameters(share, place.layers) // copies
+        incoming = owned * (copies - 1)
+        layout = Layout(self.model, (pipeline,))
+        use = device_memory(self.compute, layout, {device: owned}, {device: incoming})[device]
         return use.total <= usable_bytes(self.compute.graph.devices[device].type)
 
     def plan(self, split: _Split) -> Plan:
         """The split as a plan file's content."""
-        names = [device.name for device in self.compute.graph.devices]
-        stages = []
-        for stage in range(split.stages):
-            layers = self._layers(stage, split.stages)
-            ends = stage in (0, split.stages - 1)
-            groups = [
-                names[(stage * split.copies + copy) * split.degree :][: split.degree] for copy in range(split.copies)
-            ]
-            ranks = _ranks(groups, rank_entries(self.model, split.degree, True, ends))
-            stages.append(
-                Stage(
-                    layers=layers,
-                    recompute="full" if split.full else "none",
-                    in_flight=min(split.stages - stage, split.micro_batches),
-                    replicas=[Replica(rows=split.rows, ranks=ranks)],
-                )
-            )
+        shape = split.shape
         pipeline = Pipeline(
-            repeat=split.copies,
+            repeat=shape.copies,
             micro_batches=split.micro_batches,
             micro_batch_rows=split.rows,
-            stages=stages,
+            stages=[self._stage(split, stage) for stage in range(shape.stages)],
         )
         return Plan(
             name="even", pipelines=[pipeline], cluster=self.problem.cluster, workload=self.problem.workload
         )
 
-
-def _ranks(groups: list[list[str]], entries: tuple[tuple[int, int, int, int], ...]) -> list[Rank]:
-    """The rank entries of a stage; the vocabulary may leave the first ranks a word more."""
-    ranks = []
-    start = 0
-    for count, heads, ffn, vocab in entries:
-        devices = [name for group in groups for name in group[start : start + count]]
-        start += count
-        ranks.append(Rank(devices=format_devices(devices), count=count, heads=heads, ffn=ffn, vocab=vocab))
-    return ranks
+    def _stage(self, split: _Split, stage: int) -> Stage:
+        shape = split.shape
+        names = [device.name for device in self.compute.graph.devices]
+        entries = rank_entries(self.model, shape.degree, True, stage in (0, shape.stages - 1))
+        groups = [shape.group(stage, copy) for copy in range(shape.copies)]
+        return Stage(
+            layers=self._layers(stage, shape.stages),
+            recompute="full" if split.full else "none",
+            in_flight=min(shape.stages - stage, split.micro_batches),
+            replicas=[Replica(rows=split.rows, ranks=name_ranks(groups, entries, names))],
+        )

@@ -39,14 +39,15 @@ class Finalist:
 def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
     """Whether every device's peak memory, its true share of the updates counted, is within its size."""
     devices = compute.graph.devices
-    use = device_memory(compute, layout, ownership.owned_elements)
+    use = device_memory(compute, layout, ownership.owned_elements, ownership.incoming_elements)
     return all(memory.total <= usable_bytes(devices[device].type) for device, memory in use.items())
 
 
 def simulate_plan(
     plan: Plan, compute: ComputeModel, *, record: bool = False
 ) -> tuple[Program, Simulation] | None:
-    """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of actions."""
+    """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of
+    actions."""
     layout = lay_out(plan)
     ownership = own(layout)
     if not fits(compute, layout, ownership):
@@ -77,13 +78,15 @@ def describe(candidate: Candidate, pools: Pools) -> str:
             seats = []
             for seat, rows in stage.seats:
                 group = f" TP{seat.degree}" if seat.degree > 1 else ""
-                many = f"{seat.count}x" if seat.count > 1 else ""
-                share = f" {rows} rows" if len(stage.seats) > 1 or seat.count > 1 else ""
+                many = f"{seat.replicas}x" if seat.replicas > 1 else ""
+                share = f" {rows} rows" if len(stage.seats) > 1 or seat.replicas > 1 else ""
                 seats.append(f"{many}{pools[seat.pool].type.name}{group}{share}")
             full = " recomputed" if stage.full else ""
             stages.append(f"{' + '.join(seats)} {stage.decoders}{full}")
         shown = _fold(stages)
-        parts.append(f"{entry.repeat} x ({' | '.join(shown)}), {entry.micro_batches} x {entry.chain.rows} rows")
+        parts.append(
+            f"{entry.repeat} x ({' | '.join(shown)}), {entry.micro_batches} x {entry.chain.rows} rows"
+        )
     return "; ".join(parts)
 
 
@@ -106,8 +109,8 @@ def why_slower(loser: Finalist, winner: Finalist) -> str:
         ("reducing gradients and updating", [_tail(f.candidate) for f in (loser, winner)]),
     )
     words, (more, less) = max(parts, key=lambda part: part[1][0] - part[1][1])
-    if more - less <= 0.001 * winner.step_seconds:
-        return "it waits longer for links that its messages share"
+    if more - less < 0.5 * (loser.step_seconds - winner.step_seconds):
+        return "its stages wait longer for each other's messages"
     return f"{words} takes {more - less:.3g} s longer over the step"
 
 

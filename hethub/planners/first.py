@@ -1,13 +1,14 @@
-"""The first planner: simple and honest. Closed forms rank thousands of splits, the simulator decides between a few."""
+"""The first planner: simple and honest. Closed forms rank thousands of splits, the simulator decides
+between a few."""
 
 from __future__ import annotations
 
+from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
 from hethub.planners.finalists import Finalist, describe, run_off, why_slower
-from hethub.planners.candidate import Candidate
 from hethub.planners.interface import Found, Problem, RunnerUp
 from hethub.planners.pools import Pools
-from hethub.planners.search import deeper, rank
+from hethub.planners.search import rank, with_reach
 from hethub.planners.seats import SeatCosts
 from hethub.planners.shortage import shortage
 
@@ -15,6 +16,7 @@ __all__ = ["FirstPlanner"]
 
 _FINALISTS = 6
 _ACTIONS = 600_000  # of all simulated finalists together, about; big plans are simulated less often
+_FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
 
@@ -40,7 +42,7 @@ class FirstPlanner:
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = rank(chains, numbers, batch, most)
         considered = ranking.considered
-        affordable = _affordable(ranking.candidates)
+        affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
         # The only finalist's simulation is the one that will be reported: keep its timeline.
         alone = len(affordable) == 1
         finalists = run_off(affordable, problem, pools, record=alone)
@@ -50,7 +52,9 @@ class FirstPlanner:
             return None
         if problem.finalists is None and not alone:
             # The simulator also says how deep the best one's stages should run ahead.
-            others = list(deeper(chains, [finalists[0].candidate], batch))
+            best = finalists[0].candidate
+            tried = [with_reach(chains, best, batch, reach) for reach in (0, 1, 2) if reach != best.reach]
+            others = list({other.key: other for other in tried if other is not None}.values())
             considered += len(others)
             finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
         return _found(finalists, considered, pools)
@@ -72,21 +76,31 @@ class FirstPlanner:
 
 
 def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
+    """The winner, and of every other split its best variant."""
     winner, *losers = finalists
+    shown = describe(winner.candidate, pools)
+    lost: dict[str, RunnerUp] = {}
+    for loser in losers:
+        description = describe(loser.candidate, pools)
+        if description != shown and description not in lost:
+            lost[description] = RunnerUp(
+                description=description, step_seconds=loser.step_seconds, reason=why_slower(loser, winner)
+            )
     return Found(
         plan=winner.plan,
         program=winner.program,
         simulation=winner.simulation,
         considered=considered,
-        runners_up=tuple(
-            RunnerUp(
-                description=describe(loser.candidate, pools),
-                step_seconds=loser.step_seconds,
-                reason=why_slower(loser, winner),
-            )
-            for loser in losers
-        ),
+        runners_up=tuple(lost.values()),
     )
+
+
+def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:
+    """Where micro-batches are few, the step is mostly filling and draining: stages run as far ahead as
+    memory allows. Else just far enough, since deeper ones crowd the links."""
+    if all(entry.micro_batches <= _FEW * len(entry.chain.stages) for entry in candidate.entries):
+        return with_reach(chains, candidate, batch, 2) or candidate
+    return candidate
 
 
 def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
@@ -103,7 +117,7 @@ def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
 def _actions(candidate: Candidate) -> int:
     """Actions of a program, about: forward, backward and four messages of every rank and micro-batch."""
     return sum(
-        6 * entry.repeat * entry.micro_batches * seat.count * seat.degree
+        6 * entry.repeat * entry.micro_batches * seat.replicas * seat.degree
         for entry in candidate.entries
         for stage in entry.chain.stages
         for seat, _ in stage.seats

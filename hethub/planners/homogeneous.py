@@ -1,4 +1,4 @@
-"""The homogeneous bound: what each device type reaches with its own best plan on its own devices, added up."""
+"""The homogeneous bound: what each device type reaches with its own best plan on its own devices, summed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _FINALISTS = 2  # of each type and batch: the closed form ranks splits of alike 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeBound:
-    """One device type alone. `global_batch` is its share of the physical bound times the whole batch, rounded from
-    `exact_batch`; the tokens per second are 0 where it cannot hold the model."""
+    """One device type alone. `global_batch` is its share of the physical bound times the whole batch,
+    rounded from `exact_batch`; the tokens per second are 0 where it cannot hold the model."""
 
     device_type: str
     count: int
@@ -29,7 +29,8 @@ class TypeBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HomogeneousBound:
-    """The sum over `types`, and the types that cannot hold the model alone: with any, the share is no bound."""
+    """The sum over `types`, and the types that cannot hold the model alone: with any, the share is no
+    bound."""
 
     tokens_per_second: float
     types: tuple[TypeBound, ...]
@@ -41,11 +42,17 @@ def homogeneous_bound(
 ) -> HomogeneousBound:
     """Plan every device type by itself.
 
-    Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the plan for
-    all devices, is taken for the only type of a homogeneous cluster.
+    Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the
+    plan for all devices, is taken for the only type of a homogeneous cluster.
     """
     counts = Counter(device.type.name for device in problem.compute.graph.devices)
-    types = tuple(_type_bound(planner, problem, name, counts[name], physical, whole) for name in counts)
+    if whole is not None and len(counts) == 1:
+        types: tuple[TypeBound, ...] = (_only_type(problem, whole),)
+    else:
+        types = tuple(
+            _type_bound(planner, problem, name, physical.shares[name] * problem.workload.global_batch)
+            for name in counts
+        )
     return HomogeneousBound(
         tokens_per_second=sum(entry.tokens_per_second for entry in types),
         types=types,
@@ -53,25 +60,32 @@ def homogeneous_bound(
     )
 
 
-def _type_bound(
-    planner: FirstPlanner, problem: Problem, name: str, count: int, physical: PhysicalBound, whole: Found | None
-) -> TypeBound:
-    batch = problem.workload.global_batch
-    exact = physical.shares[name] * batch
-    own = max(1, round(exact))
-    if whole is not None and own == batch:
-        speed = _tokens_per_second(problem, batch, whole)
-        whole_speed = speed
-    else:
-        speed = _alone(planner, problem, name, own)
-        whole_speed = _alone(planner, problem, name, batch) if speed > 0 else 0.0
+def _only_type(problem: Problem, whole: Found) -> TypeBound:
+    """The plan for all devices is the only type's own."""
+    devices, batch = problem.compute.graph.devices, problem.workload.global_batch
+    speed = _tokens_per_second(problem, batch, whole)
+    return TypeBound(
+        device_type=devices[0].type.name,
+        count=len(devices),
+        exact_batch=float(batch),
+        global_batch=batch,
+        tokens_per_second=speed,
+        whole_batch_tokens_per_second=speed,
+    )
+
+
+def _type_bound(planner: FirstPlanner, problem: Problem, name: str, exact_batch: float) -> TypeBound:
+    own = max(1, round(exact_batch))
+    speed = _alone(planner, problem, name, own)
     return TypeBound(
         device_type=name,
-        count=count,
-        exact_batch=exact,
+        count=sum(device.type.name == name for device in problem.compute.graph.devices),
+        exact_batch=exact_batch,
         global_batch=own,
         tokens_per_second=speed,
-        whole_batch_tokens_per_second=whole_speed,
+        whole_batch_tokens_per_second=_alone(planner, problem, name, problem.workload.global_batch)
+        if speed
+        else 0.0,
     )
 
 

@@ -18,8 +18,8 @@ __all__ = ["Found", "Planner", "Problem", "RunnerUp"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates the
-    simulator decides between (None: the planner's own choice).
+    """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates
+    the simulator decides between (None: the planner's own choice).
 
     `workload` may differ from `compute.workload` in its global batch only, so that prices are shared between
     problems.
@@ -48,8 +48,9 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The plan chosen, its compiled program and simulated step, how many candidates were considered, and the
-    finalists that lost, best first. The simulation has a timeline where the planner had reason to keep one."""
+    """The plan chosen, its compiled program and simulated step, how many candidates were considered, and
+    the finalists that lost, best first. The simulation has a timeline where the planner had reason to keep
+    one."""
 
     plan: Plan
     program: Program

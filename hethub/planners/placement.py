@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from hethub.planners.candidate import Candidate, Entry
 from hethub.planners.chain import StageDraft
 from hethub.planners.pools import Pools
-from hethub.planners.seats import Seat
 from hethub.planners.shares import rank_entries
 from hethub.specs.cluster import Cluster
 from hethub.specs.devices import format_devices
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
 from hethub.specs.workload import Model, Workload
 
-__all__ = ["place"]
+__all__ = ["name_ranks", "place"]
 
 _Units = dict[int, Iterator[tuple[int, ...]]]  # pool -> tensor-parallel groups not in use yet
 _Group = tuple[int, ...]
@@ -53,8 +52,12 @@ def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], 
                 replicas=[
                     Replica(
                         rows=rows,
-                        repeat=seat.count,
-                        ranks=_ranks(groups[number][place], seat, model, stage.decoders > 0, any(ends), names),
+                        repeat=seat.replicas,
+                        ranks=name_ranks(
+                            groups[number][place],
+                            rank_entries(model, seat.degree, stage.decoders > 0, any(ends)),
+                            names,
+                        ),
                     )
                     for place, (seat, rows) in enumerate(stage.seats)
                 ],
@@ -69,7 +72,8 @@ def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], 
 
 
 def _groups(entry: Entry, units: _Units, stage_major: bool) -> list[list[list[_Group]]]:
-    """Groups of each stage and seat, in the plan file's order: pipeline copy by copy, then replica by replica."""
+    """Groups of each stage and seat, in the plan file's order: pipeline copy by copy, then replica by
+    replica."""
     stages = entry.chain.stages
     groups: list[list[list[_Group]]] = [[[] for _ in stage.seats] for stage in stages]
     if stage_major:
@@ -84,17 +88,21 @@ def _groups(entry: Entry, units: _Units, stage_major: bool) -> list[list[list[_G
 def _seat(stage: StageDraft, groups: list[list[_Group]], units: _Units) -> None:
     """One pipeline's replicas of one stage."""
     for place, (seat, _) in enumerate(stage.seats):
-        groups[place].extend(next(units[seat.pool]) for _ in range(seat.count))
+        groups[place].extend(next(units[seat.pool]) for _ in range(seat.replicas))
 
 
-def _ranks(
-    groups: Sequence[_Group], seat: Seat, model: Model, decoders: bool, words: bool, names: list[str]
+def name_ranks(
+    groups: Sequence[_Group], entries: Sequence[tuple[int, int, int, int]], names: list[str]
 ) -> list[Rank]:
+    """The rank entries of alike groups; `entries` are (count, heads, ffn, vocab)."""
     ranks = []
     start = 0
-    for count, heads, ffn, vocab in rank_entries(model, seat.degree, decoders, words):
+    for count, heads, ffn, vocab in entries:
         devices = [names[d] for group in groups for d in group[start : start + count]]
         start += count
-        named = {"device": devices[0]} if len(devices) == 1 else {"devices": format_devices(devices)}
-        ranks.append(Rank(**named, count=count, heads=heads, ffn=ffn, vocab=vocab))  # type: ignore[arg-type]
+        if len(devices) == 1:
+            ranks.append(Rank(device=devices[0], heads=heads, ffn=ffn, vocab=vocab))
+        else:
+            text = format_devices(devices)
+            ranks.append(Rank(devices=text, count=count, heads=heads, ffn=ffn, vocab=vocab))
     return ranks

@@ -1,4 +1,5 @@
-"""Pools: devices that are interchangeable for a planner, so that it searches over counts and not over devices."""
+"""Pools: devices that are interchangeable for a planner, so that it searches over counts and not over
+devices."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ __all__ = ["Pool", "Pools"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pool:
-    """Devices of one type on nodes with alike links in one zone. `nodes` holds device indices, node by node."""
+    """Devices of one type on nodes with alike links in one zone. `nodes` holds device indices, node by
+    node."""
 
     number: int
     type: DeviceType
@@ -31,7 +33,8 @@ class Pool:
         return max(len(node) for node in self.nodes)
 
     def units(self, degree: int) -> list[tuple[int, ...]]:
-        """Tensor-parallel groups of `degree` devices, each within a node, in device order; the rest is left out."""
+        """Tensor-parallel groups of `degree` devices, each within a node, in device order; the rest is left
+        out."""
         return [
             node[start : start + degree]
             for node in self.nodes
@@ -73,7 +76,8 @@ class Pools:
         )
 
     def path(self, source: int, destination: int, *, within_node: bool = False) -> Path | None:
-        """The path from pool to pool; of one pool, between nodes or `within_node`. None where there is no such pair."""
+        """The path from pool to pool; of one pool, between nodes or `within_node`. None where there is no
+        such pair."""
         key = (source, destination, within_node)
         if key not in self._paths:
             ends = self._ends(source, destination, within_node)

@@ -1,10 +1,10 @@
-"""Best-first search over proposals: cheap lower bounds decide which are priced, closed-form prices which are kept."""
+"""Best-first search over proposals: cheap lower bounds decide which are priced, closed-form prices which
+are kept."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hethub.planners.candidate import Candidate, Proposal, Team, least_tail, lower_bound, price, proposals
@@ -12,13 +12,13 @@ from hethub.planners.chain import Chains
 from hethub.planners.seats import Crew, SeatCosts, crew_size
 from hethub.planners.teams import orders, teams
 
-__all__ = ["Ranking", "deeper", "rank"]
+__all__ = ["Ranking", "rank", "with_reach"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """The best candidates by closed form, ascending; `considered` counts all proposals, those cut off by a bound and
-    those that do not fit included."""
+    """The best candidates by closed form, ascending; `considered` counts all proposals, those cut off by a
+    bound and those that do not fit included."""
 
     candidates: tuple[Candidate, ...]
     considered: int
@@ -71,7 +71,8 @@ def rank(chains: Chains, numbers: tuple[int, ...], batch: int, most: int) -> Ran
 
 
 def _offer_variants(chains: Chains, proposal: Proposal, batch: int, best: _Best) -> int:
-    """Price a proposal in all orders of its pools and both ways to deal out units; returns how many more these are."""
+    """Price a proposal in all orders of its pools and both ways to deal out units; returns how many more
+    these are."""
     variants = _variants(chains.costs, proposal)
     ways = (False, True) if _repeats(proposal) else (False,)
     for variant in variants:
@@ -104,10 +105,8 @@ def _sorted(crew: Crew, place: dict[int, int]) -> Crew:
     return tuple(sorted(crew, key=lambda run: place[run[0][0].pool]))
 
 
-def deeper(chains: Chains, candidates: Iterable[Candidate], batch: int) -> Iterator[Candidate]:
-    """The same candidates with stages that run ahead less and more, where that makes a difference."""
-    for candidate in candidates:
-        for reach in (0, 2):
-            other = price(chains, candidate.proposal, batch, stage_major=candidate.stage_major, reach=reach)
-            if other is not None and other.key != candidate.key:
-                yield other
+def with_reach(chains: Chains, candidate: Candidate, batch: int, reach: int) -> Candidate | None:
+    """The same candidate with stages that run ahead otherwise (see `Setting`), or None where nothing
+    changes."""
+    other = price(chains, candidate.proposal, batch, stage_major=candidate.stage_major, reach=reach)
+    return other if other is not None and other.key != candidate.key else None

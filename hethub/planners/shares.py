@@ -13,7 +13,8 @@ __all__ = ["even_shares", "rank_entries"]
 
 @lru_cache(maxsize=256)
 def even_shares(model: Model, degree: int) -> tuple[Share, ...]:
-    """As even as whole units allow: key-value groups, FFN columns, vocabulary rows; the first ranks have more.
+    """As even as whole units allow: key-value groups, FFN columns, vocabulary rows; the first ranks have
+    more.
 
     Raises ValueError when there are fewer key-value groups than ranks.
     """
@@ -40,7 +41,9 @@ def even_shares(model: Model, degree: int) -> tuple[Share, ...]:
 
 
 @lru_cache(maxsize=1024)
-def rank_entries(model: Model, degree: int, decoders: bool, words: bool) -> tuple[tuple[int, int, int, int], ...]:
+def rank_entries(
+    model: Model, degree: int, decoders: bool, words: bool
+) -> tuple[tuple[int, int, int, int], ...]:
     """(count, heads, ffn, vocab) of the plan file's rank entries: alike neighbours are one entry.
 
     Heads and columns are 0 in a stage without `decoders`, vocabulary rows in one without embedding and head.

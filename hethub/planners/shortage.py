@@ -10,10 +10,11 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.errors import InfeasibleError
 from hethub.planners.candidate import Team
-from hethub.planners.chain import Chains, Setting
+from hethub.planners.chain import Chains
 from hethub.planners.interface import Problem
 from hethub.planners.pools import Pools
 from hethub.planners.seats import Seat, SeatCost, SeatCosts, crew_slots
+from hethub.planners.stage import Setting
 from hethub.planners.teams import combinations
 from hethub.specs.cluster import Cluster
 
@@ -46,19 +47,20 @@ def shortage(problem: Problem, chains: Chains) -> InfeasibleError:
         )
     need = min(needs)
     text += (
-        f": with every device in one pipeline, full recomputation and micro-batches of 1 row, a {need.device_type} "
-        f"needs {_size(need.needed)} and has {_size(need.usable)}, {_size(need.over)} short. "
-        "Recomputation, smaller micro-batches and a smaller global batch do not help."
+        f": with every device in one pipeline, full recomputation and micro-batches of 1 row, a "
+        f"{need.device_type} needs {_size(need.needed)} and has {_size(need.usable)}, "
+        f"{_size(need.over)} short. Recomputation, smaller micro-batches and a smaller global batch do not help."
     )
     more = _more_devices(problem)
     if more is None:
         return InfeasibleError(
-            f"{text} Nor do {_MOST_NODES} more nodes of any group: one layer alone is too big. Use devices with more "
-            "memory, a shorter sequence_length or a smaller model."
+            f"{text} Nor do {_MOST_NODES} more nodes of any group: one layer alone is too big. "
+            "Use devices with more memory, a shorter sequence_length or a smaller model."
         )
     nodes, group, devices, device_type = more
+    many = "nodes" if nodes > 1 else "node"
     return InfeasibleError(
-        f"{text} {devices} more {device_type} ({nodes} more node{'s' if nodes > 1 else ''} in group {group}) would fit."
+        f"{text} {devices} more {device_type} ({nodes} more {many} in group {group}) would fit."
     )
 
 
@@ -77,7 +79,9 @@ def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[Team]:
     for combination in combinations(costs, numbers):
         units = {pool: costs.pools[pool].unit_count(degree) for pool, degree in combination.items()}
         copies = -(-sum(units.values()) // (chains.layers + 2))
-        crew = tuple(((Seat(p, d, 1),), units[p] // copies) for p, d in combination.items() if units[p] >= copies)
+        crew = tuple(
+            ((Seat(p, d, 1),), units[p] // copies) for p, d in combination.items() if units[p] >= copies
+        )
         if crew:
             yield Team("chain", ((crew, copies),))
 
@@ -90,8 +94,9 @@ def _least_need(chains: Chains, team: Team) -> _Need:
     decoders = [0 if i in (0, last) else 1 for i in range(len(costs))]
 
     def needed(i: int, count: int) -> float:
-        full = count > costs[i].most_decoders(i == 0, i == last, 1, copies, False)
-        return costs[i].bytes(i == 0, i == last, count, 1, copies, full)
+        place = (i == 0, i == last)
+        full = count > costs[i].most_decoders(place, 1, copies, full=False)
+        return costs[i].bytes(place, count, 1, copies, full=full)
 
     queue = [(needed(i, n + 1) - costs[i].usable, i) for i, n in enumerate(decoders)]
     heapq.heapify(queue)

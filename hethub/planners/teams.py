@@ -25,15 +25,16 @@ _MOST_REPLICAS = 4  # replicas of a stage within a pipeline; more are better pla
 
 
 def degrees(pool: Pool, kv_heads: int) -> list[int]:
-    """Tensor-parallel degrees worth trying: powers of two and the whole node, no more than key-value groups."""
+    """Tensor-parallel degrees worth trying: powers of two and the whole node, no more than key-value
+    groups."""
     most = min(pool.node_size, kv_heads)
     powers = [1 << n for n in range(most.bit_length()) if 1 << n <= most]
     return powers if pool.node_size > kv_heads or pool.node_size in powers else [*powers, pool.node_size]
 
 
 def orders(costs: SeatCosts, pools: Iterable[int]) -> list[tuple[int, ...]]:
-    """Orders of pools along a pipeline: most memory first, its reverse, and further ones: all where pools are few,
-    else as in the spec, by speed, and their reverses."""
+    """Orders of pools along a pipeline: most memory first, its reverse, and further ones: all where pools
+    are few, else as in the spec, by speed, and their reverses."""
     numbers = tuple(pools)
     memory = tuple(sorted(numbers, key=lambda n: (-costs.pools[n].type.memory_bytes, n)))
     found = [memory, memory[::-1]]
@@ -71,7 +72,8 @@ def _choices(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def combinations(costs: SeatCosts, chosen: Sequence[int]) -> Iterator[dict[int, int]]:
-    """Tensor-parallel degree of each pool: all combinations where they are few, else alike as far as possible."""
+    """Tensor-parallel degree of each pool: all combinations where they are few, else alike as far as
+    possible."""
     kv_heads = costs.compute.workload.model.kv_heads
     each = [degrees(costs.pools[n], kv_heads) for n in chosen]
     count = 1
@@ -105,7 +107,9 @@ def _chain(combination: dict[int, int], units: dict[int, int], batch: int) -> It
                 yield Team("chain", ((crew, copies),))
 
 
-def _replica_choices(combination: dict[int, int], units: dict[int, int], copies: int) -> Iterator[dict[int, int]]:
+def _replica_choices(
+    combination: dict[int, int], units: dict[int, int], copies: int
+) -> Iterator[dict[int, int]]:
     """Replicas of each pool's stages: one everywhere, or more in one pool."""
     yield dict.fromkeys(combination, 1)
     for pool in combination:
@@ -113,19 +117,15 @@ def _replica_choices(combination: dict[int, int], units: dict[int, int], copies:
             yield {**dict.fromkeys(combination, 1), pool: count}
 
 
-def _mixed(
-    combination: dict[int, int], units: dict[int, int], layers: int, batch: int
-) -> Iterator[Team]:
+def _mixed(combination: dict[int, int], units: dict[int, int], layers: int, batch: int) -> Iterator[Team]:
     for copies in _repeats(units, batch):
         for stages in range(1, min(min(units.values()) // copies, layers + 2) + 1):
             slot = tuple(Seat(pool, d, units[pool] // (copies * stages)) for pool, d in combination.items())
-            if sum(seat.count for seat in slot) * copies <= batch:
+            if sum(seat.replicas for seat in slot) * copies <= batch:
                 yield Team("mixed", ((((slot, stages),), copies),))
 
 
-def _beside(
-    combination: dict[int, int], units: dict[int, int], layers: int, batch: int
-) -> Iterator[Team]:
+def _beside(combination: dict[int, int], units: dict[int, int], layers: int, batch: int) -> Iterator[Team]:
     """One pool's pipelines beside the others'; all pools cut into the same number of stages, or nearly."""
     for stages in range(1, min(max(units.values()), layers + 2) + 1):
         crews = []

@@ -358,7 +358,8 @@ def _check_memory(plan: Plan, seats: list[_Seat]) -> Iterator[Problem]:
     devices = plan.cluster.devices()
     layout = lay_out(plan)
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    uses = device_memory(compute, layout, own(layout).owned_elements)
+    ownership = own(layout)
+    uses = device_memory(compute, layout, ownership.owned_elements, ownership.incoming_elements)
     over = {
         devices[d].name: (devices[d], use)
         for d, use in uses.items()

@@ -162,12 +162,9 @@ class _Builder:
         precision = self.compute.workload.precision
         width = gradient_bytes(precision)
         self.route(What.REDUCE, dict(self.ownership.gradient_routes), width)
-        incoming: dict[int, int] = defaultdict(int)
-        for (_, updater), slices in self.ownership.gradient_routes.items():
-            incoming[updater] += self.ownership.route_elements(slices)
         for device in self.layout.used:
             # each incoming slice is read and added into the device's own
-            self.touch(device, Kind.REDUCE, 3 * incoming[device] * width)
+            self.touch(device, Kind.REDUCE, 3 * self.ownership.incoming_elements.get(device, 0) * width)
 
     def norm(self) -> None:
         root, *others = self.layout.used

@@ -79,6 +79,14 @@ class Ownership:
                     found[entry.updater, device].append(number)
         return {route: tuple(numbers) for route, numbers in found.items()}
 
+    @cached_property
+    def incoming_elements(self) -> Mapping[int, int]:
+        """Device -> gradient elements that reach it from others: its reduction buffers."""
+        found: dict[int, int] = defaultdict(int)
+        for (_, updater), numbers in self.gradient_routes.items():
+            found[updater] += self.route_elements(numbers)
+        return found
+
     def route_elements(self, numbers: tuple[int, ...]) -> int:
         """Elements of these slices together."""
         slices = self.slices

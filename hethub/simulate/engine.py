@@ -206,8 +206,8 @@ def simulate(
     """Predict one step of a program: the middle one of `steps` (1 or 3) that follow without a pause.
 
     One step alone leaves out what devices that are done early already do for the next: less than a
-    micro-batch. `sub_events` records the collectives inside compute actions too, which are most of the records
-    of a big plan and change no share of a summary. Raises ProgramError on a deadlock.
+    micro-batch. `sub_events` records the collectives inside compute actions too, which are most of the
+    records of a big plan and change no share of a summary. Raises ProgramError on a deadlock.
     """
     engine = _Engine(program, compute, record, steps, sub_events)
     seconds = engine.run()

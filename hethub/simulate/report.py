@@ -33,9 +33,10 @@ def predict(
 ) -> tuple[Program, Simulation, dict[str, Any]]:
     """Compile and simulate (unless `program` and `simulation` are given) a plan that `check_plan` accepts.
 
-    Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and the even
-    split are searches of their own: they are taken from `plan.bounds`, and null with a reason under `missing` where
-    the plan does not hold them. `joules_per_token` takes every used device at its full rated power.
+    Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and
+    the even split are searches of their own: they are taken from `plan.bounds`, and null with a reason
+    under `missing` where the plan does not hold them. `joules_per_token` takes every used device at its
+    full rated power.
     """
     if program is None:
         program = compile_program(lay_out(plan), compute)
@@ -61,7 +62,11 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
     elif homogeneous == 0:
         missing["share.homogeneous_bound"] = "no device type can hold the model alone"
     if even is None:
-        why = "no even split fits on these devices" if stored else "the plan holds no bounds; `hethub plan` computes them"
+        why = (
+            "no even split fits on these devices"
+            if stored
+            else "the plan holds no bounds; `hethub plan` computes them"
+        )
         missing["baselines.even_tokens_per_second"] = why
     return {
         "step_seconds": seconds,
@@ -83,7 +88,9 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
 
 
 def _memory(compute: ComputeModel, program: Program) -> dict[int, MemoryUse]:
-    return device_memory(compute, program.layout, program.ownership.owned_elements)
+    return device_memory(
+        compute, program.layout, program.ownership.owned_elements, program.ownership.incoming_elements
+    )
 
 
 def _device_types(compute: ComputeModel, program: Program, simulation: Simulation) -> list[dict[str, Any]]:
@@ -124,7 +131,9 @@ def _joules_per_token(
     for device in program.layout.used:
         power = compute.graph.devices[device].type.power_watts
         if power is None:
-            missing["joules_per_token"] = f"power_watts of {compute.graph.devices[device].type.name} is not known"
+            missing["joules_per_token"] = (
+                f"power_watts of {compute.graph.devices[device].type.name} is not known"
+            )
             return None
         watts += power
     return watts * seconds / tokens
@@ -149,9 +158,9 @@ def _usd_per_million_tokens(
 class StageRow:
     """One stage of the split, as a table shows it; alike pipelines are one (`repeat`).
 
-    `replicas` are (number, device type, tensor-parallel degree, rows). Memory is the fullest device's, with what its
-    type can use; `seconds` is forward and backward of one micro-batch on the slowest replica, recomputation included;
-    `busy_ratio` the mean over the stage's devices in all alike pipelines.
+    `replicas` are (number, device type, tensor-parallel degree, rows). Memory is the fullest device's, with
+    what its type can use; `seconds` is forward and backward of one micro-batch on the slowest replica,
+    recomputation included; `busy_ratio` the mean over the stage's devices in all alike pipelines.
     """
 
     pipeline: int

@@ -98,7 +98,7 @@ def test_two_directions_do_not_wait_for_each_other() -> None:
     assert one == other
 
 
-@pytest.mark.parametrize(("total", "wait"), [(None, 0.0), (50 * MB, 4 / 50), (75 * MB, 4 / 75)])
+@pytest.mark.parametrize(("total", "wait"), [(None, 0.0), (50 * MB, 8 / 50 - 0.08), (75 * MB, 8 / 75 - 0.08)])
 def test_all_nodes_queue_for_what_a_cross_link_has_in_total(total: float | None, wait: float) -> None:
     cluster = three_speeds()
     apart = replace(cluster.node_groups[2], nodes=2, devices_per_node=1)
@@ -110,6 +110,12 @@ def test_all_nodes_queue_for_what_a_cross_link_has_in_total(total: float | None,
     one, other = arrivals(cluster, [(MIDDLE, SLOW, 4 * MB), (MIDDLE2, SLOW2, 4 * MB)])
     assert one == pytest.approx(0.5e-3 + 0.08)
     assert other == pytest.approx(0.5e-3 + 0.08 + wait)
+
+
+def test_a_transfer_that_waits_elsewhere_keeps_nobody_from_an_idle_link() -> None:
+    """Taken together, the cells of a waiting transfer stood idle: steps of big plans came out twice as long."""
+    crowd = [(FAST, MIDDLE, 40 * MB), (FAST2, MIDDLE2, 4 * MB), (SLOW, MIDDLE2, 4 * MB)]
+    assert arrivals(three_speeds(), crowd)[2] < arrivals(three_speeds(), crowd)[1]
 
 
 def test_groups_without_a_link_are_named() -> None:

@@ -1,0 +1,109 @@
+"""Stages of a pipeline that is being planned: who works there, for how long, and what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from hethub.planners.seats import Seat, SeatCost
+
+__all__ = ["Setting", "Staff", "Stage"]
+
+_NEVER = float("inf")
+
+
+class Setting(NamedTuple):
+    """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, the `pools` of all of them,
+    most micro-batches of one, how units are dealt out (`stage_major`: a stage's replicas next to each
+    other, else a pipeline's stages), and how deep stages run ahead: `reach` 0 as 1F1B does without latency,
+    1 as latency asks, 2 twice as deep as 0."""
+
+    copies: int
+    others: int
+    pools: tuple[int, ...]
+    micro_batches: int
+    stage_major: bool = False
+    reach: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Staff:
+    """A slot with its rows dealt out.
+
+    `decoder_seconds` is one decoder's forward and backward on the slowest seat, `again_seconds` its
+    forward; without and with recomputation at most `most_kept` and `most_recomputed` decoders fit, whatever
+    surrounds the slot.
+    """
+
+    seats: tuple[tuple[Seat, int], ...]
+    costs: tuple[SeatCost, ...]
+    decoder_seconds: float
+    again_seconds: float
+    most_kept: int
+    most_recomputed: int
+
+    def least_seconds(self, decoders: int) -> float:
+        """Seconds of a micro-batch over so many decoders in the best of surroundings."""
+        if decoders <= self.most_kept:
+            return decoders * self.decoder_seconds
+        if decoders <= self.most_recomputed:
+            return decoders * (self.decoder_seconds + self.again_seconds)
+        return _NEVER
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """A staffed slot in its place: its seconds as a function of its decoders, and its memory limits.
+
+    `held` micro-batches are in flight, at least `holders` devices share the update of its layers, and
+    `units` is the half-open span of its groups among those of its pool in the pipeline.
+    """
+
+    staff: Staff
+    first: bool
+    last: bool
+    held: int
+    holders: int
+    units: tuple[int, int]
+
+    @cached_property
+    def cap_none(self) -> int:
+        """Most decoders that fit without recomputation."""
+        return min(self._most(cost, full=False) for cost in self.staff.costs)
+
+    @cached_property
+    def cap(self) -> int:
+        """Most decoders that fit."""
+        return max(self.cap_none, min(self._most(cost, full=True) for cost in self.staff.costs))
+
+    def _most(self, cost: SeatCost, *, full: bool) -> int:
+        return cost.most_decoders((self.first, self.last), self.held, self.holders, full=full)
+
+    @property
+    def replicas(self) -> int:
+        """Tensor-parallel groups that share the micro-batch."""
+        return self.units[1] - self.units[0]
+
+    def seconds(self, decoders: int) -> float:
+        """Forward and backward of a micro-batch on the slowest replica, with recomputation where it must
+        be."""
+        forward = backward = 0.0
+        for cost in self.staff.costs:
+            f, b = decoders * cost.decoder[0], decoders * cost.decoder[1]
+            if self.first:
+                f, b = f + cost.embedding[0], b + cost.embedding[1]
+            if self.last:
+                f, b = f + cost.head[0], b + cost.head[1]
+            forward, backward = max(forward, f), max(backward, b)
+        return 2 * forward + backward if decoders > self.cap_none else forward + backward
+
+    def most_in_flight(self, decoders: int) -> int:
+        """How many micro-batches fit beside `decoders` decoders."""
+        full = decoders > self.cap_none
+        ends = (self.first, self.last)
+        return min(c.most_in_flight(ends, decoders, self.holders, full=full) for c in self.staff.costs)
+
+    def elements(self, cost: SeatCost, decoders: int) -> int:
+        """Parameter elements of the most loaded rank."""
+        return cost.ends[self.first, self.last].elements + decoders * cost.decoder_elements
