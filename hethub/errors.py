@@ -11,7 +11,7 @@ Each message is one line: where, what is wrong, what to do.
 
 from __future__ import annotations
 
-__all__ = ["MachineError", "HetHubError", "InfeasibleError", "InputError", "RunError"]
+__all__ = ["HetHubError", "InfeasibleError", "InputError", "MachineError", "RunError"]
 
 
 class HetHubError(Exception):

@@ -45,7 +45,7 @@ def launch(
 def _report(finished: Finished) -> list[str]:
     s = finished.summary
     mark = " (emulated, modelled time)" if s["emulated"] else ""
-    lines = [
+    return [
         f"loss {s['loss_first']:.4f} -> {s['loss_last']:.4f} in {s['steps']} steps",
         *_held_out(s),
         f"speed {s['tokens_per_second']:,.0f} tokens/s{mark}, {s['share_of_prediction']:.1%} of its prediction",
@@ -54,19 +54,23 @@ def _report(finished: Finished) -> list[str]:
         *_comparison(finished),
         f"run folder {finished.folder}: summary.json, timeline.html, trace.json, model.safetensors, logs/",
     ]
-    return lines
 
 
 def _held_out(s: dict[str, Any]) -> list[str]:
     if s["heldout_loss"] is None:
         return []
-    return [f"held-out loss {s['heldout_loss']:.4f} nats per token; a unigram model has {s['unigram_loss']:.4f}"]
+    return [
+        f"held-out loss {s['heldout_loss']:.4f} nats per token; a unigram model has {s['unigram_loss']:.4f}"
+    ]
 
 
 def _bounds(s: dict[str, Any]) -> list[str]:
     lines = [f"share of the physical bound {s['share_of_physical_bound']:.1%}"]
     if s["share_of_homogeneous_bound"] is not None:
-        lines.insert(0, f"share of the homogeneous bound (measured over predicted) {s['share_of_homogeneous_bound']:.1%}")
+        lines.insert(
+            0,
+            f"share of the homogeneous bound (measured over predicted) {s['share_of_homogeneous_bound']:.1%}",
+        )
     return lines
 
 
@@ -75,8 +79,9 @@ def _emulation(s: dict[str, Any]) -> list[str]:
     if s["emulated"]:
         valid = "" if s["overrun_ratio"] <= 0.01 else ": more than 1 %, THIS RUN IS INVALID; raise time_scale"
         lines.append(
-            f"wall clock {s['wall_tokens_per_second']:,.0f} tokens/s at time_scale {s['time_scale']:.3g}; real math at most "
-            f"{s['real_math_ratio']:.1%} of a device's padded time; overruns {s['overrun_ratio']:.2%} of actions{valid}"
+            f"wall clock {s['wall_tokens_per_second']:,.0f} tokens/s at time_scale {s['time_scale']:.3g}; "
+            f"real math at most {s['real_math_ratio']:.1%} of a device's padded time; "
+            f"overruns {s['overrun_ratio']:.2%} of actions{valid}"
         )
     return lines
 
@@ -85,8 +90,8 @@ def _comparison(finished: Finished) -> list[str]:
     even, s = finished.even, finished.summary
     if even is None:
         return []
+    ratio = s["tokens_per_second"] / even["tokens_per_second"]
     return [
-        f"the best even split on the same devices: {even['tokens_per_second']:,.0f} tokens/s, so uneven is "
-        f"{s['tokens_per_second'] / even['tokens_per_second']:.2f} x as fast",
+        f"best even split, same devices: {even['tokens_per_second']:,.0f} tokens/s; uneven is {ratio:.2f} x as fast",
         f"losses of the two over {even['steps']} steps differ by at most {finished.losses_differ:.1e} (relative)",
     ]

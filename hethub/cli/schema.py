@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -11,7 +11,7 @@ import typer
 __all__ = ["schema"]
 
 
-class SchemaFile(str, Enum):
+class SchemaFile(StrEnum):
     """The files that have a schema."""
 
     cluster = "cluster"
@@ -25,13 +25,15 @@ def schema(which: Annotated[SchemaFile, typer.Argument(help="Which file.")]) -> 
 
     Example: hethub schema cluster > cluster.schema.json
     """
+    from pydantic import BaseModel
+
     from hethub.specs.base import json_schema
     from hethub.specs.cluster import ClusterSpec
     from hethub.specs.job import JobSpec
     from hethub.specs.plan import PlanSpec
     from hethub.specs.workload import WorkloadSpec
 
-    models = {
+    models: dict[SchemaFile, type[BaseModel]] = {
         SchemaFile.cluster: ClusterSpec,
         SchemaFile.workload: WorkloadSpec,
         SchemaFile.job: JobSpec,

@@ -1,0 +1,1 @@
+"""What things cost: graph and paths, compute, memory, bounds. Pure functions of specs."""

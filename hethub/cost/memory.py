@@ -135,7 +135,9 @@ def device_memory(
     for device, use in found.items():
         elements = use.gradients // gradient_bytes(precision)
         owned = elements if owned_elements is None else owned_elements.get(device, 0)
-        extra = 0 if incoming_elements is None else incoming_elements.get(device, 0) * gradient_bytes(precision)
+        extra = (
+            0 if incoming_elements is None else incoming_elements.get(device, 0) * gradient_bytes(precision)
+        )
         found[device] = use + MemoryUse(
             weights=0,
             gradients=0,

@@ -206,7 +206,7 @@ class ExchangeGroup(_Timed):
         own = tensor.detach().to("cpu").contiguous()
         me = dist.get_rank()
         found = {me: own}
-        pending = []
+        pending: list[dist.Work | None] = []
         for rank in self._ranks:
             if rank != me:
                 found[rank] = torch.empty_like(own)
@@ -215,6 +215,7 @@ class ExchangeGroup(_Timed):
             if rank != me:
                 pending.append(_guard(lambda r=rank: dist.isend(own, r, tag=_EXCHANGE_TAG), rank))  # type: ignore[misc]
         for work in pending:
+            assert work is not None
             _guard(work.wait, -1)
         return [found[rank] for rank in self._ranks]
 

@@ -22,7 +22,9 @@ from hethub.specs.cluster import Cluster
 __all__ = ["Crew", "Failure", "resource_name"]
 
 _PLACEMENT_TIMEOUT_SECONDS = 60.0
-_GATHER_FAILURES_SECONDS = 1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
+_GATHER_FAILURES_SECONDS = (
+    1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,11 @@ class Crew:
                 counts[name] = counts.get(name, 0) + 1
             self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
             ray.init(
-                num_cpus=len(self.devices) + 1, resources=counts, include_dashboard=False, _temp_dir=str(self._folder), **quiet
+                num_cpus=len(self.devices) + 1,
+                resources=counts,
+                include_dashboard=False,
+                _temp_dir=str(self._folder),
+                **quiet,
             )
         else:
             try:
@@ -249,7 +255,9 @@ class Crew:
         import ray
 
         try:
-            found: list[tuple[int, float, float]] = ray.get(self.actors[device].results.remote(since), timeout=2.0)
+            found: list[tuple[int, float, float]] = ray.get(
+                self.actors[device].results.remote(since), timeout=2.0
+            )
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return []
         return found

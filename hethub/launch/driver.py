@@ -218,7 +218,9 @@ class _Run:
         shares = [max(d.real_ratio for d in summarize(timeline, n, n)) for n in range(1, _REHEARSAL_STEPS)]
         return scale * max(1.0, min(shares) / REAL_MATH_SHARE)
 
-    def train(self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str) -> RunOutcome:
+    def train(
+        self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str
+    ) -> RunOutcome:
         """Train `steps` steps of a run of `total_steps`, evaluating as the job says where that is the whole run.
 
         Evaluation stands outside the timeline: the clock goes on where the last training step ended.
@@ -238,7 +240,9 @@ class _Run:
                 held_out.append((last, float(self.crew.call("evaluate", (self.job.evaluate_rows,))[root])))
         timeline = self._timeline(compiled, scale)
         losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
-        return RunOutcome(tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out))
+        return RunOutcome(
+            tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out)
+        )
 
     def _train_segment(
         self,
@@ -303,7 +307,7 @@ def median_step_seconds(timeline: Timeline, held_out: Sequence[tuple[int, float]
     after_evaluation = {step for step, _ in held_out}
     warm = min(_WARM_STEPS, len(seconds) - 1)
     counted = [s for i, s in enumerate(seconds) if i >= warm and i not in after_evaluation]
-    return statistics.median(counted or seconds[-1:])
+    return float(statistics.median(counted or seconds[-1:]))
 
 
 def _summary(
@@ -419,7 +423,9 @@ def _run(
             outcome.timeline.save(folder / "measured.npz")
             even_outcome = None
             if even is not None:
-                even_outcome = run.train(even, min(job.compare_even_steps, job.steps), job.steps, scale, "even")
+                even_outcome = run.train(
+                    even, min(job.compare_even_steps, job.steps), job.steps, scale, "even"
+                )
         finally:
             run.clean()
     summary = _summary(outcome, compiled, scale, unigram, job.steps)
@@ -440,7 +446,9 @@ def _run(
 
 
 def _scale_words(emulated: bool, scale: float) -> str:
-    return f"; emulated devices, time_scale {scale:.3g} (wall seconds per modelled second)" if emulated else ""
+    return (
+        f"; emulated devices, time_scale {scale:.3g} (wall seconds per modelled second)" if emulated else ""
+    )
 
 
 def _refuse_vocabulary(job: Job, tokens: TokenFile) -> None:
@@ -455,7 +463,14 @@ def _write_metrics(path: Path, outcome: RunOutcome) -> None:
     """One line of JSON per step: step, loss, gradient norm, and the held-out loss where it was measured after it."""
     held_out = {step - 1: loss for step, loss in outcome.held_out}
     lines = [
-        json.dumps({"step": i, "loss": loss, "grad_norm": norm, **({"heldout_loss": held_out[i]} if i in held_out else {})})
+        json.dumps(
+            {
+                "step": i,
+                "loss": loss,
+                "grad_norm": norm,
+                **({"heldout_loss": held_out[i]} if i in held_out else {}),
+            }
+        )
         for i, (loss, norm) in enumerate(zip(outcome.losses, outcome.norms, strict=True))
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -466,4 +481,6 @@ def _draw(folder: Path, compiled: _Compiled, outcome: RunOutcome) -> None:
     seconds = step_seconds(outcome.timeline)
     typical = int(np.argmin(np.abs(seconds - outcome.step_seconds)))
     write_chrome_trace(folder / "trace.json", [compiled.predicted, outcome.timeline], [typical])
-    write_gantt(folder / "timeline.html", compiled.predicted, outcome.timeline, typical, compiled.plan.cluster.name)
+    write_gantt(
+        folder / "timeline.html", compiled.predicted, outcome.timeline, typical, compiled.plan.cluster.name
+    )

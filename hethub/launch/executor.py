@@ -182,7 +182,7 @@ class Executor:
             if weight.dtype == self.wide:
                 weight.grad = buffer
             else:
-                weight.register_post_accumulate_grad_hook(lambda w, b=buffer: _move_gradient(w, b))  # type: ignore[misc]
+                weight.register_post_accumulate_grad_hook(lambda w, b=buffer: _move_gradient(w, b))
         tally = self.compute.tally
         if tally is not None:
             for tensor in (*self.weights.values(), *self.gradients.values()):
@@ -220,7 +220,9 @@ class Executor:
             self.recorder.add(step, self.device, number, action, timing)
         self.communicator.drain()
         totals = self._combined()
-        return StepResult(float(totals[1]) / rows.tokens, math.sqrt(float(totals[0])) if self.program.training else math.nan)
+        return StepResult(
+            float(totals[1]) / rows.tokens, math.sqrt(float(totals[0])) if self.program.training else math.nan
+        )
 
     def _is_parameter(self, action: Action) -> bool:
         """The parameter lane opens after the pipeline: until then its buffers would only take memory."""
@@ -246,7 +248,9 @@ class Executor:
         if stage.first or stage.last:
             pipeline = place.pipeline
             base = pipeline.first_row + action.micro_batch * pipeline.micro_batch_rows
-            inputs, wanted, weight = self._rows.get(base + place.replica.rows[0], base + place.replica.rows[1])
+            inputs, wanted, weight = self._rows.get(
+                base + place.replica.rows[0], base + place.replica.rows[1]
+            )
             if stage.first:
                 tokens = torch.from_numpy(np.ascontiguousarray(inputs)).to(device)
             if stage.last:
@@ -441,7 +445,9 @@ class Executor:
         def work() -> None:
             norm = math.sqrt(float(self._combined()[0]))
             if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient norm is {norm}; lower the learning rate or look at the data")
+                raise FloatingPointError(
+                    f"the gradient norm is {norm}; lower the learning rate or look at the data"
+                )
             self.updater.update(norm, self._step, self.total_steps)
             for buffer in self.gradients.values():
                 buffer.zero_()

@@ -41,7 +41,7 @@ class LinkTable:
         """Take the path from `now` on; returns the arrival time."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
-            return reserve(self._cells, path, size_bytes, now)  # type: ignore[arg-type]
+            return reserve(self._cells, path, size_bytes, now)
         finally:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 

@@ -30,7 +30,9 @@ def clip_scale(norm: float, clip_norm: float | None) -> float:
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
-def adamw(tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings) -> torch.optim.AdamW:
+def adamw(
+    tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings
+) -> torch.optim.AdamW:
     """torch's AdamW over named tensors: matrices decay, norm weights do not."""
     decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
     plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]

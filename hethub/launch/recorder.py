@@ -37,7 +37,21 @@ class Recorder:
         )  # fmt: skip
         for start, end in timing.collectives:
             self._rows.append(
-                (step, device, number, int(Kind.COLLECTIVE), -1, *where, start, end, 0.0, float("nan"), 0.0, 0.0, 0)
+                (
+                    step,
+                    device,
+                    number,
+                    int(Kind.COLLECTIVE),
+                    -1,
+                    *where,
+                    start,
+                    end,
+                    0.0,
+                    float("nan"),
+                    0.0,
+                    0.0,
+                    0,
+                )
             )
 
     def take(self) -> npt.NDArray[np.void]:

@@ -64,7 +64,9 @@ def train_reference(
     optimizer = adamw({name: [weight] for name, weight in whole.parameters.items()}, matrices, settings)
     losses, norms = [], []
     for step in range(steps):
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in batches.rows(step, 0, workload.global_batch))
+        inputs, targets = (
+            torch.from_numpy(np.ascontiguousarray(a)) for a in batches.rows(step, 0, workload.global_batch)
+        )
         loss = whole.forward(inputs, targets, torch.ones(len(inputs))) / targets.numel()
         loss.backward()
         limit = float("inf") if settings.clip_norm is None else settings.clip_norm
@@ -78,7 +80,9 @@ def train_reference(
     held_out = None
     if held_out_rows:
         with torch.no_grad():
-            inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in batches.held_out_rows(0, held_out_rows))
+            inputs, targets = (
+                torch.from_numpy(np.ascontiguousarray(a)) for a in batches.held_out_rows(0, held_out_rows)
+            )
             held_out = float(whole.forward(inputs, targets, torch.ones(held_out_rows))) / targets.numel()
     weights = {name: weight.detach().numpy().copy() for name, weight in whole.parameters.items()}
     return ReferenceRun(tuple(losses), tuple(norms), weights, held_out)

@@ -42,11 +42,15 @@ class RunFolder:
         if not self.path.is_dir():
             raise InputError(f"{self.path}: output is a file. Name a folder that does not exist yet.")
         if any(self.path.iterdir()) and not (self.path / _MARK).is_file():
-            raise InputError(f"{self.path}: output is in use (it holds files that no run wrote). Name another folder.")
+            raise InputError(
+                f"{self.path}: output is in use (it holds files that no run wrote). Name another folder."
+            )
         if (self.path / _LOCK).exists():
             with (self.path / _LOCK).open("a") as stream:
                 if not _try_lock(stream):
-                    raise InputError(f"{self.path}: output is in use by a running job. Name another folder or stop it.")
+                    raise InputError(
+                        f"{self.path}: output is in use by a running job. Name another folder or stop it."
+                    )
 
     def open(self, mark: dict[str, Any]) -> None:
         """Take the folder, empty what an earlier run left, and write `mark` as run.json."""
@@ -54,7 +58,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("a")
         if not _try_lock(self._lock):
-            raise InputError(f"{self.path}: output is in use by a running job. Name another folder or stop it.")
+            raise InputError(
+                f"{self.path}: output is in use by a running job. Name another folder or stop it."
+            )
         for entry in self.path.iterdir():
             if entry.name == _LOCK:
                 continue

@@ -146,7 +146,9 @@ class Worker:
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
             return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
-        return EmulatedDevice(clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)")
+        return EmulatedDevice(
+            clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)"
+        )
 
     def _stages(self) -> dict[int, StageModel]:
         task = self.task
@@ -157,7 +159,9 @@ class Worker:
             return torch.from_numpy(initial_weight(parameter, span, task.workload.model, task.seed))
 
         places = local_places(task.program, self.setup.device)
-        groups = self._join_groups({place.stage.index: task.program.groups[self.setup.device, i] for i, place in places.items()})
+        groups = self._join_groups(
+            {place.stage.index: task.program.groups[self.setup.device, i] for i, place in places.items()}
+        )
         shared: dict[str, Tensor] = {}
         stages = {}
         for index, place in sorted(places.items()):
@@ -202,7 +206,9 @@ class Worker:
         if vendor.torch_device == "cpu":
             return ExchangeGroup(ranks)
         if vendor.backend is None:
-            raise MachineError(f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there.")
+            raise MachineError(
+                f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there."
+            )
         return NativeGroup(ranks, vendor.backend)
 
     def _executor(self, program: Program, stages: Mapping[int, StageModel], recorder: Recorder) -> Executor:
@@ -232,7 +238,9 @@ class Worker:
             return None
         graph = CostGraph(self.task.cluster)
         table = LinkTable(self.task.links_file, graph.cell_count)
-        return lambda destination, size, now: table.reserve(graph.path(self.setup.device, destination), size, now)
+        return lambda destination, size, now: table.reserve(
+            graph.path(self.setup.device, destination), size, now
+        )
 
     def start_clock(self, epoch_seconds: float, time_scale: float) -> None:
         """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
@@ -243,7 +251,9 @@ class Worker:
         """Modelled seconds since the clock's epoch."""
         return self.compute.clock.now() if self.training is not None else 0.0
 
-    def train(self, first: int, last: int, report: Callable[[int, StepResult], None] | None = None) -> list[StepResult]:
+    def train(
+        self, first: int, last: int, report: Callable[[int, StepResult], None] | None = None
+    ) -> list[StepResult]:
         """Steps [first, last); `report` is called after each. Idle devices return nothing."""
         results = []
         if self.training is not None:
@@ -282,9 +292,7 @@ class Worker:
         if self.training is None:
             return {}
         updater = self.training.updater
-        return {
-            n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned
-        }
+        return {n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned}
 
     def held_weights(self) -> dict[str, npt.NDArray[np.generic]]:
         """Parameter name -> this device's shard, for comparing replicas."""
@@ -340,7 +348,9 @@ def _to_numpy(tensor: Tensor) -> npt.NDArray[np.generic]:
     return np.asarray(wide.cpu().contiguous().numpy()).copy()
 
 
-def assemble(program: Program, owned: Sequence[Mapping[int, npt.NDArray[np.generic]]]) -> dict[str, npt.NDArray[np.generic]]:
+def assemble(
+    program: Program, owned: Sequence[Mapping[int, npt.NDArray[np.generic]]]
+) -> dict[str, npt.NDArray[np.generic]]:
     """Whole parameters from the slices that their updaters returned."""
     whole: dict[str, npt.NDArray[np.generic]] = {}
     for part in owned:

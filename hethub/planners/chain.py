@@ -20,6 +20,7 @@ __all__ = ["Chain", "Chains", "StageDraft"]
 _NEVER = float("inf")
 # Micro-batches in flight that a division makes room for, of those that 1F1B holds.
 _HELD = (1.0, 1.5, 0.5, 0.0)
+_BOUND = 1.01  # of the slowest stage's seconds: a period no longer needs no more in flight
 
 
 class StageDraft(NamedTuple):
@@ -34,11 +35,15 @@ class StageDraft(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chain:
     """A priced pipeline. One of M micro-batches takes `fill + (M - 1) * period` seconds, then all take
-    `tail`."""
+    `tail`.
+
+    The period is `slowest_seconds`, the slowest stage's, or more where links or memory hold it up.
+    """
 
     crew: Crew
     rows: int
     stages: tuple[StageDraft, ...]
+    slowest_seconds: float
     fill_seconds: float
     period_seconds: float
     tail_seconds: float
@@ -147,7 +152,7 @@ class Chains:
         known = [staff for staff in staffs if staff is not None]
         best: Chain | None = None
         for factor in _HELD:
-            if factor < 1.0 and best is not None:
+            if best is not None and (factor < 1.0 or best.period_seconds <= _BOUND * best.slowest_seconds):
                 break
             stages = self._stages(known, setting, factor)
             decoders = divide(self.layers, stages)
@@ -170,7 +175,7 @@ class Chains:
             units[pool] = place + replicas
             stages.append(
                 Stage(
-                    staff=staff,
+                    staff,
                     first=i == 0,
                     last=i == count - 1,
                     held=held,
@@ -209,6 +214,7 @@ class Chains:
             crew=crew,
             rows=rows,
             stages=drafts,
+            slowest_seconds=max(times),
             fill_seconds=trips[0],
             period_seconds=period,
             tail_seconds=tail,

@@ -49,7 +49,8 @@ def shortage(problem: Problem, chains: Chains) -> InfeasibleError:
     text += (
         f": with every device in one pipeline, full recomputation and micro-batches of 1 row, a "
         f"{need.device_type} needs {_size(need.needed)} and has {_size(need.usable)}, "
-        f"{_size(need.over)} short. Recomputation, smaller micro-batches and a smaller global batch do not help."
+        f"{_size(need.over)} short. Recomputation, smaller micro-batches and a smaller global batch do "
+        "not help."
     )
     more = _more_devices(problem)
     if more is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from hethub.planners.seats import Seat, SeatCost
@@ -52,33 +51,28 @@ class Staff:
         return _NEVER
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
     """A staffed slot in its place: its seconds as a function of its decoders, and its memory limits.
 
     `held` micro-batches are in flight, at least `holders` devices share the update of its layers, and
-    `units` is the half-open span of its groups among those of its pool in the pipeline.
+    `units` is the half-open span of its groups among those of its pool in the pipeline. At most `cap_none`
+    decoders fit without recomputation, and `cap` with it.
     """
 
-    staff: Staff
-    first: bool
-    last: bool
-    held: int
-    holders: int
-    units: tuple[int, int]
-
-    @cached_property
-    def cap_none(self) -> int:
-        """Most decoders that fit without recomputation."""
-        return min(self._most(cost, full=False) for cost in self.staff.costs)
-
-    @cached_property
-    def cap(self) -> int:
-        """Most decoders that fit."""
-        return max(self.cap_none, min(self._most(cost, full=True) for cost in self.staff.costs))
-
-    def _most(self, cost: SeatCost, *, full: bool) -> int:
-        return cost.most_decoders((self.first, self.last), self.held, self.holders, full=full)
+    def __init__(
+        self, staff: Staff, *, first: bool, last: bool, held: int, holders: int, units: tuple[int, int]
+    ) -> None:
+        self.staff = staff
+        self.first = first
+        self.last = last
+        self.holders = holders
+        self.units = units
+        kept, recomputed = (
+            min(c.most_decoders((first, last), held, holders, full=full) for c in staff.costs)
+            for full in (False, True)
+        )
+        self.cap_none = kept
+        self.cap = max(kept, recomputed)
 
     @property
     def replicas(self) -> int:

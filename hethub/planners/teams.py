@@ -151,7 +151,8 @@ def _parts(combination: dict[int, int], units: dict[int, int], batch: int) -> It
                     if count
                 )
                 crews[crew] = crews.get(crew, 0) + 1
-            yield Team("parts", tuple(crews.items()))
+            if len(crews) > 1:  # alike parts are a chain
+                yield Team("parts", tuple(crews.items()))
 
 
 @cache

@@ -1,0 +1,1 @@
+"""The simulator: the program executed in predicted time."""

@@ -1,0 +1,1 @@
+"""The timeline record and what is made of it: summaries, traces, charts."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from hethub.errors import MachineError
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Lane, Timeline
-from hethub.timeline.summary import before_last_backward, sent_seconds, step_numbers, step_window
+from hethub.timeline.summary import before_last_backward, sent_seconds, step_window
 from hethub.timeline.trace import kind_label
 
 __all__ = ["gantt_figure", "write_gantt"]

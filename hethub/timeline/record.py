@@ -76,7 +76,10 @@ RECORD = np.dtype(
         ("message", "<i4"),  # joins a send to its receive within one step, else -1
         ("start", "<f8"),  # seconds; a receive's start is when the device began to wait for it
         ("end", "<f8"),  # seconds; of a send: when the device was free again, not when it arrived
-        ("busy", "<f8"),  # seconds of the device's own compute inside [start, end]; the rest is exposed communication
+        (
+            "busy",
+            "<f8",
+        ),  # seconds of the device's own compute inside [start, end]; the rest is exposed communication
         ("sent", "<f8"),  # seconds; of a receive: when the sender issued it (NaN if not known)
         ("real", "<f8"),  # wall seconds of real math inside the action; equals busy where nothing is emulated
         ("overrun", "<f8"),  # wall seconds of real work past the emulated deadline, 0 if none
