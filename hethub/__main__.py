@@ -1,0 +1,5 @@
+"""`python -m hethub`."""
+
+from hethub.cli.main import run
+
+run()
