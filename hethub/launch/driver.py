@@ -210,13 +210,13 @@ class _Run:
         return self._rehearse(plans[0], scale)
 
     def _rehearse(self, compiled: _Compiled, scale: float) -> float:
-        """Raise the scale by what the real math of a step takes longer when all workers share this machine; the best of
+        """Raise the scale by what the real math of a step takes longer when all workers share this machine; the median of
         a few steps, so that a passing load of something else does not slow the whole run."""
         self.crew.call("start_clock", (time.monotonic(), scale))
         self.crew.call("train", (0, _REHEARSAL_STEPS))
         timeline = self._timeline(compiled, scale)
         shares = [max(d.real_ratio for d in summarize(timeline, n, n)) for n in range(1, _REHEARSAL_STEPS)]
-        return scale * max(1.0, min(shares) / REAL_MATH_SHARE)
+        return scale * max(1.0, statistics.median(shares) / REAL_MATH_SHARE)
 
     def train(
         self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str

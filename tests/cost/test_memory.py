@@ -100,8 +100,8 @@ def test_reduction_comes_when_activations_are_gone() -> None:
     layout, compute = lay_out(plan), compute_model(plan)
     (plain,) = device_memory(compute, layout).values()
     hidden = plain.activations + plain.buffers + plain.workspace
-    (less,) = device_memory(compute, layout, reduction_bytes={0: hidden}).values()
-    (more,) = device_memory(compute, layout, reduction_bytes={0: hidden + 1000}).values()
+    (less,) = device_memory(compute, layout, incoming_elements={0: hidden // 4}).values()
+    (more,) = device_memory(compute, layout, incoming_elements={0: hidden // 4 + 250}).values()
     assert less.total == plain.total
     assert more.total == plain.total + 1000
 
