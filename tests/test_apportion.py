@@ -35,5 +35,5 @@ def test_equal_weights_differ_by_one_and_the_first_have_more(total: int, count: 
 
 @pytest.mark.parametrize("bad", [[], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_weights_without_meaning_are_refused(bad: list[float]) -> None:
-    with pytest.raises(ValueError, match="weight|split"):
+    with pytest.raises(ValueError, match=r"weight|split"):
         apportion(10, bad)

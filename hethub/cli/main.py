@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -67,8 +68,9 @@ def run() -> None:
         app()
     except HetHubError as error:
         if "--debug" in sys.argv:
-            raise
-        sys.stderr.write(f"hethub: {error.message}\n")
+            traceback.print_exc()
+        for line in error.message.splitlines():  # one line per problem
+            sys.stderr.write(f"hethub: {line}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("hethub: interrupted\n")

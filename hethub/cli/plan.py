@@ -32,9 +32,18 @@ def plan(
 
     Example: hethub plan cluster_specs/laptop.yaml
     """
-    # One short task that makes millions of small lasting values: collecting cycles again and again would
-    # take a tenth of a small plan's time and half of a big one's.
+    # One short task that makes very many small lasting values: collecting cycles again and again would take a
+    # tenth of a small plan's time and half of a big one's.
+    collecting = gc.isenabled()
     gc.disable()
+    try:
+        _plan(cluster, output, as_json)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _plan(cluster: Path, output: Path | None, as_json: bool) -> None:
     from hethub.errors import InputError
     from hethub.planners.answer import answer
     from hethub.specs.cluster import load_cluster
@@ -42,9 +51,7 @@ def plan(
 
     loaded, workload = load_cluster(cluster)
     if workload is None:
-        raise InputError(
-            f"{cluster}: names no workload. Add the key workload: {{model: ..., sequence_length: ...}}."
-        )
+        raise InputError(f"{cluster}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,6 +127,16 @@ class Crew:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            self._connect()
+        finally:
+            # Ray puts a handler of its own there, which aborts the process.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
+        self._place()
+
+    def _connect(self) -> None:
         _set_environment(local=self.address is None)
         import ray
 
@@ -147,7 +159,6 @@ class Crew:
                 ray.init(address=self.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
-        self._place()
 
     def _place(self) -> None:
         """One placement group per node of the spec, so that its devices share a Ray node."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -101,29 +103,57 @@ def choose_plans(job: Job) -> tuple[Plan, Plan | None]:
     if plan.workload != job.workload:
         differences.append("its workload is another one")
     if differences:
-        raise InputError(
-            f"{job.plan}: the plan is not for {job.cluster_path}: {'; '.join(differences)}. Run `hethub plan` again."
+        raise document.error(
+            ("cluster",),
+            f"the plan is not for {job.cluster_path}: {'; '.join(differences)}. Run `hethub plan` again.",
         )
     require_valid(plan, document, str(job.plan))
     even = EvenPlanner().search(Problem.of(job.cluster, job.workload)) if job.compare_even_steps else None
     return plan, even.plan if even else None
 
 
-def check_data(job: Job) -> None:
-    """Refuse data that no run could use, before anything is written. Raises InputError."""
-    for path in job.data_files:
-        if not path.is_file():
-            raise InputError(f"{path}: no such data file. Mend `data.files` of the job.")
-        if path.suffix == ".tokens":
-            open_token_file(path)
+def _tokens(job: Job, folder: Path) -> tuple[TokenFile, Batches]:
+    """The job's tokens, a token file as given or one built in `folder`, and its batches.
 
-
-def _tokens(job: Job, folder: Path) -> TokenFile:
-    """The job's tokens: a token file as given, or one built from its text files."""
+    Raises InputError for data that the run could not use.
+    """
     files = job.data_files
     if len(files) == 1 and files[0].suffix == ".tokens":
-        return open_token_file(files[0])
-    return token_file_for(files, load_tokenizer(job.tokenizer), folder)
+        tokens = open_token_file(files[0])
+    else:
+        tokens = token_file_for(files, load_tokenizer(job.tokenizer), folder)
+    _refuse_vocabulary(job, tokens)
+    try:
+        batches = Batches(
+            tokens.tokens,
+            sequence_length=job.workload.sequence_length,
+            global_batch=job.workload.global_batch,
+            seed=job.seed,
+            held_out=job.held_out,
+        )
+        batches.held_out_rows(0, job.evaluate_rows)
+    except InputError as error:
+        raise InputError(f"{job.path} {error.message}") from error
+    return tokens, batches
+
+
+def _moved(tokens: TokenFile, source: Path, target: Path) -> TokenFile:
+    """A token file that was built in `source`, now in `target`; one that the job gave stays where it is."""
+    if tokens.path.parent != source:
+        return tokens
+    path = target / tokens.path.name
+    shutil.move(tokens.path, path)
+    return replace(tokens, path=path)
+
+
+def _refuse_inputs_inside(job: Job) -> None:
+    """The run folder is emptied, so nothing that the job reads may lie in it."""
+    inputs = (job.path, job.cluster_path, job.plan, job.tokenizer, *job.data_files)
+    for path in inputs:
+        if isinstance(path, Path) and path.resolve().is_relative_to(job.output.resolve()):
+            raise InputError(
+                f"{job.output}: output would be emptied, and holds {path}, which the job reads. Name another folder."
+            )
 
 
 class _Run:
@@ -369,15 +399,18 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
     InfeasibleError, MachineError, or RunError when a worker fails.
     """
     _refuse_precision(job)
-    check_data(job)
     folder = RunFolder(job.output)
     folder.check()
-    plan, even_plan = choose_plans(job)
-    compiled = _compile(plan)
-    even = None if even_plan is None else _compile(even_plan.model_copy(update={"bounds": plan.bounds}))
-    folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
+    _refuse_inputs_inside(job)
+    with tempfile.TemporaryDirectory(prefix="hethub-data-") as scratch:
+        tokens, batches = _tokens(job, Path(scratch))
+        plan, even_plan = choose_plans(job)
+        compiled = _compile(plan)
+        even = None if even_plan is None else _compile(even_plan.model_copy(update={"bounds": plan.bounds}))
+        folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
+        tokens = _moved(tokens, Path(scratch), folder.path)
     try:
-        return _run(job, folder.path, compiled, even, say)
+        return _run(job, folder.path, compiled, even, tokens, batches, say)
     finally:
         folder.close()
 
@@ -393,17 +426,14 @@ def _refuse_precision(job: Job) -> None:
 
 
 def _run(
-    job: Job, folder: Path, compiled: _Compiled, even: _Compiled | None, say: Callable[[str], None]
+    job: Job,
+    folder: Path,
+    compiled: _Compiled,
+    even: _Compiled | None,
+    tokens: TokenFile,
+    batches: Batches,
+    say: Callable[[str], None],
 ) -> Finished:
-    tokens = _tokens(job, folder)
-    _refuse_vocabulary(job, tokens)
-    batches = Batches(
-        tokens.tokens,
-        sequence_length=job.workload.sequence_length,
-        global_batch=job.workload.global_batch,
-        seed=job.seed,
-        held_out=job.held_out,
-    )
     unigram = unigram_loss(batches, job.evaluate_rows) if job.evaluate_rows else None
     save_plan(compiled.plan, folder / "plan.yaml")
     compiled.predicted.save(folder / "predicted.npz")

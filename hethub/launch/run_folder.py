@@ -55,8 +55,13 @@ class RunFolder:
     def open(self, mark: dict[str, Any]) -> None:
         """Take the folder, empty what an earlier run left, and write `mark` as run.json."""
         self.check()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / _LOCK).open("a")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("a")
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: output cannot be made ({error.strerror}). Name another folder."
+            ) from error
         if not _try_lock(self._lock):
             raise InputError(
                 f"{self.path}: output is in use by a running job. Name another folder or stop it."

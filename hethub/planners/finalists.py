@@ -101,17 +101,17 @@ def _fold(stages: list[str]) -> list[str]:
     return [text if count == 1 else f"{count} stages of {text}" for text, count in folded]
 
 
-def why_slower(loser: Finalist, winner: Finalist) -> str:
-    """The part of the closed form in which the loser loses most."""
+def why_slower(loser: Candidate, winner: Candidate, seconds: float) -> str:
+    """The part of the closed form in which the loser loses most, if that explains `seconds` of difference."""
     parts = (
-        ("its slowest stage", [_steady(f.candidate) for f in (loser, winner)]),
-        ("filling and draining its pipelines", [_fill(f.candidate) for f in (loser, winner)]),
-        ("reducing gradients and updating", [_tail(f.candidate) for f in (loser, winner)]),
+        ("its slowest stage", _steady),
+        ("filling and draining its pipelines", _fill),
+        ("reducing gradients and updating", _tail),
     )
-    words, (more, less) = max(parts, key=lambda part: part[1][0] - part[1][1])
-    if more - less < 0.5 * (loser.step_seconds - winner.step_seconds):
+    more, words = max((part(loser) - part(winner), words) for words, part in parts)
+    if more <= 0 or more < 0.5 * seconds:
         return "its stages wait longer for each other's messages"
-    return f"{words} takes {more - less:.3g} s longer over the step"
+    return f"{words} takes {more:.3g} s longer over the step"
 
 
 def _steady(candidate: Candidate) -> float:

@@ -10,7 +10,6 @@ from hethub.planners.interface import Found, Problem, RunnerUp
 from hethub.planners.pools import Pools
 from hethub.planners.search import rank, with_reach
 from hethub.planners.seats import SeatCosts
-from hethub.planners.shortage import shortage
 
 __all__ = ["FirstPlanner"]
 
@@ -30,7 +29,10 @@ class FirstPlanner:
         """Find a plan. Raises InfeasibleError when none fits."""
         found = self.search(problem)
         if found is None:
-            raise shortage(problem, self.chains(problem))
+            # Loaded here: most problems have a plan, and start-up counts.
+            from hethub.planners.shortage import shortage
+
+            raise shortage(problem, self.chains(problem), FirstPlanner().search)
         return found
 
     def search(self, problem: Problem) -> Found | None:
@@ -57,7 +59,7 @@ class FirstPlanner:
             others = list({other.key: other for other in tried if other is not None}.values())
             considered += len(others)
             finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
-        return _found(finalists, considered, pools)
+        return _found(finalists, ranking.candidates, considered, pools)
 
     def _any_that_fits(self, problem: Problem, numbers: tuple[int, ...]) -> list[Finalist]:
         """The first of many candidates whose exact memory is within the devices'."""
@@ -75,7 +77,7 @@ class FirstPlanner:
         return self._chains
 
 
-def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
+def _found(finalists: list[Finalist], ranked: tuple[Candidate, ...], considered: int, pools: Pools) -> Found:
     """The winner, and of every other split its best variant."""
     winner, *losers = finalists
     shown = describe(winner.candidate, pools)
@@ -83,16 +85,31 @@ def _found(finalists: list[Finalist], considered: int, pools: Pools) -> Found:
     for loser in losers:
         description = describe(loser.candidate, pools)
         if description != shown and description not in lost:
+            seconds = loser.step_seconds - winner.step_seconds
+            reason = why_slower(loser.candidate, winner.candidate, seconds)
             lost[description] = RunnerUp(
-                description=description, step_seconds=loser.step_seconds, reason=why_slower(loser, winner)
+                description=description, step_seconds=loser.step_seconds, reason=reason
             )
     return Found(
         plan=winner.plan,
         program=winner.program,
         simulation=winner.simulation,
         considered=considered,
-        runners_up=tuple(lost.values()),
+        runners_up=tuple(lost.values()) or _second(winner, ranked, pools),
     )
+
+
+def _second(winner: Finalist, ranked: tuple[Candidate, ...], pools: Pools) -> tuple[RunnerUp, ...]:
+    """The next best by closed form, where only one candidate was simulated; its time is scaled alike."""
+    best = winner.candidate
+    for other in ranked:
+        description = describe(other, pools)
+        if description != describe(best, pools) and other.seconds >= best.seconds:
+            seconds = winner.step_seconds * other.seconds / best.seconds
+            reason = why_slower(other, best, other.seconds - best.seconds)
+            reason = f"{reason} (estimated: the plan is too big to simulate more than one)"
+            return (RunnerUp(description=description, step_seconds=seconds, reason=reason),)
+    return ()
 
 
 def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from hethub.cost.compute import ComputeModel
@@ -11,7 +11,7 @@ from hethub.cost.graph import CostGraph
 from hethub.errors import InfeasibleError
 from hethub.planners.candidate import Team
 from hethub.planners.chain import Chains
-from hethub.planners.interface import Problem
+from hethub.planners.interface import Found, Problem
 from hethub.planners.pools import Pools
 from hethub.planners.seats import Seat, SeatCost, SeatCosts, crew_slots
 from hethub.planners.stage import Setting
@@ -21,6 +21,7 @@ from hethub.specs.cluster import Cluster
 __all__ = ["fits_at_all", "shortage"]
 
 _MOST_NODES = 1024  # of one group, that a suggestion may add
+_SLIPS = 3  # further nodes that are tried where the closed form's number does not do
 _GIB = 1 << 30
 _MIB = 1 << 20
 
@@ -35,8 +36,9 @@ class _Need:
     device_type: str
 
 
-def shortage(problem: Problem, chains: Chains) -> InfeasibleError:
-    """The error for a problem without a plan; the changes that it names were tried."""
+def shortage(problem: Problem, chains: Chains, search: Callable[[Problem], Found | None]) -> InfeasibleError:
+    """The error for a problem without a plan. The change that it names was tried: `search` found a plan
+    with it."""
     workload = problem.workload
     numbers = chains.costs.pools.of_types(problem.types)
     text = f"{workload.model.name} does not fit on {problem.cluster.name}"
@@ -52,10 +54,10 @@ def shortage(problem: Problem, chains: Chains) -> InfeasibleError:
         f"{_size(need.over)} short. Recomputation, smaller micro-batches and a smaller global batch do "
         "not help."
     )
-    more = _more_devices(problem)
+    more = _more_devices(problem, search)
     if more is None:
         return InfeasibleError(
-            f"{text} Nor do {_MOST_NODES} more nodes of any group: one layer alone is too big. "
+            f"{text} Nor do more nodes of any one group (up to {_MOST_NODES} were tried). "
             "Use devices with more memory, a shorter sequence_length or a smaller model."
         )
     nodes, group, devices, device_type = more
@@ -113,7 +115,9 @@ def _need(chains: Chains, cost: SeatCost, needed: float) -> _Need:
     return _Need(needed - cost.usable, needed, cost.usable, name)
 
 
-def _more_devices(problem: Problem) -> tuple[int, str, int, str] | None:
+def _more_devices(
+    problem: Problem, search: Callable[[Problem], Found | None]
+) -> tuple[int, str, int, str] | None:
     """(nodes, group, devices, device type) of the fewest devices to add to one group, found by trying."""
     options = []
     for number, group in enumerate(problem.cluster.node_groups):
@@ -121,11 +125,16 @@ def _more_devices(problem: Problem) -> tuple[int, str, int, str] | None:
             continue
         nodes = _fewest_nodes(problem, number)
         if nodes is not None:
-            options.append((nodes * group.devices_per_node, nodes, group.name, group.device_type))
-    if not options:
-        return None
-    devices, nodes, name, device_type = min(options)
-    return nodes, name, devices, device_type
+            options.append((nodes * group.devices_per_node, number, nodes))
+    for _, number, fewest in sorted(options):
+        # Nearly always the first; small models' updates are not shared as evenly as the closed form has it.
+        for nodes in range(fewest, fewest + _SLIPS):
+            cluster = _enlarged(problem.cluster, number, nodes)
+            enlarged = Problem.of(cluster, problem.workload)
+            if search(replace(enlarged, types=problem.types, finalists=1)) is not None:
+                group = problem.cluster.node_groups[number]
+                return nodes, group.name, nodes * group.devices_per_node, group.device_type
+    return None
 
 
 def _fewest_nodes(problem: Problem, number: int) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from hethub.cost.shapes import parameter_span
 from hethub.launch.executor import local_places
@@ -48,13 +48,13 @@ def _check(plan: Plan, trained: Trained, steps: int) -> None:
 def _check_replicas(trained: Trained) -> None:
     """Every holder's shard is bit for bit the updaters' value: replicas cannot drift apart."""
     for device in trained.program.layout.used:
-        share = next(iter(local_places(trained.program, device).values())).rank.share
-        for parameter in trained.program.ownership.parameters:
-            if parameter.name in trained.shards[device]:
-                index = [slice(None)] * len(parameter.shape)
-                index[parameter.axis] = slice(*parameter_span(parameter, share))
-                expected = trained.weights[parameter.name][tuple(index)]
-                assert np.array_equal(trained.shards[device][parameter.name], expected)
+        for place in local_places(trained.program, device).values():
+            for parameter in trained.program.ownership.parameters:
+                if any(place.stage.layers[0] <= layer < place.stage.layers[1] for layer in parameter.layers):
+                    index = [slice(None)] * len(parameter.shape)
+                    index[parameter.axis] = slice(*parameter_span(parameter, place.rank.share))
+                    expected = trained.weights[parameter.name][tuple(index)]
+                    assert np.array_equal(trained.shards[device][parameter.name], expected)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
@@ -65,7 +65,14 @@ def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: st
 
 
 @given(plan=plans("fp64"))
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # a failure leaves the pool as it is: show it rather than shrink it
+)
 def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan) -> None:
     _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
 

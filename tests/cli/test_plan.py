@@ -1,0 +1,153 @@
+"""`hethub plan` and `hethub simulate`: what they print, what they write, what they load."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hethub.cli.main import app
+from hethub.errors import InfeasibleError, InputError
+from hethub.program.check import check_plan
+from hethub.specs.plan import load_plan
+
+LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
+KEYS = {
+    "": {
+        "step_seconds", "tokens_per_second", "bounds", "share", "device_types", "joules_per_token",
+        "usd_per_million_tokens", "search", "baselines", "missing", "emulated", "plan",
+    },
+    "bounds": {"homogeneous_tokens_per_second", "physical_tokens_per_second"},
+    "share": {"homogeneous_bound", "physical_bound", "not_a_bound"},
+    "search": {"seconds", "considered", "proven_gap", "runners_up"},
+    "baselines": {"even_tokens_per_second"},
+}  # fmt: skip
+DEVICE_TYPE_KEYS = {
+    "name", "count", "used", "busy_ratio", "exposed_communication_ratio", "bubble_ratio", "peak_memory_bytes",
+    "memory_bytes",
+}  # fmt: skip
+
+
+def _run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """What `hethub plan --json` says of the laptop cluster."""
+    found: dict[str, Any] = json.loads(_run("plan", LAPTOP, "--json"))
+    return found
+
+
+def test_the_json_has_every_key_and_a_reason_for_every_null(figures: dict[str, Any]) -> None:
+    for key, expected in KEYS.items():
+        assert set(figures[key] if key else figures) == expected
+    for entry in figures["device_types"]:
+        assert set(entry) == DEVICE_TYPE_KEYS
+    nulls = {f"{k}.{n}" for k in ("bounds", "share", "baselines") for n, v in figures[k].items() if v is None}
+    nulls |= {key for key, value in figures.items() if value is None}
+    assert nulls == set(figures["missing"])
+
+
+def test_figures_agree_with_each_other(figures: dict[str, Any]) -> None:
+    speed = figures["tokens_per_second"]
+    workload = figures["plan"]["workload"]
+    tokens = workload["global_batch"] * workload["sequence_length"]
+    assert speed == pytest.approx(tokens / figures["step_seconds"])
+    for name in ("homogeneous", "physical"):
+        share = figures["share"][f"{name}_bound"]
+        assert share == pytest.approx(speed / figures["bounds"][f"{name}_tokens_per_second"])
+    assert figures["search"]["proven_gap"] == pytest.approx(1 - figures["share"]["physical_bound"])
+    assert speed > figures["baselines"]["even_tokens_per_second"]
+    assert figures["emulated"] is True
+    for entry in figures["device_types"]:
+        assert 0 < entry["peak_memory_bytes"] <= entry["memory_bytes"]
+        assert entry["busy_ratio"] + entry["exposed_communication_ratio"] + entry["bubble_ratio"] <= 1 + 1e-9
+
+
+def test_json_writes_no_plan_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _run("plan", LAPTOP, "--json")
+    assert list(tmp_path.iterdir()) == []
+    _run("plan", LAPTOP, "--json", "--output", "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_the_plan_file_is_valid_and_simulates_to_the_same_figures(
+    tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    text = _run("plan", LAPTOP, "--output", path)
+    plan, _ = load_plan(path)
+    assert check_plan(plan) == []
+    again = json.loads(_run("simulate", path, "--json"))
+    assert again["missing"].keys() == figures["missing"].keys()
+    for key in ("step_seconds", "tokens_per_second", "bounds", "share", "baselines", "device_types"):
+        assert again[key] == figures[key]
+    header, first = text.splitlines()[1:3]
+    assert len(header.split("\t")) == len(first.split("\t"))
+    assert "best even split" in text and "homogeneous bound" in text and "runner-up" in text
+
+
+def test_a_trace_of_the_step_is_written(tmp_path: Path) -> None:
+    path, trace = tmp_path / "plan.yaml", tmp_path / "step.json"
+    _run("plan", LAPTOP, "--output", path)
+    _run("simulate", path, "--trace", trace)
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def _edited(tmp_path: Path, old: str, new: str) -> Path:
+    """The laptop cluster with a change, its model found from here."""
+    text = LAPTOP.read_text().replace("laptop-model/", f"{LAPTOP.parent}/laptop-model/")
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text.replace(old, new))
+    assert old in text
+    return path
+
+
+def test_bad_input_is_one_error_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster = _edited(tmp_path, "device_type: middle", "device_type: midle")
+    with pytest.raises(InputError, match=r"cluster\.yaml:\d+:\d+ .*middle"):
+        _run("plan", cluster)
+    with pytest.raises(InputError, match="does not exist"):
+        _run("plan", LAPTOP, "--output", "nowhere/plan.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
+
+
+def test_a_model_that_fits_nowhere_ends_with_what_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster = _edited(tmp_path, "sequence_length: 64", "sequence_length: 4096")
+    with pytest.raises(InfeasibleError, match=r"MiB short"):
+        _run("plan", cluster)
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
+
+
+def test_planning_loads_neither_torch_nor_ray_nor_a_solver_nor_plots(tmp_path: Path) -> None:
+    script = (
+        "import sys; from hethub.cli.main import run\n"
+        "sys.argv = ['hethub', 'plan', sys.argv[1], '--output', sys.argv[2]]\n"
+        "try: run()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'ray', 'scipy', 'plotly', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, LAPTOP, tmp_path / "plan.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.yaml").exists()

@@ -1,0 +1,189 @@
+"""A job so small that it trains in a moment: two unlike emulated devices, neither of which holds the model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hethub.cli.main import run
+
+CLUSTER = """\
+name: two-speeds
+device_types:
+  fast: {vendor: cpu, memory_mib: 0.28, memory_bandwidth_gb_s: 2.0, peak_gflops: {fp32: 1.0}}
+  slow: {vendor: cpu, memory_mib: 0.28, memory_bandwidth_gb_s: 1.0, peak_gflops: {fp32: 0.5}}
+node_groups:
+  - {name: a, device_type: fast, nodes: 1, devices_per_node: 1, intra_link: {bandwidth_mb_s: 200, latency_us: 50},
+     inter_link: {bandwidth_mb_s: 40, latency_us: 50}, zone: desk}
+  - {name: b, device_type: slow, nodes: 1, devices_per_node: 1, intra_link: {bandwidth_mb_s: 200, latency_us: 50},
+     inter_link: {bandwidth_mb_s: 40, latency_us: 50}, zone: shelf}
+links:
+  - {between: [desk, shelf], bandwidth_mb_s: 20, latency_us: 100, transport: host-staged}
+workload: {model: config.json, sequence_length: 16, global_batch: 8, precision: fp32, optimizer: adamw}
+emulated: {time_scale: 20}
+"""
+JOB = """\
+cluster: cluster.yaml
+plan: auto
+data: {files: [text.txt], tokenizer: bytes, held_out: 0.1}
+steps: 3
+seed: 1
+evaluate: {every: 3, rows: 16}
+optimizer: {learning_rate: 3e-3, warmup_steps: 1}
+output: run
+"""
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
+
+
+def write_job(folder: Path) -> None:
+    """Write cluster.yaml, job.yaml, config.json and text.txt."""
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    (folder / "job.yaml").write_text(JOB)
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+
+
+def edit(file: Path, *changes: tuple[str, str]) -> None:
+    """Replace text in a file; every old text must be there."""
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text, f"{file.name} has no {old!r}"
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+def listing(folder: Path) -> Mapping[str, bytes | None]:
+    """Everything in a folder, with the contents of its files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+def hethub(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> Result:
+    """Run the console script's entry point inside this process, in `folder`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before, sys.argv = sys.argv, ["hethub", *map(str, arguments)]
+    home = Path.cwd()
+    os.chdir(folder)
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        os.chdir(home)
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        gc.enable()  # `hethub plan` turns it off for its short life
+    out, err = capsys.readouterr()
+    return Result(code, out, err)
+
+
+_END_SECONDS = 90.0  # a launch that hangs fails its test
+
+
+class Launch:
+    """`hethub launch` as a process group of its own, marked so that whatever it leaves behind is found."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        # Not pytest's folder: Ray's sockets need a short path.
+        self.temporary = Path(tempfile.mkdtemp(prefix="hh-"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hethub", "launch", "job.yaml", *arguments],
+            cwd=folder,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def training(self) -> None:
+        """Return when the first step is done."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if "step 1/" in line:
+                return
+        raise AssertionError("the launch ended before its first step")
+
+    def worker(self, device: str) -> int:
+        """The process of a device, as its log tells."""
+        first = (self.folder / "run" / "logs" / f"{device.replace('/', '-')}.log").read_text().splitlines()[0]
+        return int(first.split("process ")[1].split(",")[0])
+
+    def end(self) -> Result:
+        """Wait for the end."""
+        out, err = self.process.communicate(timeout=_END_SECONDS)
+        return Result(self.process.returncode, out, err)
+
+    def left(self) -> list[str]:
+        """Processes and files that it left behind."""
+        mark = f"TMPDIR={self.temporary}\0".encode()
+        processes = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and mark in _content(entry / "environ"):
+                state = _content(entry / "stat").rpartition(b") ")[2][:1]
+                if state != b"Z":
+                    processes.append(_content(entry / "cmdline").replace(b"\0", b" ").decode())
+        return processes + [str(path) for path in self.temporary.glob("hethub-*")]
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""  # the process has ended meanwhile, or is another user's
+
+
+@contextmanager
+def launched(folder: Path, *arguments: str) -> Iterator[Launch]:
+    """A launch that is killed with its whole group if the test did not see it end."""
+    launch = Launch(folder, *arguments)
+    try:
+        yield launch
+    finally:
+        if launch.process.poll() is None:
+            os.killpg(launch.process.pid, signal.SIGKILL)
+            launch.process.communicate()
+        shutil.rmtree(launch.temporary, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""The homogeneous bound: each type by itself, added up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hethub.cost.bounds import physical_bound
+from hethub.planners.first import FirstPlanner
+from hethub.planners.homogeneous import homogeneous_bound
+from hethub.planners.interface import Problem
+from hethub.specs.layout import lay_out
+from tests.planners.examples import one_two_four, with_memory
+
+
+def test_it_is_the_sum_of_the_types_own_best_plans() -> None:
+    problem = one_two_four()
+    bound = homogeneous_bound(FirstPlanner(), problem, physical_bound(problem.compute))
+    assert [entry.device_type for entry in bound.types] == ["fast", "middle", "slow"]
+    assert bound.tokens_per_second == pytest.approx(sum(entry.tokens_per_second for entry in bound.types))
+    assert bound.not_a_bound == ()
+    for entry in bound.types:
+        alone = replace(
+            problem,
+            types=frozenset([entry.device_type]),
+            workload=replace(problem.workload, global_batch=entry.global_batch),
+        )
+        found = FirstPlanner().plan(alone)
+        tokens = entry.global_batch * problem.workload.sequence_length
+        assert entry.tokens_per_second == pytest.approx(tokens / found.step_seconds, rel=0.1)
+
+
+def test_batches_are_the_shares_rounded_and_at_least_one_row() -> None:
+    problem = one_two_four()
+    small = replace(problem, workload=replace(problem.workload, global_batch=2))
+    bound = homogeneous_bound(FirstPlanner(), small, physical_bound(small.compute))
+    assert [entry.global_batch for entry in bound.types] == [1, 1, 1]
+    assert sum(entry.exact_batch for entry in bound.types) == pytest.approx(2.0)
+
+
+def test_a_type_that_cannot_hold_the_model_counts_nothing_and_is_named() -> None:
+    problem = one_two_four()
+    types = dict(problem.cluster.device_types)
+    types["slow"] = replace(types["slow"], memory_bytes=100 * 1024)
+    tight = Problem.of(replace(problem.cluster, device_types=types), problem.workload)
+    bound = homogeneous_bound(FirstPlanner(), tight, physical_bound(tight.compute))
+    assert bound.not_a_bound == ("slow",)
+    assert bound.types[2].tokens_per_second == 0.0
+
+
+def test_one_type_alone_is_its_own_bound() -> None:
+    problem = one_two_four()
+    only = replace(problem.cluster, node_groups=problem.cluster.node_groups[:1], links=())
+    single = Problem.of(with_memory(only, 64 << 20), problem.workload)
+    planner = FirstPlanner()
+    found = planner.plan(single)
+    bound = homogeneous_bound(planner, single, physical_bound(single.compute), whole=found)
+    tokens = single.workload.global_batch * single.workload.sequence_length
+    assert bound.tokens_per_second == pytest.approx(tokens / found.step_seconds)
+    assert len(lay_out(found.plan).used) == 2
