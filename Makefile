@@ -13,6 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== building the virtual environment $(VENV) (torch, ray and tools; some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[launch,plots,dev]'
+	@$(BIN)/python -m compileall -q hethub
 	@touch $@
 
 demo: $(VENV)/installed ## plan a mixed cluster of emulated devices and train a model on it, against the best even split

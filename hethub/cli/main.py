@@ -53,17 +53,16 @@ def _options(
     """Options before the command."""
 
 
-class _Preempted(BaseException):
-    """SIGTERM arrived."""
-
-
-def _on_sigterm(*_: object) -> None:
-    raise _Preempted
-
-
 def run() -> None:
     """Entry point: runs a command and turns errors into one line and an exit code (see `hethub.errors`)."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    terminated: list[int] = []
+
+    def on_sigterm(number: int, _: object) -> None:
+        # As Ctrl-C, since that is the one interruption that Ray's waiting calls pass on.
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         app()
     except HetHubError as error:
@@ -72,11 +71,11 @@ def run() -> None:
         for line in error.message.splitlines():  # one line per problem
             sys.stderr.write(f"hethub: {line}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("hethub: interrupted\n")
-        sys.exit(_INTERRUPTED)
-    except _Preempted:
-        sys.stderr.write("hethub: stopped by SIGTERM\n")
-        sys.exit(_PREEMPTED)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Typer turns a KeyboardInterrupt into an exit.
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
+        sys.stderr.write("hethub: stopped by SIGTERM\n" if terminated else "hethub: interrupted\n")
+        sys.exit(_PREEMPTED if terminated else _INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)

@@ -47,8 +47,11 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(folder: Path) -> None
     assert "FloatingPointError" in log.read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_the_job_and_all_its_processes(folder: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "stopped by SIGTERM")],
+)
+def test_a_signal_ends_the_job_and_all_its_processes(folder: Path, number: int, code: int, word: str) -> None:
     with launched(folder) as launch:
         launch.training()
         # A terminal sends Ctrl-C to the whole group, a scheduler SIGTERM to the launcher alone.
@@ -59,4 +62,5 @@ def test_a_signal_ends_the_job_and_all_its_processes(folder: Path, number: int, 
         result = launch.end()
         assert launch.left() == []
     assert result.exit_code == code, result.err
+    assert result.err.splitlines()[-1] == f"hethub: {word}"
     assert "Traceback" not in result.err
