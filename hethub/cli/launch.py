@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from hethub.launch.driver import Finished
 
 __all__ = ["launch"]
+
+_PACKAGES = ("torch", "ray", "safetensors", "plotly")
 
 
 def launch(
@@ -25,14 +28,12 @@ def launch(
 
     Example: hethub launch cluster_specs/laptop-job.yaml
     """
-    from hethub.errors import MachineError
     from hethub.specs.job import load_job
 
     loaded = load_job(job)
-    try:
-        from hethub.launch.driver import launch as run
-    except ImportError as error:
-        raise MachineError(f"{error}. Training needs: pip install 'hethub[launch,plots]'") from error
+    _require_packages()
+    from hethub.launch.driver import launch as run
+
     finished = run(loaded, lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(json.dumps(finished.summary, indent=2))
@@ -40,6 +41,15 @@ def launch(
         for line in _report(finished):
             typer.echo(line)
     sys.stdout.flush()
+
+
+def _require_packages() -> None:
+    """Training's packages are extras. Looked for, not imported: that takes seconds, and bad input is told first."""
+    from hethub.errors import MachineError
+
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MachineError(f"not installed: {', '.join(missing)}. Run: pip install 'hethub[launch,plots]'")
 
 
 def _report(finished: Finished) -> list[str]:
