@@ -50,7 +50,9 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="a finished run folder of cluster_specs/laptop-job.yaml")
     folder = parser.parse_args().run
     if folder is None:
-        subprocess.run([sys.executable, "-m", "hethub", "launch", "cluster_specs/laptop-job.yaml"], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "hethub", "launch", "cluster_specs/laptop-job.yaml"], cwd=ROOT, check=True
+        )
         folder = ROOT / "runs" / "demo"
     summary = json.loads((folder / "summary.json").read_text())
     figures = {key: summary[key] for key in KEPT}
@@ -75,7 +77,9 @@ def main() -> int:
 
 
 def _write(figures: dict[str, float], summary: dict[str, object]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     result = {
         "name": "first_light",
         "date": time.strftime("%Y-%m-%d"),

@@ -1,4 +1,4 @@
-"""Write README's figures from the benchmark results, so that none is typed: .venv/bin/python docs/figures.py [--check]"""
+"""Write README's figures from the benchmark results, so that none is typed: python docs/figures.py [--check]"""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ def text() -> str:
         ("best even split on the same devices", f"{f['even_split_tokens_per_second']:,.0f}"),
         ("uneven over even", f"{f['speedup_over_even']:.2f} x"),
         ("measured over predicted speed", f"{f['share_of_prediction']:.1%}"),
-        ("share of the homogeneous bound (measured over predicted)", f"{f['share_of_homogeneous_bound']:.1%}"),
-        ("held-out loss, and a unigram model's", f"{f['heldout_loss']:.2f} and {f['unigram_loss']:.2f} nats per byte"),
+        (
+            "share of the homogeneous bound (measured over predicted)",
+            f"{f['share_of_homogeneous_bound']:.1%}",
+        ),
+        (
+            "held-out loss, and a unigram model's",
+            f"{f['heldout_loss']:.2f} and {f['unigram_loss']:.2f} nats per byte",
+        ),
         ("real math, at most, of a device's padded time", f"{f['real_math_ratio']:.1%}"),
     ]
     lines = ["| the demo, **emulated** devices | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]

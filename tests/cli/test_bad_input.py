@@ -130,7 +130,10 @@ def test_every_problem_of_a_file_has_a_line(capsys, folder):
     result = hethub(capsys, folder, "launch", "job.yaml")
     assert result.exit_code == 2
     starts = [line.split(" ")[1] for line in result.err.splitlines() if line.startswith("hethub: ")]
-    assert [start.rsplit("/", 1)[-1].split(":")[:2] for start in starts] == [["job.yaml", "4"], ["job.yaml", "5"]]
+    assert [start.rsplit("/", 1)[-1].split(":")[:2] for start in starts] == [
+        ["job.yaml", "4"],
+        ["job.yaml", "5"],
+    ]
 
 
 # -- plan files ----------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ BAD_PLANS = {
         r"micro_batch_rows: (\d+)", lambda n: n + 1, r"plan.yaml:\d+:\d+ pipelines.*row",
     ),
     "a share left out": (
-        r"ffn: (\d+)", lambda n: n - 1, r"plan.yaml:\d+:\d+ pipelines\[0\]\.stages\[\d\]\.replicas\S*: ffn adds up to 23",
+        r"ffn: (\d+)", lambda n: n - 1, r"plan.yaml:\d+:\d+ pipelines\[0\]\.stages\[\d\]\.replicas\S*: ffn adds up to 23",  # noqa: E501
     ),
     "a device that there is not": (
         r"device: b/0/(\d+)", lambda n: 7, r"plan.yaml:\d+:\d+ pipelines\S*device: b/0/7: not in the cluster",

@@ -18,7 +18,9 @@ def test_help_shows_an_example(capsys, tmp_path):
 def test_missing_packages_are_named_with_the_way_to_get_them(capsys, tmp_path, monkeypatch):
     write_job(tmp_path)
     before = listing(tmp_path)
-    monkeypatch.setattr("hethub.cli.launch.find_spec", lambda name: None if name == "ray" else find_spec(name))
+    monkeypatch.setattr(
+        "hethub.cli.launch.find_spec", lambda name: None if name == "ray" else find_spec(name)
+    )
     result = hethub(capsys, tmp_path, "launch", "job.yaml")
     assert result.exit_code == 4
     assert result.err == "hethub: not installed: ray. Run: pip install 'hethub[launch,plots]'\n"

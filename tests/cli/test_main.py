@@ -31,7 +31,9 @@ def test_the_version_is_the_packages(capsys, tmp_path):
     assert hethub(capsys, tmp_path, "--version").out == f"hethub {package.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["plna"], ["plan"], ["plan", "x.yaml", "--fast"], ["schema", "clutser"]])
+@pytest.mark.parametrize(
+    "arguments", [["plna"], ["plan"], ["plan", "x.yaml", "--fast"], ["schema", "clutser"]]
+)
 def test_a_wrong_call_exits_with_2(capsys, tmp_path, arguments):
     result = hethub(capsys, tmp_path, *arguments)
     assert (result.exit_code, result.out) == (2, "")
