@@ -1,0 +1,1 @@
+"""Running a plan: driver, Ray workers, executor, devices real and emulated."""

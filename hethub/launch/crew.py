@@ -178,7 +178,7 @@ class Crew:
             if not placed.wait(_PLACEMENT_TIMEOUT_SECONDS):
                 raise MachineError(
                     f"no Ray node offers {bundles} for {group}/{node}. Start it with "
-                    f"--resources naming {sorted(set(k for b in bundles for k in b))}."
+                    f"--resources naming {sorted({k for b in bundles for k in b})}."
                 )
             for number, device in enumerate(members):
                 vendor = catalog.vendor(everyone[device].type.vendor)

@@ -416,13 +416,20 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
 
 
 def _refuse_precision(job: Job) -> None:
-    for device in job.cluster.devices():
-        dtype = device.type.dtype_for(job.workload.precision)
+    """fp16 needs loss scaling, and transfers do not convert between dtypes: planned for, not run yet."""
+    used = {device.type.name: device.type.dtype_for(job.workload.precision) for device in job.cluster.devices()}
+    for name, dtype in used.items():
         if dtype == "fp16":
             raise InputError(
-                f"{job.cluster_path}: {device.type.name} would train in fp16, which needs loss scaling and is planned "
-                "but not run yet. Substitute fp32 for it."
+                f"{job.cluster_path}: {name} would train in fp16, which is planned but not run yet. "
+                "Set the workload's precision to fp32."
             )
+    if len(set(used.values())) > 1:
+        listed = ", ".join(f"{name} in {dtype}" for name, dtype in used.items())
+        raise InputError(
+            f"{job.cluster_path}: one run has one dtype for now, this one would have {listed}. "
+            "Set a precision that all device types have."
+        )
 
 
 def _run(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,16 +80,6 @@ class Task:
     beacon_file: Path | None = None
 
 
-@contextmanager
-def _lazy_connections() -> Iterator[None]:
-    """Groups made in here connect when first used."""
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TORCH_GLOO_LAZY_INIT"]
-
-
 def make_batches(task: Task) -> Batches:
     """The job's data as a pure function of (seed, step, row)."""
     return Batches(
@@ -113,16 +101,16 @@ class Worker:
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
         store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=limit)
-        # Host memory is what any two vendors can exchange, so this group carries everything between islands. Its
-        # connections are made when first used, since a pipeline's ranks talk to few others.
-        with _lazy_connections():
-            dist.init_process_group(
-                catalog.vendor("cpu").backend,
-                store=store,
-                rank=self.rank,
-                world_size=len(setup.rank_of),
-                timeout=limit,
-            )
+        # Host memory is what any two vendors can exchange, so this group carries everything between islands. All
+        # connections are made here: with the library's connections on first use, two ends that connect at once were
+        # seen to hang now and then (torch 2.13).
+        dist.init_process_group(
+            catalog.vendor("cpu").backend,
+            store=store,
+            rank=self.rank,
+            world_size=len(setup.rank_of),
+            timeout=limit,
+        )
         self._groups: dict[tuple[int, ...], TensorGroup] = {}
         self._links: LinkTable | None = None
 
@@ -201,8 +189,8 @@ class Worker:
         if len(vendors) > 1:
             return ExchangeGroup(ranks)
         vendor = catalog.vendor(vendors.pop())
-        # In host memory a direct exchange is quicker than the library's ring (0.5 against 2 ms for 512 KiB between two
-        # ranks), and the ring over connections made when first used was seen to hang with three ranks (torch 2.13).
+        # In host memory a direct exchange is quicker than the library's ring: 0.5 against 2 ms for 512 KiB between two
+        # ranks on two cores.
         if vendor.torch_device == "cpu":
             return ExchangeGroup(ranks)
         if vendor.backend is None:

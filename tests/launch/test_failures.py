@@ -28,7 +28,9 @@ def test_a_killed_worker_ends_the_job_naming_rank_device_and_action(folder: Path
         assert launch.left() == []
     assert result.exit_code == 1
     last = result.err.splitlines()[-1]
-    assert re.match(r"hethub: rank 1, device b/0/0 \(slow\), step \d+, .+: the worker process died\.", last), last
+    assert re.match(
+        r"hethub: rank 1, device b/0/0 \(slow\), step \d+, .+: the worker process died\.", last
+    ), last
     assert "Traceback" not in result.err
     assert not (folder / "run" / "summary.json").exists()
 
@@ -40,7 +42,9 @@ def test_a_worker_that_raises_ends_the_job_with_its_reason(folder: Path) -> None
         assert launch.left() == []
     assert result.exit_code == 1
     last = result.err.splitlines()[-1]
-    found = re.match(r"hethub: rank (\d), device \S+ \((fast|slow)\), update.*: the gradient norm is (nan|inf)", last)
+    found = re.match(
+        r"hethub: rank (\d), device \S+ \((fast|slow)\), update.*: the gradient norm is (nan|inf)", last
+    )
     assert found, last
     assert "Traceback" not in result.err
     log = Path(last.split("Its log: ")[1])

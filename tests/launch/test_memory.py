@@ -22,6 +22,17 @@ def emulated(name: str) -> Plan:
     return NAMED_PLANS[name]("fp32").model_copy(update={"cluster": three_speeds(emulated=True)})
 
 
+def tight(plan: Plan) -> Plan:
+    """With `in_flight` as it happens: 1f1b's last stage takes each micro-batch back at once, whatever it may hold."""
+    pipelines = []
+    for pipeline in plan.pipelines:
+        *rest, last = pipeline.stages
+        held = pipeline.micro_batches if pipeline.schedule == "gpipe" else 1
+        stages = [*rest, last.model_copy(update={"in_flight": held})]
+        pipelines.append(pipeline.model_copy(update={"stages": stages}))
+    return plan.model_copy(update={"pipelines": pipelines})
+
+
 # -- the tally ----------------------------------------------------------------------------------------------
 
 
@@ -76,23 +87,26 @@ MEASURED = (
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_predicted_memory_holds_what_a_run_needs_and_little_more(pool: Pool, name: str) -> None:
-    plan = emulated(name)
+    plan = tight(emulated(name))
     layout = lay_out(plan)
     ownership = own(layout)
-    predicted = device_memory(
-        compute_model(plan), layout, ownership.owned_elements, ownership.incoming_elements
-    )
+    uses = device_memory(compute_model(plan), layout, ownership.owned_elements, ownership.incoming_elements)
     peaks = pool.train(plan, 2, held_out_rows=0, time_scale=1.0).peaks
-    shares = {plan.cluster.devices()[d].name: peaks[d] / use.total for d, use in predicted.items()}
-    assert all(0.7 <= share <= 1 for share in shares.values()), shares
-    assert all(peak is None for d, peak in enumerate(peaks) if d not in predicted)
+    for device, peak in enumerate(peaks):
+        if device not in uses:
+            assert peak is None
+            continue
+        use = uses[device]
+        # Message buffers and temporaries are predicted on top; the tally does not see them.
+        lasting = use.weights + use.gradients + use.optimizer + use.activations
+        assert 0.95 * lasting <= peak <= use.total, plan.cluster.devices()[device].name
 
 
 def test_emulation_changes_the_time_and_not_the_training(pool: Pool) -> None:
     """A tensor-parallel group of unlike devices, which has one start and one deadline for each action."""
     plan, steps = emulated("heads 6 + 2"), 3
-    trained = pool.train(plan, steps, time_scale=50.0)
-    real = pool.train(NAMED_PLANS["heads 6 + 2"]("fp32"), steps)
+    trained = pool.train(plan, steps, held_out_rows=0, time_scale=50.0)
+    real = pool.train(NAMED_PLANS["heads 6 + 2"]("fp32"), steps, held_out_rows=0)
     np.testing.assert_allclose(trained.losses, real.losses, rtol=1e-6)
     predicted = simulate(compile_plan(plan), compute_model(plan), steps=1).step_seconds
     assert step_seconds(trained.timeline).min() >= 0.999 * predicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 
@@ -78,7 +79,9 @@ def test_the_loss_of_huge_logits_is_finite():
 # -- the whole model ----------------------------------------------------------------------------------------
 
 
-def plain_loss(model: Model, w: dict[str, Tensor], tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def plain_loss(
+    model: Model, w: dict[str, Tensor], tokens: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
     """Llama as one writes it down: rotation of complex numbers, attention head by head."""
     x = w["model.embed_tokens.weight"][tokens]
     width, per_group = model.head_dim, model.heads // model.kv_heads
@@ -100,7 +103,9 @@ def plain_loss(model: Model, w: dict[str, Tensor], tokens: Tensor, targets: Tens
         heads = []
         for head in range(model.heads):
             mine, theirs = (slice(n * width, (n + 1) * width) for n in (head, head // per_group))
-            scores = rotated(q[..., mine]) @ rotated(k[..., theirs]).transpose(1, 2) / math.sqrt(width) + future
+            scores = (
+                rotated(q[..., mine]) @ rotated(k[..., theirs]).transpose(1, 2) / math.sqrt(width) + future
+            )
             heads.append(scores.softmax(-1) @ v[..., theirs])
         x = x + torch.cat(heads, -1) @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, at + "post_attention_layernorm.weight")
@@ -127,7 +132,9 @@ def test_loss_and_gradients_are_those_of_a_plain_llama(name):
     expected = plain_loss(model, ours.parameters, tokens, targets, weights)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     names = list(ours.parameters)
-    gradients, wanted = (torch.autograd.grad(x, [ours.parameters[n] for n in names]) for x in (loss, expected))
+    gradients, wanted = (
+        torch.autograd.grad(x, [ours.parameters[n] for n in names]) for x in (loss, expected)
+    )
     for parameter, ours_, theirs in zip(names, gradients, wanted, strict=True):
         torch.testing.assert_close(ours_, theirs, rtol=1e-8, atol=1e-12, msg=parameter)
 
@@ -139,7 +146,7 @@ def test_stages_in_a_chain_are_the_whole_model(cuts):
     whole_loss = whole.forward(tokens, targets, weights)
     whole_loss.backward()
     x, parts = tokens, []
-    for layers in zip(cuts, cuts[1:], strict=False):
+    for layers in itertools.pairwise(cuts):
         parts.append(stage(model, layers))
         x = parts[-1].forward(x, targets, weights)
     x.backward()

@@ -58,4 +58,7 @@ def test_the_values_of_a_seed_stay_the_same():
     """Losses that were written down hold only as long as they start from these; numpy does not promise it."""
     parameter = Parameter("lm_head.weight", (2, 2), "vocab", 0, 1, (4,))
     values = initial_weight(parameter, (0, 2), tiny_model(), 1)
-    assert [[f"{x:.9f}" for x in row] for row in values] == [["-0.002735590", "-0.020462080"], ["-0.010795516", "0.033199235"]]
+    assert [[f"{x:.9f}" for x in row] for row in values] == [
+        ["-0.002735590", "-0.020462080"],
+        ["-0.010795516", "0.033199235"],
+    ]
