@@ -27,10 +27,10 @@ from hethub.launch.crew import Crew
 from hethub.launch.links import LinkTable
 from hethub.launch.progress import Progress
 from hethub.launch.run_folder import RunFolder, write_json
-from hethub.program.actions import Program
 from hethub.planners.answer import answer
 from hethub.planners.even import EvenPlanner
 from hethub.planners.interface import Problem
+from hethub.program.actions import Program
 from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
@@ -240,8 +240,10 @@ class _Run:
         return self._rehearse(plans[0], scale)
 
     def _rehearse(self, compiled: _Compiled, scale: float) -> float:
-        """Raise the scale by what the real math of a step takes longer when all workers share this machine; the median of
-        a few steps, so that a passing load of something else does not slow the whole run."""
+        """Raise the scale by what the real math of a step takes longer when all workers share this machine.
+
+        The median of a few steps, so that a passing load of something else does not slow the whole run.
+        """
         self.crew.call("start_clock", (time.monotonic(), scale))
         self.crew.call("train", (0, _REHEARSAL_STEPS))
         timeline = self._timeline(compiled, scale)
@@ -417,7 +419,9 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
 
 def _refuse_precision(job: Job) -> None:
     """fp16 needs loss scaling, and transfers do not convert between dtypes: planned for, not run yet."""
-    used = {device.type.name: device.type.dtype_for(job.workload.precision) for device in job.cluster.devices()}
+    used = {
+        device.type.name: device.type.dtype_for(job.workload.precision) for device in job.cluster.devices()
+    }
     for name, dtype in used.items():
         if dtype == "fp16":
             raise InputError(

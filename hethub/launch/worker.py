@@ -31,11 +31,11 @@ from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
-from hethub.timeline.record import Kind
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import OptimizerSettings
 from hethub.specs.layout import Span
 from hethub.specs.workload import Workload
+from hethub.timeline.record import Kind
 
 __all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches", "wide_dtype"]
 

@@ -97,7 +97,9 @@ class Pool:
         self.processes = []
         for device in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(device, size, self._store.port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(device, size, self._store.port, theirs), daemon=True
+            )
             process.start()
             self.connections.append(ours)
             self.processes.append(process)

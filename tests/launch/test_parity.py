@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from hethub.cost.shapes import parameter_span
 from hethub.launch.executor import local_places
-from hethub.launch.reference import ReferenceRun, train_reference
+from hethub.launch.reference import train_reference
 from hethub.launch.worker import DTYPES, make_batches
 from hethub.specs.plan import Plan
 from tests.launch.pool import SETTINGS, Pool, Trained
