@@ -67,9 +67,7 @@ def test_the_slowest_stage_is_as_quick_as_enumeration_finds(layers: int, memory:
     place=st.tuples(st.booleans(), st.booleans()),
     data=st.data(),
 )
-def test_bytes_are_those_of_the_cost_model(
-    model, degree, rows, held, recompute, place, data
-) -> None:  # type: ignore[no-untyped-def]
+def test_bytes_are_those_of_the_cost_model(model, degree, rows, held, recompute, place, data) -> None:  # type: ignore[no-untyped-def]
     if degree > model.kv_heads:
         return
     problem = Problem.of(three_speeds(), workload(model))
