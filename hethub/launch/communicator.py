@@ -20,7 +20,7 @@ from torch import Tensor
 from hethub.program.actions import Channel, Program
 from hethub.timeline.record import Lane
 
-__all__ = ["Communicator", "Delivery", "ExchangeGroup", "NativeGroup", "PeerLostError"]
+__all__ = ["Communicator", "Delivery", "ExchangeGroup", "NativeGroup", "PeerLostError", "Reserve"]
 
 _TRAILER_BYTES = 8  # the arrival time (fp64) that an emulated link's message carries
 _EXCHANGE_TAG = len(Lane)
@@ -139,12 +139,6 @@ class Communicator:
             work, buffer = self._sending.popleft()
             _guard(work.wait, self.device)
             self._spare.setdefault(buffer.numel(), []).append(buffer)
-
-    def buffer_bytes(self) -> int:
-        """Bytes of all buffers now alive."""
-        posted = sum(b.numel() for inbox in self._inboxes.values() for _, b in inbox.waiting.values())
-        spare = sum(size * len(buffers) for size, buffers in self._spare.items())
-        return posted + spare + sum(b.numel() for _, b in self._sending)
 
 
 def _guard(call: Callable[[], T], peer: int) -> T:

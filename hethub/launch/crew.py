@@ -172,7 +172,7 @@ class Crew:
             nodes.setdefault((everyone[device].group, everyone[device].node), []).append(device)
         actor_class = ray.remote(max_concurrency=2)(_Actor)
         for (group, node), members in nodes.items():
-            bundles = [{resource_name(everyone[d].type.name): 1.0} for d in members]
+            bundles = [self._needs(d) for d in members]
             placed = placement_group(bundles, strategy="STRICT_PACK")
             self._groups.append(placed)
             if not placed.wait(_PLACEMENT_TIMEOUT_SECONDS):
@@ -181,14 +181,24 @@ class Crew:
                     f"--resources naming {sorted({k for b in bundles for k in b})}."
                 )
             for number, device in enumerate(members):
-                vendor = catalog.vendor(everyone[device].type.vendor)
-                gpus = 1 if vendor.ray_resource == "GPU" and self.cluster.emulated_time_scale is None else 0
+                needs = self._needs(device)
                 self.actors[device] = actor_class.options(
                     num_cpus=0,
-                    num_gpus=gpus,
-                    resources={resource_name(everyone[device].type.name): 1.0},
+                    num_gpus=needs.pop("GPU", 0),
+                    resources=needs,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(placed, number),
                 ).remote(device, str(self.logs / f"{everyone[device].name.replace('/', '-')}.log"))
+
+    def _needs(self, device: int) -> dict[str, float]:
+        """What Ray sets aside for a device: its bundle and its actor ask for the same."""
+        device_type = self.cluster.devices()[device].type
+        needs = {resource_name(device_type.name): 1.0}
+        if (
+            catalog.vendor(device_type.vendor).ray_resource == "GPU"
+            and self.cluster.emulated_time_scale is None
+        ):
+            needs["GPU"] = 1.0
+        return needs
 
     def host(self) -> str:
         """An address of this machine that the workers reach."""

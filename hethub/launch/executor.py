@@ -149,7 +149,6 @@ class Executor:
         self.actions = program.devices[device]
         self.is_root = device == program.layout.used[0]
         self._solo = SoloGroup()
-        self._zero = Price(next(iter(program.prices.values())).price, 0)
         self.weights: dict[str, Tensor] = {}
         first: dict[str, int] = {}
         for index, stage in stages.items():

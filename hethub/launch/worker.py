@@ -23,7 +23,7 @@ from hethub.data.token_file import open_token_file
 from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock
-from hethub.launch.communicator import Communicator, ExchangeGroup, NativeGroup
+from hethub.launch.communicator import Communicator, ExchangeGroup, NativeGroup, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
 from hethub.launch.links import LinkTable
@@ -125,9 +125,12 @@ class Worker:
         self.batches = make_batches(task)
         self.compute = self._device()
         stages = self._stages()
-        self.training = self._executor(task.program, stages, self.recorder)
+        reserve, mark = self._reserve(), self._mark()
+        self.training = self._executor(task.program, stages, self.recorder, reserve, mark)
         if task.evaluation is not None:
-            self.evaluating = self._executor(task.evaluation, stages, Recorder(task.evaluation))
+            self.evaluating = self._executor(
+                task.evaluation, stages, Recorder(task.evaluation), reserve, mark
+            )
 
     def _device(self) -> ComputeDevice:
         device = self.task.cluster.devices()[self.setup.device]
@@ -199,19 +202,26 @@ class Worker:
             )
         return NativeGroup(ranks, vendor.backend)
 
-    def _executor(self, program: Program, stages: Mapping[int, StageModel], recorder: Recorder) -> Executor:
+    def _executor(
+        self,
+        program: Program,
+        stages: Mapping[int, StageModel],
+        recorder: Recorder,
+        reserve: Reserve | None,
+        mark: Callable[[int, int], None],
+    ) -> Executor:
         task = self.task
         return Executor(
             program,
             self.setup.device,
             stages=stages,
             compute=self.compute,
-            communicator=Communicator(program, self.setup.device, self.setup.rank_of, self._reserve()),
+            communicator=Communicator(program, self.setup.device, self.setup.rank_of, reserve),
             recorder=recorder,
             wide=wide_dtype(task.workload.precision),
             settings=task.settings,
             total_steps=task.total_steps,
-            mark=self._mark(),
+            mark=mark,
         )
 
     def _mark(self) -> Callable[[int, int], None]:
@@ -220,12 +230,15 @@ class Worker:
         beacon = Beacon(self.task.beacon_file, len(self.task.cluster.devices()))
         return lambda step, action: beacon.set(self.setup.device, step, action)
 
-    def _reserve(self) -> Callable[[int, float, float], float] | None:
-        """How an emulated link is taken; None on real ones."""
+    def _reserve(self) -> Reserve | None:
+        """How an emulated link is taken; None on real ones. Lets go of the last task's table."""
+        if self._links is not None:
+            self._links.close()
+            self._links = None
         if self.task.links_file is None:
             return None
         graph = CostGraph(self.task.cluster)
-        table = LinkTable(self.task.links_file, graph.cell_count)
+        table = self._links = LinkTable(self.task.links_file, graph.cell_count)
         return lambda destination, size, now: table.reserve(
             graph.path(self.setup.device, destination), size, now
         )
