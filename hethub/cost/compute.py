@@ -15,15 +15,15 @@ from hethub.cost.shapes import (
     BYTES,
     LayerKind,
     Segment,
-    backward_segments,
-    forward_segments,
     layer_kind,
     layer_parameters,
+    layer_segments,
     parameter_span,
 )
 from hethub.specs.cluster import DeviceType
 from hethub.specs.layout import RankPlace, Share, Span
 from hethub.specs.workload import Workload
+from hethub.timeline.record import Kind
 
 __all__ = [
     "ComputeModel",
@@ -83,7 +83,7 @@ class ComputeModel:
     def __init__(self, graph: CostGraph, workload: Workload) -> None:
         self.graph = graph
         self.workload = workload
-        self._seconds: dict[tuple[str, LayerKind, Share, int, bool], tuple[float, ...]] = {}
+        self._seconds: dict[tuple[str, LayerKind, Share, int, Kind], tuple[float, ...]] = {}
         self._collective: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
@@ -101,31 +101,31 @@ class ComputeModel:
         return rate
 
     def segments(
-        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, *, backward: bool
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Kind
     ) -> tuple[Segment, ...]:
-        """The work of one layer on one rank (see `shapes`)."""
-        build = backward_segments if backward else forward_segments
-        size = self._rate(device_type)[2]
-        return build(self.workload.model, kind, share, rows, seq=self.workload.sequence_length, size=size)
+        """The work of one layer on one rank (see `shapes.layer_segments`)."""
+        size, seq = self._rate(device_type)[2], self.workload.sequence_length
+        return layer_segments(self.workload.model, kind, share, rows, seq=seq, size=size, work=work)
 
     def segment_seconds(
-        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, *, backward: bool
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Kind
     ) -> tuple[float, ...]:
         """Seconds of each segment of one layer on one rank."""
-        key = (device_type.name, kind, share, rows, backward)
+        key = (device_type.name, kind, share, rows, work)
         found = self._seconds.get(key)
         if found is None:
             flops, bandwidth, _ = self._rate(device_type)
             found = self._seconds[key] = tuple(
                 sum(max(o.flops / flops, o.bytes / bandwidth) for o in segment.operations)
-                for segment in self.segments(device_type, kind, share, rows, backward=backward)
+                for segment in self.segments(device_type, kind, share, rows, work)
             )
         return found
 
     def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
         """Forward and backward of one layer on one rank, collectives not counted."""
-        return sum(self.segment_seconds(device_type, kind, share, rows, backward=False)) + sum(
-            self.segment_seconds(device_type, kind, share, rows, backward=True)
+        return sum(
+            sum(self.segment_seconds(device_type, kind, share, rows, work))
+            for work in (Kind.FORWARD, Kind.BACKWARD)
         )
 
     def collective_seconds(self, devices: tuple[int, ...], size_bytes: int) -> float:
@@ -136,31 +136,27 @@ class ComputeModel:
             found = self._collective[key] = all_reduce_seconds(self.graph, devices, size_bytes)
         return found
 
-    def group_price(
-        self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, *, backward: bool
-    ) -> ComputePrice:
-        """The forward or backward action of one replica over `layers` (half-open) and `rows` sequences."""
-        key = (ranks, layers, rows, backward)
+    def group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, work: Kind) -> ComputePrice:
+        """The action of kind `work` (forward, backward, a part of it, or recompute) of one replica over `layers`
+        (half-open) and `rows` sequences."""
+        key = (ranks, layers, rows, work)
         found = self._prices.get(key)
         if found is None:
-            found = self._prices[key] = self._group_price(ranks, layers, rows, backward)
+            found = self._prices[key] = self._group_price(ranks, layers, rows, work)
         return found
 
-    def _group_price(
-        self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, backward: bool
-    ) -> ComputePrice:
+    def _group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, work: Kind) -> ComputePrice:
         model = self.workload.model
         devices = tuple(rank.device for rank in ranks)
         types = [self.graph.devices[device].type for device in devices]
         segments: list[PricedSegment] = []
-        order = range(layers[1] - 1, layers[0] - 1, -1) if backward else range(*layers)
+        forward = work in (Kind.FORWARD, Kind.RECOMPUTE)
+        order = range(*layers) if forward else range(layers[1] - 1, layers[0] - 1, -1)
         by_kind: dict[LayerKind, list[PricedSegment]] = {}
         for layer in order:
             kind = layer_kind(model, layer)
             if kind not in by_kind:
-                by_kind[kind] = self._layer_segments(
-                    ranks, types, devices, kind, rows=rows, backward=backward
-                )
+                by_kind[kind] = self._layer_segments(ranks, types, devices, kind, rows=rows, work=work)
             segments.extend(by_kind[kind])
         return ComputePrice(
             tuple(segments),
@@ -176,16 +172,16 @@ class ComputeModel:
         kind: LayerKind,
         *,
         rows: int,
-        backward: bool,
+        work: Kind,
     ) -> list[PricedSegment]:
         members = [
-            self.segment_seconds(t, kind, rank.share, rows, backward=backward)
+            self.segment_seconds(t, kind, rank.share, rows, work)
             for t, rank in zip(types, ranks, strict=True)
         ]
-        work = self.segments(types[0], kind, ranks[0].share, rows, backward=backward)
+        segments = self.segments(types[0], kind, ranks[0].share, rows, work)
         return [
             PricedSegment(tuple(m[i] for m in members), self.collective_seconds(devices, s.all_reduce_bytes))
-            for i, s in enumerate(work)
+            for i, s in enumerate(segments)
         ]
 
     def stage_parameters(self, share: Share, layers: Span) -> int:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from hethub.specs.layout import Share, Span
 from hethub.specs.workload import Model
+from hethub.timeline.record import Kind
 
 __all__ = [
     "BYTES",
@@ -18,10 +19,10 @@ __all__ = [
     "Operation",
     "Parameter",
     "Segment",
-    "backward_segments",
     "forward_segments",
     "layer_kind",
     "layer_parameters",
+    "layer_segments",
     "model_flops_per_token",
     "model_parameters",
     "parameter_span",
@@ -110,10 +111,15 @@ def parameter_span(parameter: Parameter, share: Share) -> Span:
 
 
 class Operation(NamedTuple):
-    """Work of one operator: floating-point operations and bytes moved to and from device memory."""
+    """Work of one operator: floating-point operations and bytes moved to and from device memory.
+
+    `weighted` marks a product with a weight: its backward is one product for the input's gradient and one for the
+    weight's.
+    """
 
     flops: float
     bytes: float
+    weighted: bool = False
 
 
 class Segment(NamedTuple):
@@ -126,7 +132,9 @@ class Segment(NamedTuple):
 def _matmul(tokens: int, inputs: int, outputs: int, size: int) -> Operation:
     """(tokens, inputs) x (inputs, outputs): 2 flops per multiply-add; operands read, the result written."""
     return Operation(
-        2.0 * tokens * inputs * outputs, size * (tokens * inputs + inputs * outputs + tokens * outputs)
+        2.0 * tokens * inputs * outputs,
+        size * (tokens * inputs + inputs * outputs + tokens * outputs),
+        weighted=True,
     )
 
 
@@ -176,21 +184,33 @@ def forward_segments(
     return (Segment(attention, reduced), Segment(feed_forward, reduced))
 
 
-def backward_segments(
-    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int
+def layer_segments(
+    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int, work: Kind
 ) -> tuple[Segment, ...]:
-    """Backward work: every product twice (input and weight gradient), traffic twice; segments reversed.
+    """Work of one layer for one rank, by the kind of action.
 
-    The embedding only adds into its weight gradient and reduces nothing.
+    BACKWARD does every product twice (input and weight gradient) and moves twice the bytes, segments reversed.
+    BACKWARD_INPUT is BACKWARD without the weights' products, BACKWARD_WEIGHT is those alone, without collectives.
+    RECOMPUTE is FORWARD again. The embedding's backward only adds into its weight gradient and reduces nothing.
     """
-    segments = forward_segments(model, kind, share, rows, seq=seq, size=size)
+    forward = forward_segments(model, kind, share, rows, seq=seq, size=size)
+    if work in (Kind.FORWARD, Kind.RECOMPUTE):
+        return forward
     if kind == "embedding":
-        return (Segment(segments[0].operations, 0),)
+        return (Segment(() if work == Kind.BACKWARD_INPUT else forward[0].operations, 0),)
+    if work == Kind.BACKWARD_WEIGHT:
+        return tuple(Segment(tuple(o for o in s.operations if o.weighted), 0) for s in reversed(forward))
     reduced = rows * seq * model.hidden_size * size
+    split = work == Kind.BACKWARD_INPUT
     return tuple(
-        Segment(tuple(Operation(2 * o.flops, 2 * o.bytes) for o in s.operations), reduced)
-        for s in reversed(segments)
+        Segment(tuple(_backward(o, split=split) for o in s.operations), reduced) for s in reversed(forward)
     )
+
+
+def _backward(operation: Operation, *, split: bool) -> Operation:
+    """An operator's backward; with `split` without its weight's gradient."""
+    times = 1 if split and operation.weighted else 2
+    return Operation(times * operation.flops, times * operation.bytes, operation.weighted)
 
 
 def model_flops_per_token(model: Model, seq: int) -> float:

@@ -1,4 +1,4 @@
-"""Messages between devices: first-in-first-out channels of two lanes, and groups inside an island.
+"""Messages between devices: first-in-first-out channels of two lanes.
 
 Every byte between devices goes through `Communicator`: point-to-point over the job's one store-backed group, staged
 through host memory where a device is not the host. Receives are posted ahead in the sender's order, each into its own
@@ -7,7 +7,6 @@ buffer, and consumed in any order.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ from torch import Tensor
 from hethub.program.actions import Channel, Program
 from hethub.timeline.record import Lane
 
-__all__ = ["Communicator", "Delivery", "ExchangeGroup", "NativeGroup", "PeerLostError", "Reserve"]
+__all__ = ["Communicator", "Delivery", "PeerLostError", "Reserve", "guard"]
 
 _TRAILER_BYTES = 8  # the arrival time (fp64) that an emulated link's message carries
-_EXCHANGE_TAG = len(Lane)
 
 T = TypeVar("T")
 Reserve = Callable[[int, int, float], float]  # (destination, bytes, now) -> arrival
@@ -90,7 +88,7 @@ class Communicator:
         message = inbox.messages[inbox.posted]
         size = self.program.transfers[self.program.messages[message].transfer].bytes + self._extra
         buffer = self._buffer(size)
-        work = _guard(lambda: dist.irecv(buffer, self.rank_of[channel[0]], tag=int(channel[2])), channel[0])
+        work = guard(lambda: dist.irecv(buffer, self.rank_of[channel[0]], tag=int(channel[2])), channel[0])
         assert work is not None
         inbox.waiting[message] = (work, buffer)
         inbox.posted += 1
@@ -111,7 +109,7 @@ class Communicator:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)
             buffer[at:].copy_(torch.tensor([arrival], dtype=torch.float64).view(torch.uint8))
         rank = self.rank_of[transfer.destination]
-        work = _guard(lambda: dist.isend(buffer, rank, tag=int(transfer.lane)), transfer.destination)
+        work = guard(lambda: dist.isend(buffer, rank, tag=int(transfer.lane)), transfer.destination)
         assert work is not None
         self._sending.append((work, buffer))
 
@@ -121,7 +119,7 @@ class Communicator:
         channel = (transfer.source, transfer.destination, transfer.lane)
         inbox = self._inboxes[channel]
         work, buffer = inbox.waiting.pop(message)
-        _guard(work.wait, transfer.source)
+        guard(work.wait, transfer.source)
         arrival = float(buffer[transfer.bytes :].view(torch.float64)) if self._extra else None
         use(Delivery(buffer[: transfer.bytes], arrival))
         self._spare.setdefault(buffer.numel(), []).append(buffer)
@@ -137,97 +135,13 @@ class Communicator:
         """Wait until every send has left."""
         while self._sending:
             work, buffer = self._sending.popleft()
-            _guard(work.wait, self.device)
+            guard(work.wait, self.device)
             self._spare.setdefault(buffer.numel(), []).append(buffer)
 
 
-def _guard(call: Callable[[], T], peer: int) -> T:
+def guard(call: Callable[[], T], peer: int) -> T:
     """Translate the library's connection errors at the border."""
     try:
         return call()
     except RuntimeError as error:
         raise PeerLostError(f"connection with rank {peer} is lost ({str(error).splitlines()[0]})") from error
-
-
-class _Timed:
-    """Counts the seconds and the moments that a group spends in collectives."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[float, float]] = []
-
-    def timed(self, call: Callable[[], object]) -> None:
-        start = time.monotonic()
-        call()
-        self.events.append((start, time.monotonic()))
-
-    def take_events(self) -> list[tuple[float, float]]:
-        """The (start, end) monotonic seconds of every collective since the last call."""
-        events, self.events = self.events, []
-        return events
-
-
-class NativeGroup(_Timed):
-    """A tensor-parallel group inside one island: the vendor library's own collectives."""
-
-    def __init__(self, ranks: Sequence[int], backend: str) -> None:
-        super().__init__()
-        self.size = len(ranks)
-        self._group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        self.timed(lambda: _guard(lambda: dist.all_reduce(tensor, operation, group=self._group), -1))
-        return tensor
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """In place; every member gets the same bits."""
-        return self._reduce(tensor, dist.ReduceOp.SUM)
-
-    def max(self, tensor: Tensor) -> Tensor:
-        """In place."""
-        return self._reduce(tensor, dist.ReduceOp.MAX)
-
-
-class ExchangeGroup(_Timed):
-    """A group across islands, whose vendor libraries do not mix: everyone sends to everyone through host memory, and
-    each adds in rank order, so that all members get the same bits."""
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        super().__init__()
-        self.size = len(ranks)
-        self._ranks = list(ranks)
-
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        own = tensor.detach().to("cpu").contiguous()
-        me = dist.get_rank()
-        found = {me: own}
-        pending: list[dist.Work | None] = []
-        for rank in self._ranks:
-            if rank != me:
-                found[rank] = torch.empty_like(own)
-                pending.append(_guard(lambda r=rank: dist.irecv(found[r], r, tag=_EXCHANGE_TAG), rank))  # type: ignore[misc]
-        for rank in self._ranks:
-            if rank != me:
-                pending.append(_guard(lambda r=rank: dist.isend(own, r, tag=_EXCHANGE_TAG), rank))  # type: ignore[misc]
-        for work in pending:
-            assert work is not None
-            _guard(work.wait, -1)
-        return [found[rank] for rank in self._ranks]
-
-    def _reduce(self, tensor: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        def exchange() -> None:
-            first, *rest = self._gather(tensor)
-            total = first.clone()
-            for other in rest:
-                total = combine(total, other)
-            tensor.copy_(total)
-
-        self.timed(exchange)
-        return tensor
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """In place, added in rank order."""
-        return self._reduce(tensor, torch.add)
-
-    def max(self, tensor: Tensor) -> Tensor:
-        """In place."""
-        return self._reduce(tensor, torch.maximum)

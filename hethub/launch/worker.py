@@ -23,9 +23,10 @@ from hethub.data.token_file import open_token_file
 from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock
-from hethub.launch.communicator import Communicator, ExchangeGroup, NativeGroup, Reserve
+from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
+from hethub.launch.groups import ExchangeGroup, NativeGroup
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder

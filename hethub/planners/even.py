@@ -22,6 +22,7 @@ from hethub.planners.placement import name_ranks
 from hethub.planners.shares import even_shares, rank_entries
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace
 from hethub.specs.plan import Pipeline, Plan, Replica, Stage
+from hethub.timeline.record import Kind
 
 __all__ = ["EvenPlanner"]
 
@@ -162,8 +163,8 @@ class _Pricing:
             shares = even_shares(self.model, len(group))
             ranks = tuple(RankPlace(d, s) for d, s in zip(group, shares, strict=True))
             found = self._times[key] = (
-                self.compute.group_price(ranks, layers, rows, backward=False).seconds,
-                self.compute.group_price(ranks, layers, rows, backward=True).seconds,
+                self.compute.group_price(ranks, layers, rows, Kind.FORWARD).seconds,
+                self.compute.group_price(ranks, layers, rows, Kind.BACKWARD).seconds,
             )
         return found
 

@@ -17,6 +17,7 @@ from hethub.cost.shapes import BYTES
 from hethub.planners.pools import Pools
 from hethub.planners.shares import even_shares
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
+from hethub.timeline.record import Kind
 
 __all__ = ["Crew", "Ends", "Seat", "SeatCost", "SeatCosts", "Slot", "crew_size", "crew_slots"]
 
@@ -181,8 +182,8 @@ class SeatCosts:
         def seconds(layer: int) -> tuple[float, float]:
             at = (layer, layer + 1)
             return (
-                compute.group_price(ranks, at, rows, backward=False).seconds,
-                compute.group_price(ranks, at, rows, backward=True).seconds,
+                compute.group_price(ranks, at, rows, Kind.FORWARD).seconds,
+                compute.group_price(ranks, at, rows, Kind.BACKWARD).seconds,
             )
 
         device_type = self.pools[pool].type

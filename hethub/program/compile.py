@@ -108,8 +108,8 @@ class _Builder:
 
     def price_replica(self, stage: StagePlace, replica: ReplicaPlace) -> None:
         rows = replica.rows[1] - replica.rows[0]
-        forward = self.compute.group_price(replica.ranks, stage.layers, rows, backward=False)
-        backward = self.compute.group_price(replica.ranks, stage.layers, rows, backward=True)
+        forward = self.compute.group_price(replica.ranks, stage.layers, rows, Kind.FORWARD)
+        backward = self.compute.group_price(replica.ranks, stage.layers, rows, Kind.BACKWARD)
         devices = tuple(rank.device for rank in replica.ranks)
         for member, device in enumerate(devices):
             self.groups[device, stage.index] = devices
@@ -245,27 +245,24 @@ class _Builder:
 
 def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
     """What the schedule may know: the slowest replica's times, the slowest hop, limits, shared devices."""
-    forward, backward, hops = [], [], []
-    for stage in pipeline.stages:
-        prices = [
-            tuple(
-                compute.group_price(r.ranks, stage.layers, r.rows[1] - r.rows[0], backward=b).seconds
-                for b in (False, True)
-            )
+
+    def slowest(stage: StagePlace, work: Kind) -> float:
+        return max(
+            compute.group_price(r.ranks, stage.layers, r.rows[1] - r.rows[0], work).seconds
             for r in stage.replicas
-        ]
-        again = stage.recompute == "full"
-        forward.append(max(f for f, _ in prices))
-        backward.append(max(b + (f if again else 0.0) for f, b in prices))
-    for one, other in pairwise(pipeline.stages):
-        hops.append(_hop_seconds(compute, one, other))
+        )
+
+    stages = pipeline.stages
+    again = [slowest(s, Kind.RECOMPUTE) if s.recompute == "full" else 0.0 for s in stages]
     return Shape(
         micro_batches=pipeline.micro_batches,
-        forward_seconds=tuple(forward),
-        backward_seconds=tuple(backward),
-        hop_seconds=tuple(hops),
-        in_flight=tuple(min(s.in_flight, pipeline.micro_batches) for s in pipeline.stages),
-        resources=_resources(pipeline.stages),
+        forward_seconds=tuple(slowest(s, Kind.FORWARD) for s in stages),
+        backward_seconds=tuple(slowest(s, Kind.BACKWARD) + a for s, a in zip(stages, again, strict=True)),
+        input_seconds=tuple(slowest(s, Kind.BACKWARD_INPUT) + a for s, a in zip(stages, again, strict=True)),
+        weight_seconds=tuple(slowest(s, Kind.BACKWARD_WEIGHT) for s in stages),
+        hop_seconds=tuple(_hop_seconds(compute, one, other) for one, other in pairwise(stages)),
+        in_flight=tuple(min(s.in_flight, pipeline.micro_batches) for s in stages),
+        resources=_resources(stages),
     )
 
 

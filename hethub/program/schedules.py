@@ -32,11 +32,17 @@ class Shape:
 
     `resources` names for each stage the set of stages that share a device with it, by a common number.
     Seconds are per micro-batch; `hop_seconds[s]` is the transfer between stages s and s + 1, one way.
+    `backward_seconds` is the whole backward; split, it is `input_seconds` (which gives the gradient that the stage
+    before waits for) and `weight_seconds`, which nobody waits for. Recomputation is inside the whole and the input's.
+    `in_flight[s]` is the most micro-batches that stage s holds: from its forward to the end of its whole backward, or
+    of its weight part where that is split.
     """
 
     micro_batches: int
     forward_seconds: tuple[float, ...]
     backward_seconds: tuple[float, ...]
+    input_seconds: tuple[float, ...]
+    weight_seconds: tuple[float, ...]
     hop_seconds: tuple[float, ...]
     in_flight: tuple[int, ...]
     resources: tuple[int, ...]

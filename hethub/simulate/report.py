@@ -18,6 +18,7 @@ from hethub.program.compile import compile_program
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import PipelinePlace, Span, StagePlace, lay_out
 from hethub.specs.plan import Plan, plan_to_spec
+from hethub.timeline.record import Kind
 from hethub.timeline.summary import DeviceSummary, by_type, summarize
 
 __all__ = ["StageRow", "predict", "stage_rows"]
@@ -233,6 +234,6 @@ def _replicas(compute: ComputeModel, stage: StagePlace) -> tuple[tuple[int, str,
 def _replica_seconds(compute: ComputeModel, stage: StagePlace, place: int) -> float:
     replica = stage.replicas[place]
     rows = replica.rows[1] - replica.rows[0]
-    forward = compute.group_price(replica.ranks, stage.layers, rows, backward=False).seconds
-    backward = compute.group_price(replica.ranks, stage.layers, rows, backward=True).seconds
+    forward = compute.group_price(replica.ranks, stage.layers, rows, Kind.FORWARD).seconds
+    backward = compute.group_price(replica.ranks, stage.layers, rows, Kind.BACKWARD).seconds
     return backward + forward * (2 if stage.recompute == "full" else 1)

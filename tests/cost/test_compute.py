@@ -10,15 +10,15 @@ from hethub.cost.compute import ComputeModel, all_reduce_seconds, gradient_bytes
 from hethub.cost.graph import CostGraph
 from hethub.cost.shapes import (
     LayerKind,
-    backward_segments,
-    forward_segments,
     layer_parameters,
+    layer_segments,
     model_flops_per_token,
     model_parameters,
 )
 from hethub.specs.layout import Share, lay_out
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Model
+from hethub.timeline.record import Kind
 from tests.plan_strategies import NAMED_PLANS, compute_model, models, plans, three_speeds
 
 KINDS: tuple[LayerKind, ...] = ("embedding", "decoder", "head")
@@ -61,16 +61,21 @@ def test_more_rows_take_longer_but_never_longer_per_row(
 
 @settings(max_examples=50, deadline=None)
 @given(model=models(), kind=st.sampled_from(KINDS), rows=st.integers(1, 4))
-def test_backward_is_twice_the_forward(model: Model, kind: LayerKind, rows: int) -> None:
-    forward, backward = (
+def test_backward_is_twice_the_forward_and_the_sum_of_its_parts(
+    model: Model, kind: LayerKind, rows: int
+) -> None:
+    forward, backward, inputs, weights = (
         [
             o
-            for segment in build(model, kind, Share.whole(model), rows, seq=16, size=4)
+            for segment in layer_segments(model, kind, Share.whole(model), rows, seq=16, size=4, work=work)
             for o in segment.operations
         ]
-        for build in (forward_segments, backward_segments)
+        for work in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
     )
     assert sum(o.flops for o in backward) == 2 * sum(o.flops for o in forward)
+    assert sum(o.flops for o in inputs + weights) == sum(o.flops for o in backward)
+    if kind != "embedding":
+        assert sum(o.bytes for o in inputs + weights) == pytest.approx(sum(o.bytes for o in backward))
 
 
 def test_an_operator_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
@@ -106,7 +111,7 @@ def test_a_group_takes_its_slowest_member_segment_by_segment(plan: Plan) -> None
     for pipeline in lay_out(plan).pipelines:
         for stage in pipeline.stages:
             for replica in stage.replicas:
-                price = compute.group_price(replica.ranks, stage.layers, replica.rows[1], backward=False)
+                price = compute.group_price(replica.ranks, stage.layers, replica.rows[1], Kind.FORWARD)
                 assert price.seconds >= max(price.busy_seconds) * (1 - 1e-12)
                 if len(replica.ranks) == 1:
                     assert price.seconds == pytest.approx(price.busy_seconds[0])

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hethub.cost.graph import CostGraph
-from hethub.launch.communicator import ExchangeGroup, PeerLostError
+from hethub.launch.communicator import PeerLostError
+from hethub.launch.groups import ExchangeGroup
 from hethub.launch.links import LinkTable
 from tests.plan_strategies import three_speeds
 

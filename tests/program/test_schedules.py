@@ -17,10 +17,13 @@ def shapes(draw: st.DrawFn) -> Shape:
     def each(strategy: st.SearchStrategy[float], count: int) -> tuple[float, ...]:
         return tuple(draw(strategy) for _ in range(count))
 
+    inputs, weights = each(SECONDS, stages), each(SECONDS, stages)
     return Shape(
         micro_batches=micro_batches,
         forward_seconds=each(SECONDS, stages),
-        backward_seconds=each(SECONDS, stages),
+        backward_seconds=tuple(map(sum, zip(inputs, weights, strict=True))),
+        input_seconds=inputs,
+        weight_seconds=weights,
         hop_seconds=each(SECONDS, stages - 1),
         in_flight=tuple(draw(st.integers(1, micro_batches)) for _ in range(stages)),
         resources=tuple(draw(st.integers(0, stage)) for stage in range(stages)),
@@ -84,6 +87,8 @@ def test_1f1b_of_alike_stages_is_the_textbook_schedule(stages: int) -> None:
         micro_batches=count,
         forward_seconds=(1.0,) * stages,
         backward_seconds=(2.0,) * stages,
+        input_seconds=(1.0,) * stages,
+        weight_seconds=(1.0,) * stages,
         hop_seconds=(0.0,) * (stages - 1),
         in_flight=tuple(stages - s for s in range(stages)),
         resources=tuple(range(stages)),
