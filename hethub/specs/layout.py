@@ -10,9 +10,26 @@ from hethub.specs.devices import parse_devices
 from hethub.specs.plan import Pipeline, Plan, Rank
 from hethub.specs.workload import Model
 
-__all__ = ["Layout", "PipelinePlace", "RankPlace", "ReplicaPlace", "Share", "Span", "StagePlace", "lay_out"]
+__all__ = [
+    "Layout",
+    "PipelinePlace",
+    "RankPlace",
+    "ReplicaPlace",
+    "Share",
+    "Span",
+    "StagePlace",
+    "lay_out",
+    "sequence_span",
+]
 
 Span = tuple[int, int]  # half-open [start, stop)
+
+
+def sequence_span(length: int, members: int, member: int) -> Span:
+    """The tokens of a row that a member of a tensor-parallel group holds between blocks: equal shards of
+    ceil(length / members), the last ones shorter or empty (Korthikanti et al., arXiv 2205.05198)."""
+    each = -(-length // members)
+    return (min(member * each, length), min((member + 1) * each, length))
 
 
 @dataclass(frozen=True, slots=True)
