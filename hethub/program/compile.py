@@ -108,20 +108,24 @@ class _Builder:
 
     def price_replica(self, stage: StagePlace, replica: ReplicaPlace) -> None:
         rows = replica.rows[1] - replica.rows[0]
-        forward = self.compute.group_price(replica.ranks, stage.layers, rows, Kind.FORWARD)
-        backward = self.compute.group_price(replica.ranks, stage.layers, rows, Kind.BACKWARD)
+        kinds = (Kind.FORWARD, Kind.BACKWARD, Kind.RECOMPUTE) if self.training else (Kind.FORWARD,)
+        prices = {
+            kind: self.compute.group_price(
+                replica.ranks, stage.layers, rows, kind, recompute=stage.recompute, training=self.training
+            )
+            for kind in kinds
+        }
         devices = tuple(rank.device for rank in replica.ranks)
         for member, device in enumerate(devices):
             self.groups[device, stage.index] = devices
-            self.prices[device, stage.index, Kind.FORWARD] = Price(forward, member)
-            self.prices[device, stage.index, Kind.BACKWARD] = Price(backward, member)
-            self.prices[device, stage.index, Kind.RECOMPUTE] = Price(forward, member)
+            for kind, price in prices.items():
+                self.prices[device, stage.index, kind] = Price(price, member)
 
     def task(self, stage: StagePlace, task: Task) -> None:
         """One forward or backward on every rank of the stage, with the messages around it."""
         forward = task.kind == Kind.FORWARD
         gets, gives = (What.ACTIVATION, What.ACTIVATION) if forward else (What.GRADIENT, What.GRADIENT)
-        recomputes = not forward and stage.recompute == "full"
+        recomputes = not forward and stage.recompute != "none"
         for device in stage.devices():
             for transfer in self.inbound.get((device, stage.index, gets), ()):
                 if self.transfers[transfer].source != device:
@@ -248,12 +252,14 @@ def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
 
     def slowest(stage: StagePlace, work: Kind) -> float:
         return max(
-            compute.group_price(r.ranks, stage.layers, r.rows[1] - r.rows[0], work).seconds
+            compute.group_price(
+                r.ranks, stage.layers, r.rows[1] - r.rows[0], work, recompute=stage.recompute
+            ).seconds
             for r in stage.replicas
         )
 
     stages = pipeline.stages
-    again = [slowest(s, Kind.RECOMPUTE) if s.recompute == "full" else 0.0 for s in stages]
+    again = [slowest(s, Kind.RECOMPUTE) for s in stages]
     return Shape(
         micro_batches=pipeline.micro_batches,
         forward_seconds=tuple(slowest(s, Kind.FORWARD) for s in stages),
