@@ -30,7 +30,6 @@ __all__ = [
     "ComputeModel",
     "ComputePrice",
     "PricedSegment",
-    "all_reduce_seconds",
     "exchange_seconds",
     "gradient_bytes",
     "state_bytes",
@@ -66,18 +65,13 @@ class ComputePrice:
 
 def exchange_seconds(graph: CostGraph, devices: Sequence[int], shard_bytes: float) -> float:
     """Ring all-gather or reduce-scatter over the group's actual paths: n - 1 steps in which everyone passes a shard
-    on, each of latency + shard / bandwidth, the worst hop counting."""
+    on, each of latency + shard / bandwidth, the worst hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce",
+    JPDC 2009, of which they are the halves)."""
     count = len(devices)
     if count < 2 or shard_bytes == 0:
         return 0.0
     hops = [graph.path(devices[i], devices[(i + 1) % count]) for i in range(count)]
     return (count - 1) * max(hop.seconds(shard_bytes) for hop in hops)
-
-
-def all_reduce_seconds(graph: CostGraph, devices: Sequence[int], size_bytes: float) -> float:
-    """Ring all-reduce: a reduce-scatter and an all-gather of 1 / n of the bytes (Patarasuk and Yuan, "Bandwidth
-    optimal all-reduce", JPDC 2009)."""
-    return 2 * exchange_seconds(graph, devices, size_bytes / len(devices))
 
 
 def gradient_bytes(precision: str) -> int:
@@ -98,7 +92,7 @@ class ComputeModel:
         self.graph = graph
         self.workload = workload
         self._seconds: dict[tuple[str, LayerKind, Share, int, Work], tuple[float, ...]] = {}
-        self._exchange: dict[tuple[tuple[int, ...], float], float] = {}
+        self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
 
@@ -145,10 +139,9 @@ class ComputeModel:
     def collective_seconds(self, devices: tuple[int, ...], segment: Segment) -> float:
         """All collectives of a segment among a tensor-parallel group, one after the other."""
         exchange = segment.exchanges * self._exchange_seconds(devices, segment.shard_bytes)
-        reduce = 2 * segment.reduces * self._exchange_seconds(devices, segment.reduce_bytes / len(devices))
-        return exchange + reduce
+        return exchange + segment.chunks * self._exchange_seconds(devices, segment.chunk_bytes)
 
-    def _exchange_seconds(self, devices: tuple[int, ...], shard_bytes: float) -> float:
+    def _exchange_seconds(self, devices: tuple[int, ...], shard_bytes: int) -> float:
         key = (devices, shard_bytes)
         found = self._exchange.get(key)
         if found is None:
@@ -173,8 +166,9 @@ class ComputeModel:
         key = (ranks, layers, rows, work, recompute, training)
         found = self._prices.get(key)
         if found is None:
+            largest = max(rank.share.vocab[1] - rank.share.vocab[0] for rank in ranks)
             found = self._prices[key] = self._group_price(
-                ranks, layers, rows, Work(work, recompute, len(ranks), training)
+                ranks, layers, rows, Work(work, recompute, len(ranks), largest, training)
             )
         return found
 

@@ -112,6 +112,17 @@ def parameter_span(parameter: Parameter, share: Share) -> Span:
     return (start * parameter.unit, stop * parameter.unit)
 
 
+_CHUNK_LOGITS = 2**22  # 16 MiB in fp32: large enough for products at full speed, small beside the activations
+
+
+def logit_chunk_tokens(tokens: int, vocab_share: int) -> int:
+    """Tokens whose logits exist at once in the head: at most a quarter of `tokens`, at most 2^22 logits, at least 1.
+
+    `vocab_share` is the largest share of vocabulary rows in the group, so that all members cut alike.
+    """
+    return max(1, min(tokens // 4, _CHUNK_LOGITS // max(1, vocab_share)))
+
+
 class Operation(NamedTuple):
     """Work of one operator: floating-point operations and bytes moved to and from device memory.
 
@@ -129,23 +140,25 @@ class Segment(NamedTuple):
     there (none in a group of one).
 
     `exchanges` all-gathers and reduce-scatters along the sequence move shards of `shard_bytes` (one member's, padded:
-    see `shard_tokens`), and `reduces` all-reduces sum tensors of `reduce_bytes` each.
+    see `shard_tokens`); `chunks` all-gathers more join the statistics of a chunk of logits, `chunk_bytes` a member.
     """
 
     operations: tuple[Operation, ...]
     exchanges: int = 0
     shard_bytes: int = 0
-    reduces: int = 0
-    reduce_bytes: int = 0
+    chunks: int = 0
+    chunk_bytes: int = 0
 
 
 class Work(NamedTuple):
     """What an action does to a layer: `kind`, in a stage that recomputes as `recompute` says, on one of `members`
-    ranks; without `training` nothing is kept and the head only gives the loss."""
+    ranks of which the largest vocabulary share is `largest_vocab`; without `training` nothing is kept and the head
+    only gives the loss."""
 
     kind: Kind
     recompute: str = "none"
     members: int = 1
+    largest_vocab: int = 0
     training: bool = True
 
     @property
@@ -159,11 +172,6 @@ class Work(NamedTuple):
 def shard_tokens(seq: int, members: int) -> int:
     """Tokens of a row in a member's shard, padded: ceil(seq / members)."""
     return -(-seq // members)
-
-
-def logit_chunk_tokens(tokens: int, vocab_share: int) -> int:
-    """Tokens whose logits the head holds at a time: at most a quarter of all, at most 2**22 logits, at least 1."""
-    return max(1, min(tokens // 4, 2**22 // max(1, vocab_share)))
 
 
 def _matmul(tokens: int, inputs: int, outputs: int, size: int) -> Operation:
@@ -180,20 +188,17 @@ def _touch(elements: float, size: int) -> Operation:
     return Operation(0.0, elements * size)
 
 
-def _attention_core(model: Model, share: Share, rows: int, seq: int, size: int) -> tuple[Operation, ...]:
-    """Rotary positions, key and value heads repeated for their query heads, and scores with their mix of values:
-    what selective recomputation does again.
+def _attention_core(model: Model, share: Share, rows: int, seq: int, size: int) -> Operation:
+    """Scores and their mix of values: what selective recomputation does again.
 
     Scores count in full, seq x seq (the usual MFU convention; a causal kernel that skips half of them runs at a lower
     efficiency than a plain product, which about cancels).
     """
-    tokens, heads, kv = rows * seq, share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
-    width, kv_width = heads * model.head_dim, kv * model.head_dim
-    rotary = _touch(2 * tokens * (width + kv_width), size)
-    scores = Operation(
-        4.0 * rows * heads * seq * seq * model.head_dim, size * tokens * (2 * width + 2 * kv_width)
+    heads, kv = share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
+    return Operation(
+        4.0 * rows * heads * seq * seq * model.head_dim,
+        2.0 * size * rows * seq * (heads + kv) * model.head_dim,
     )
-    return (rotary, scores)
 
 
 def _decoder_forward(
@@ -209,7 +214,8 @@ def _decoder_forward(
     attention = (
         norm,
         _matmul(tokens, hidden, width + 2 * kv_width, size),
-        *_attention_core(model, share, rows, seq, size),
+        _touch(2 * tokens * (width + kv_width), size),  # rotary positions
+        _attention_core(model, share, rows, seq, size),
         _matmul(tokens, width, hidden, size),
         residual,
     )
@@ -229,7 +235,7 @@ def _decoder_segments(
     """Each half gathers the tokens' shards before its column products and scatters sums after its row products;
     backward mirrors both."""
     if work.kind == Kind.RECOMPUTE and work.recompute == "selective":
-        return (Segment(_attention_core(model, share, rows, seq, size)),)
+        return (Segment((_attention_core(model, share, rows, seq, size),)),)
     halves = _decoder_forward(model, share, rows, seq=seq, size=size, members=work.members)
     if work.kind == Kind.BACKWARD_WEIGHT:
         return tuple(Segment(tuple(o for o in half if o.weighted)) for half in reversed(halves))
@@ -260,34 +266,32 @@ def _embedding_segments(model: Model, rows: int, *, seq: int, size: int, work: W
 def _head_segments(
     model: Model, share: Share, rows: int, *, seq: int, size: int, work: Work
 ) -> tuple[Segment, ...]:
-    """Norm, product and cross-entropy, chunk by chunk (`logit_chunk_tokens`); in training the hidden states' and the
-    weight's gradients follow in the same pass, while a chunk's logits are there, and backward is the norm's alone.
+    """Norm, product and cross-entropy, chunk by chunk (`logit_chunk_tokens`); in training all gradients follow in the
+    same pass, while a chunk's logits are there, and backward has nothing left to do.
 
-    A group gathers the hidden states, all-reduces per chunk the largest logit and then the sum of exponentials with
-    the chosen logit, and scatters the hidden states' gradient.
+    A group gathers the hidden states, per chunk everyone's largest logit, sum of exponentials and chosen logit, and
+    scatters the hidden states' gradient.
     """
-    tokens, hidden, vocab = rows * seq, model.hidden_size, share.vocab[1] - share.vocab[0]
-    norm = _touch(2 * rows * shard_tokens(seq, work.members) * hidden, size)
-    if work.kind == Kind.BACKWARD_WEIGHT:
+    if work.kind not in (Kind.FORWARD, Kind.RECOMPUTE):
         return (Segment(()),)
-    if work.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-        return (Segment((_backward(norm, split=False),)),)
-    product = _matmul(tokens, hidden, vocab, size)
-    # in fp32: read the logits, write and read their exponentials; for the gradient read and write them once more
-    operations: tuple[Operation, ...] = (norm, product, _touch(3 * tokens * vocab, 4))
+    tokens, hidden, vocab = rows * seq, model.hidden_size, share.vocab[1] - share.vocab[0]
+    shard, wide = rows * shard_tokens(seq, work.members), max(size, 4)
+    norm, product = _touch(2 * shard * hidden, size), _matmul(tokens, hidden, vocab, size)
+    # read the logits, write and read their exponentials; for the gradient read and write them once more
+    operations: tuple[Operation, ...] = (norm, product, _touch(3 * tokens * vocab, wide))
     if work.differentiates_head:
-        operations += (_touch(2 * tokens * vocab, 4), product, product)
+        gradient = (_touch(2 * tokens * vocab, wide), product, product, _backward(norm, split=False))
+        operations += gradient
     if work.members == 1:
         return (Segment(operations),)
-    # All members take the same chunks: those of an even share.
-    chunk = logit_chunk_tokens(tokens, -(-model.vocab_size // work.members))
+    chunk = logit_chunk_tokens(tokens, work.largest_vocab or vocab)
     return (
         Segment(
             operations,
             exchanges=2 if work.differentiates_head else 1,
-            shard_bytes=rows * shard_tokens(seq, work.members) * hidden * size,
-            reduces=2 * -(-tokens // chunk),
-            reduce_bytes=6 * chunk,  # fp32: one number a token, then two
+            shard_bytes=shard * hidden * size,
+            chunks=-(-tokens // chunk),
+            chunk_bytes=3 * min(chunk, tokens) * wide,
         ),
     )
 
