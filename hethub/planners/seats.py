@@ -61,7 +61,8 @@ class Ends(NamedTuple):
 class SeatCost:
     """One group with `rows` rows of every micro-batch, on its most loaded rank.
 
-    Seconds are (forward, backward) of one layer, collectives included. A stage with n decoders holds
+    Seconds are (forward, backward) of one layer, collectives included; recomputing a layer takes its forward
+    again, and the head `head_again`, a forward without gradients. A stage with n decoders holds
     `ends.elements + n * decoder_elements` parameters and keeps `ends.kept + n * decoder_kept` bytes a
     micro-batch.
     """
@@ -72,6 +73,7 @@ class SeatCost:
     decoder: tuple[float, float]
     embedding: tuple[float, float]
     head: tuple[float, float]
+    head_again: float
     decoder_elements: int
     decoder_kept: int
     ends: Mapping[tuple[bool, bool], Ends]  # by place: (first stage, last stage)
@@ -196,6 +198,9 @@ class SeatCosts:
             decoder=seconds(1),
             embedding=seconds(0),
             head=seconds(model.layers + 1),
+            head_again=compute.group_price(
+                ranks, (model.layers + 1, model.layers + 2), rows, Kind.FORWARD, training=False
+            ).seconds,
             decoder_elements=compute.stage_parameters(shares[0], (1, 2)),
             decoder_kept=activation_bytes(workload, shares[0], 1, rows, width),
             ends=_LazyEnds(compute, ranks[0], rows),

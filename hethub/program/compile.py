@@ -161,13 +161,14 @@ class _Builder:
         for device in devices:
             self.groups[device, stage.index] = devices
         for part, layers in spans.items():
-            for kind in _STAGE_KINDS:
-                price = self.compute.group_price(replica.ranks, layers, rows, kind)
+            for kind in _STAGE_KINDS if self.training else (Kind.FORWARD,):
+                price = self.compute.group_price(
+                    replica.ranks, layers, rows, kind, recompute=stage.recompute, training=self.training
+                )
                 for member, device in enumerate(devices):
+                    meets = any(segment.collective_seconds for segment in price.segments)
                     self.prices[device, stage.index, kind, part] = (
-                        _alone(price.busy_seconds[member])
-                        if kind == Kind.BACKWARD_WEIGHT
-                        else Price(price, member)
+                        Price(price, member) if meets else Price(price.alone(member), 0)
                     )
 
     def task(self, pipeline: PipelinePlace, stage: StagePlace, task: Task, cut: bool) -> None:
@@ -382,12 +383,14 @@ def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
 
     def slowest(stage: StagePlace, work: Kind) -> float:
         return max(
-            compute.group_price(r.ranks, stage.layers, r.rows[1] - r.rows[0], work).seconds
+            compute.group_price(
+                r.ranks, stage.layers, r.rows[1] - r.rows[0], work, recompute=stage.recompute
+            ).seconds
             for r in stage.replicas
         )
 
     stages = pipeline.stages
-    again = [slowest(s, Kind.RECOMPUTE) if s.recompute == "full" else 0.0 for s in stages]
+    again = [slowest(s, Kind.RECOMPUTE) for s in stages]
     return Shape(
         micro_batches=pipeline.micro_batches,
         forward_seconds=tuple(slowest(s, Kind.FORWARD) for s in stages),

@@ -26,10 +26,13 @@ Span = tuple[int, int]  # half-open [start, stop)
 
 
 def sequence_span(length: int, members: int, member: int) -> Span:
-    """The tokens of a row that a member of a tensor-parallel group holds between blocks: equal shards of
-    ceil(length / members), the last ones shorter or empty (Korthikanti et al., arXiv 2205.05198)."""
-    each = -(-length // members)
-    return (min(member * each, length), min((member + 1) * each, length))
+    """Tokens of every row that member `member` of a tensor-parallel group holds between blocks.
+
+    Equal shards of ceil(length / members), as the vendor libraries' collectives want them; the last ones are shorter or
+    empty.
+    """
+    shard = -(-length // members)
+    return (min(length, member * shard), min(length, (member + 1) * shard))
 
 
 @dataclass(frozen=True, slots=True)
