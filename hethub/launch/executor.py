@@ -19,6 +19,7 @@ from hethub.cost.shapes import parameter_span
 from hethub.data.batches import Batches
 from hethub.launch.communicator import Communicator, Delivery
 from hethub.launch.devices import ComputeDevice, Timing
+from hethub.launch.faults import Hook, Phase
 from hethub.launch.model import SoloGroup, StageModel, TensorGroup
 from hethub.launch.optimizer import Updater
 from hethub.launch.recorder import Recorder
@@ -145,6 +146,7 @@ class Executor:
         self.wide = wide
         self.total_steps = total_steps
         self.mark = mark
+        self.hook: Hook | None = None
         self.places = local_places(program, device)
         self.actions = program.devices[device]
         self.is_root = device == program.layout.used[0]
@@ -208,11 +210,16 @@ class Executor:
         self.communicator.begin(Lane.ACTIVATIONS)
         for number, action in enumerate(self.actions):
             self.mark(step, number)
+            self._number = number
             try:
                 if not self._parameters_open and self._is_parameter(action):
                     self.communicator.begin(Lane.PARAMETERS)
                     self._parameters_open = True
+                if self.hook is not None:
+                    self.hook(step, number, Phase.BEFORE)
                 timing = self._handlers[action.kind](action)
+                if self.hook is not None:
+                    self.hook(step, number, Phase.AFTER)
             except Exception as error:
                 text = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ActionError(self.program.describe(self.device, number), text) from error
@@ -236,7 +243,17 @@ class Executor:
         return self.stages[action.stage].group if action.stage >= 0 else self._solo
 
     def _run_math(self, action: Action, work: Callable[[], None]) -> Timing:
-        return self.compute.compute(self._price(action), self._group(action), work)
+        def math() -> None:
+            self._during()
+            work()
+
+        return self.compute.compute(
+            self._price(action), self._group(action), work if self.hook is None else math
+        )
+
+    def _during(self) -> None:
+        if self.hook is not None:
+            self.hook(self._step, self._number, Phase.DURING)
 
     def _entry(self, action: Action) -> _Flight:
         """Assemble a stage's input: tokens where it begins the model, else the rows received."""
@@ -355,6 +372,7 @@ class Executor:
         else:
             parts = [self._slice_of(self.weights, n).detach().reshape(-1) for n in transfer.slices]
         self.communicator.send(action.message, parts, start)
+        self._during()
         return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
 
     def _receive(self, action: Action) -> Timing:
@@ -366,6 +384,7 @@ class Executor:
                 self.compute.clock.wait_until(delivery.arrival)
             self._keep(transfer, action, delivery.payload)
 
+        self._during()
         self.communicator.receive(action.message, use)
         return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
 

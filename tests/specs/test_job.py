@@ -182,7 +182,8 @@ def test_one_fault_or_a_list_is_taken(folder):
     (one,) = load(folder, JOB + FAULT).faults
     assert (one.device, one.step, one.action, one.phase, one.do) == (1, 2, 17, "after", "kill")
     assert one.place == f"{folder}/job.yaml:9:33 fault.action"
-    more = "fault:\n  - {device: a/0/0, action: join, do: hang}\n  - {device: a/0/1, action: update, do: slow, factor: 3.5}\n"
+    more = "fault:\n  - {device: a/0/0, action: join, do: hang}\n"
+    more += "  - {device: a/0/1, action: update, do: slow, factor: 3.5}\n"
     first, second = load(folder, JOB + more).faults
     assert (first.device, first.step, first.action, first.phase) == (0, 0, "join", "before")
     assert (second.action, second.factor) == ("update", 3.5)
