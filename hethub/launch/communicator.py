@@ -119,7 +119,7 @@ class Communicator:
             self.reserve is not None
             or len(parts) > 1
             or not first.is_contiguous()
-            or not first.device.type == "cpu"
+            or first.device.type != "cpu"
         )
         payload = (
             self._packed(parts, self._size[message]) if own else first.detach().view(-1).view(torch.uint8)

@@ -1,7 +1,7 @@
 """The executor: interprets one device's action list. Clock, device, channels and data come as arguments.
 
 It knows no schedule and no backend: it runs what the program lists, in order, and records every action. Messages are
-moved by the communicator's own threads meanwhile: a send does not wait, a receive waits for what was posted long before.
+moved by the communicator's own threads meanwhile: a send does not wait, a receive waits for what was posted ahead.
 """
 
 from __future__ import annotations
@@ -133,7 +133,6 @@ class Executor:
         settings: OptimizerSettings,
         total_steps: int,
         mark: Callable[[int, int], None] = lambda step, action: None,
-        hook: Hook | None = None,
     ) -> None:
         self.program = program
         self.device = device
@@ -144,7 +143,7 @@ class Executor:
         self.recorder = recorder
         self.total_steps = total_steps
         self.mark = mark
-        self.hook = hook
+        self.hook: Hook | None = None  # interruptions on purpose; None costs nothing
         self.places = local_places(program, device)
         self.actions = program.devices[device]
         self._solo = SoloGroup()
@@ -195,9 +194,9 @@ class Executor:
                 Kind.NORM,
             ):
                 return number
-            if action.message >= 0 and not self.program.carried(action):
-                if self.program.transfer(action.message).lane == Lane.PARAMETERS:
-                    return number
+            sent = action.message >= 0 and not self.program.carried(action)
+            if sent and self.program.transfer(action.message).lane == Lane.PARAMETERS:
+                return number
         raise AssertionError(f"rank {self.device} has no work")
 
     def run(self, step: int, rows: Rows) -> StepResult:
@@ -397,8 +396,8 @@ class Executor:
         return value[rows, transfer.tokens[0] - token : transfer.tokens[1] - token]
 
     def _assemble(self, what: What, action: Action) -> tuple[Tensor, list[Tensor]]:
-        """A stage's input or output gradient (rows, tokens, D) from its rectangles, and the message buffers that it lies
-        in: a single one is used where it arrived."""
+        """A stage's input or output gradient (rows, tokens, D) from its rectangles, and the message buffers that it
+        lies in: a single one is used where it arrived."""
         parts = self._parts.pop((what, action.stage, action.micro_batch))
         numbers = self.program.inbound[self.device, action.stage, what]
         if len(numbers) == 1:
@@ -485,8 +484,7 @@ class Executor:
     # -- after the pipeline --------------------------------------------------------------------------------------
 
     def _reduce(self, action: Action) -> Timing:
-        timing = self._run_math(action, lambda: self.lane.reduce(action.part))
-        return timing
+        return self._run_math(action, lambda: self.lane.reduce(action.part))
 
     def _norm(self, action: Action) -> Timing:
         self._read_mail()

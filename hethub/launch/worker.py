@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,16 @@ from hethub.launch.clock import Clock
 from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
+from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
 from hethub.launch.groups import ExchangeGroup, NativeGroup
+from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster
-from hethub.specs.job import OptimizerSettings
+from hethub.specs.job import Deed, OptimizerSettings
 from hethub.specs.layout import Span
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
@@ -51,13 +53,17 @@ def wide_dtype(precision: str) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
-    """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks."""
+    """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks.
+
+    `on_join` is what a fault of the job does to it before it joins.
+    """
 
     device: int
     rank_of: Mapping[int, int]
     store_host: str
     store_port: int
     timeout_seconds: float
+    on_join: Deed | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class Task:
 
     `evaluation` is the forward-only program, None without held-out rows. With `links_file` the devices are emulated
     and that file holds their links; without it they are real. `beacon_file` is where workers say where they are.
+    `history` is where they record what they trained on, None where that is not kept; `faults` are interruptions on
+    purpose in training.
     """
 
     cluster: Cluster
@@ -79,6 +87,8 @@ class Task:
     held_out: float
     links_file: Path | None = None
     beacon_file: Path | None = None
+    history: HistorySettings | None = None
+    faults: tuple[PlannedFault, ...] = ()
 
 
 def make_batches(task: Task) -> Batches:
@@ -98,6 +108,8 @@ class Worker:
     def __init__(self, setup: WorkerSetup) -> None:
         """Join the job's store and group. Blocks until the store answers."""
         self.setup = setup
+        if setup.on_join is not None:
+            do_to_process(setup.on_join)
         torch.set_num_threads(1)
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
@@ -114,6 +126,7 @@ class Worker:
         )
         self._groups: dict[tuple[int, ...], TensorGroup] = {}
         self._links: LinkTable | None = None
+        self.history: HistoryWriter | None = None
 
     def load(self, task: Task) -> None:
         """Build this device's shards, channels and executors for a task. A device that the plan leaves out idles."""
@@ -121,6 +134,9 @@ class Worker:
         self.training: Executor | None = None
         self.evaluating: Executor | None = None
         self.recorder = Recorder(task.program)
+        if self.history is not None:
+            self.history.close()
+        self.history = None
         if not task.program.devices[self.setup.device]:
             return
         self.batches = make_batches(task)
@@ -128,10 +144,25 @@ class Worker:
         stages = self._stages()
         reserve, mark = self._reserve(), self._mark()
         self.training = self._executor(task.program, stages, self.recorder, reserve, mark)
+        self.history, self.training.hook = self._history(), self._hook()
         if task.evaluation is not None:
             self.evaluating = self._executor(
                 task.evaluation, stages, Recorder(task.evaluation), reserve, mark
             )
+
+    def _history(self) -> HistoryWriter | None:
+        task = self.task
+        if task.history is None:
+            return None
+        names = [device.name for device in task.cluster.devices()]
+        return HistoryWriter(task.history, task.program, self.setup.device, names, self.batches)
+
+    def _hook(self) -> Interruptions | None:
+        """What the job does to this device on purpose; None where it leaves it alone."""
+        faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
+        training = self.training
+        assert training is not None
+        return Interruptions(faults, training.compute, lambda: training.gradients) if faults else None
 
     def _device(self) -> ComputeDevice:
         device = self.task.cluster.devices()[self.setup.device]
@@ -262,10 +293,24 @@ class Worker:
             workload = self.task.workload
             for step in range(first, last):
                 rows = training_rows(self.batches, step, workload.global_batch, workload.sequence_length)
+                if self.history is not None:
+                    rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
         return results
+
+    def _record(self, step: int, result: StepResult) -> None:
+        """The step's line of the history."""
+        if self.history is None:
+            return
+        digests = None
+        if self.history.digests_due(step, self.task.total_steps):
+            assert self.training is not None
+            view, weights = self.training.updater.view, self.training.weights
+            digests = {n: digest(_to_numpy(view(n, weights).detach()).tobytes()) for n in self.history.held}
+        self.history.add(step, result.loss, digests)
 
     def evaluate(self, rows: int) -> float:
         """Mean loss over the first `rows` held-out rows; meaningful on the root only."""

@@ -222,9 +222,9 @@ class _DeviceProof:
             self.fail()
         if kind == Kind.BACKWARD_WEIGHT and not self.has((Kind.BACKWARD_INPUT,), stage, micro_batch):
             self.fail()
-        if kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-            if stage in self.again and not self.has((Kind.RECOMPUTE,), stage, micro_batch):
-                self.fail()
+        reads_kept = kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+        if reads_kept and stage in self.again and not self.has((Kind.RECOMPUTE,), stage, micro_batch):
+            self.fail()
         if kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT):
             self.inputs(action)
         for part in _parts_of(program, self.device, action):
