@@ -27,6 +27,8 @@ from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
 from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
+from hethub.launch.flights import Flight
+from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, NativeGroup
 from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
@@ -36,19 +38,14 @@ from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings
-from hethub.specs.layout import Span
+from hethub.specs.layout import Span, sequence_span
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
 
-__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches", "wide_dtype"]
+__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
 
 _TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def wide_dtype(precision: str) -> torch.dtype:
-    """Of gradients, masters and optimizer state."""
-    return torch.float64 if precision == "fp64" else torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +139,16 @@ class Worker:
         self.batches = make_batches(task)
         self.compute = self._device()
         stages = self._stages()
+        sink = WeightGradients(stages.values())
         reserve, mark = self._reserve(), self._mark()
-        self.training = self._executor(task.program, stages, self.recorder, reserve, mark)
+        self.training = self._executor(task.program, stages, sink, self.recorder, reserve, mark)
         self.history, self.training.hook = self._history(), self._hook()
         if task.evaluation is not None:
             self.evaluating = self._executor(
-                task.evaluation, stages, Recorder(task.evaluation), reserve, mark
+                task.evaluation, stages, sink, Recorder(task.evaluation), reserve, mark
             )
+        for stage in stages.values():
+            stage.sink = sink
 
     def _history(self) -> HistoryWriter | None:
         task = self.task
@@ -162,7 +162,7 @@ class Worker:
         faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
         training = self.training
         assert training is not None
-        return Interruptions(faults, training.compute, lambda: training.gradients) if faults else None
+        return Interruptions(faults, training.compute, lambda: training.sink.buffers) if faults else None
 
     def _device(self) -> ComputeDevice:
         device = self.task.cluster.devices()[self.setup.device]
@@ -197,6 +197,7 @@ class Worker:
                 device=self.compute.torch_device,
                 weights=weights,
                 group=groups.get(index),
+                recompute=place.stage.recompute if place.stage.recompute == "selective" else "none",
             )
             # A tied table that stands in two stages of one device is one tensor.
             for name in stage.parameters:
@@ -238,6 +239,7 @@ class Worker:
         self,
         program: Program,
         stages: Mapping[int, StageModel],
+        sink: WeightGradients,
         recorder: Recorder,
         reserve: Reserve | None,
         mark: Callable[[int, int], None],
@@ -247,10 +249,10 @@ class Worker:
             program,
             self.setup.device,
             stages=stages,
+            sink=sink,
             compute=self.compute,
             communicator=Communicator(program, self.setup.device, self.setup.rank_of, reserve),
             recorder=recorder,
-            wide=wide_dtype(task.workload.precision),
             settings=task.settings,
             total_steps=task.total_steps,
             mark=mark,
@@ -299,6 +301,7 @@ class Worker:
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
+            self.training.settle()
         return results
 
     def _record(self, step: int, result: StepResult) -> None:
@@ -308,7 +311,8 @@ class Worker:
         digests = None
         if self.history.digests_due(step, self.task.total_steps):
             assert self.training is not None
-            view, weights = self.training.updater.view, self.training.weights
+            self.training.settle()
+            view, weights = self.training.lane.updater.view, self.training.weights
             digests = {n: digest(_to_numpy(view(n, weights).detach()).tobytes()) for n in self.history.held}
         self.history.add(step, result.loss, digests)
 
@@ -322,6 +326,7 @@ class Worker:
             total += self.evaluating.run(
                 turn, held_out_rows(self.batches, turn, rows, workload.global_batch, workload.sequence_length)
             ).loss
+        self.evaluating.settle()
         return total
 
     def records(self) -> npt.NDArray[np.void]:
@@ -338,7 +343,7 @@ class Worker:
         """Slice number -> values, of the slices that this device updates."""
         if self.training is None:
             return {}
-        updater = self.training.updater
+        updater = self.training.lane.updater
         return {n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned}
 
     def held_weights(self) -> dict[str, npt.NDArray[np.generic]]:
@@ -360,7 +365,7 @@ class Worker:
             runs = [self._time_stage(index) for _ in range(repeats + 1)][1:]
             measured += min(runs)
             predicted += sum(
-                self.task.program.prices[self.setup.device, place.stage.index, kind].busy_seconds
+                self.task.program.prices[self.setup.device, place.stage.index, kind, -1].busy_seconds
                 for kind in _TIMED_KINDS
             )
         return measured, predicted
@@ -372,16 +377,15 @@ class Worker:
         model, seq = self.task.workload.model, self.task.workload.sequence_length
         rows = place.replica.rows[1] - place.replica.rows[0]
         tokens = torch.zeros((rows, seq), dtype=torch.int64)
-        entry = tokens if stage.first else torch.randn(rows, seq, model.hidden_size).to(stage.dtype)
-        if not stage.first:
-            entry.requires_grad_()
-        kept = {name: buffer.clone() for name, buffer in self.training.gradients.items()}
+        tokens_here = sequence_span(seq, len(place.replica.ranks), place.replica.ranks.index(place.rank))
+        hidden = (rows, tokens_here[1] - tokens_here[0], model.hidden_size)
+        entry = tokens if stage.first else torch.randn(hidden).to(stage.dtype)
+        flight = Flight(stage, [place.stage.layers], entry, tokens, torch.ones(rows), 1.0)
         begin = time.perf_counter()
-        output = stage.forward(entry, tokens, torch.ones(rows))
-        output.backward(torch.ones_like(output))
+        flight.forward([0], keep=True)
+        flight.backward(0, None, split=False)
         spent = time.perf_counter() - begin
-        for name, buffer in kept.items():
-            self.training.gradients[name].copy_(buffer)
+        self.training.sink.clear()
         return spent
 
     def close(self) -> None:
