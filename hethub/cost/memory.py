@@ -150,13 +150,14 @@ def rank_shape(compute: ComputeModel, replica: ReplicaPlace, member: int) -> Ran
 class LayerBytes(NamedTuple):
     """Bytes of one layer and micro-batch: `kept` from forward to backward, of which `core` is what selective
     recomputation does without until RECOMPUTE; `stash` from an input backward to the weight part; and the most that
-    is alive besides while forward or backward compute."""
+    is alive besides while forward, backward or a weight part compute."""
 
     kept: int
     core: int
     stash: int
     forward_workspace: int
     backward_workspace: int
+    weight_workspace: int
 
     def __add__(self, other: LayerBytes) -> LayerBytes:  # type: ignore[override]  # layers follow each other
         """Of both layers: what is kept adds up, workspace is used in turn."""
@@ -166,10 +167,11 @@ class LayerBytes(NamedTuple):
             self.stash + other.stash,
             max(self.forward_workspace, other.forward_workspace),
             max(self.backward_workspace, other.backward_workspace),
+            max(self.weight_workspace, other.weight_workspace),
         )
 
 
-_NOTHING = LayerBytes(0, 0, 0, 0, 0)
+_NOTHING = LayerBytes(0, 0, 0, 0, 0, 0)
 
 
 @lru_cache(maxsize=65536)
@@ -179,13 +181,16 @@ def layer_bytes(shape: RankShape, kind: LayerKind) -> LayerBytes:
 
 
 def _embedding_bytes(shape: RankShape) -> LayerBytes:
-    whole = shape.tokens * shape.workload.model.hidden_size * shape.size
+    elements = shape.tokens * shape.workload.model.hidden_size
+    whole, wide = elements * shape.size, gradient_bytes(shape.workload.precision)
+    widened = elements * wide if shape.size < wide else 0
     return LayerBytes(
         kept=shape.token_bytes,
         core=0,
         stash=shape.token_bytes + whole,
         forward_workspace=2 * whole,
-        backward_workspace=2 * whole,
+        backward_workspace=2 * whole + widened,
+        weight_workspace=widened,
     )
 
 
@@ -208,6 +213,7 @@ def _decoder_bytes(shape: RankShape) -> LayerBytes:
         stash=size * tokens * (4 * hidden + 2 * query + packed - query + 3 * ffn),
         forward_workspace=size * tokens * (3 * hidden + max(query + packed, 3 * ffn)),
         backward_workspace=size * tokens * (4 * hidden + max(query + 2 * packed, 5 * ffn)) + norm + product,
+        weight_workspace=product,
     )
 
 
@@ -228,6 +234,7 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
         forward_workspace=2 * hidden
         + max(logits + (vocab * model.hidden_size * size if narrow else 0), norm),
         backward_workspace=0,
+        weight_workspace=0,
     )
 
 
@@ -237,8 +244,9 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
 class StageBytes(NamedTuple):
     """Bytes of one micro-batch on a rank of a stage, or of some of its layers, and what its actions use besides.
 
-    entry: the input. kept: from forward to backward, input included. again: what RECOMPUTE adds to it. stash: from an
-    input backward to the weight part. output: the result, and likewise the gradient that comes back for it.
+    entry: the input. kept: from forward to backward, input included, and targets in the last stage. again: what
+    RECOMPUTE adds to it. stash: from an input backward to the weight part. output: the result, and likewise the
+    gradient that comes back for it.
     """
 
     entry: int
@@ -248,6 +256,7 @@ class StageBytes(NamedTuple):
     output: int
     forward_workspace: int
     backward_workspace: int
+    weight_workspace: int
 
 
 @lru_cache(maxsize=65536)
@@ -259,11 +268,10 @@ def stage_bytes(shape: RankShape, layers: Span, recompute: str) -> StageBytes:
         total = total + layer_bytes(shape, layer_kind(model, layer))
     first, last = layers[0] == 0, layers[1] == model.layers + 2
     entry = shape.token_bytes if first else shape.boundary_bytes
+    targets = shape.token_bytes + shape.rows * 8 if last else 0
     # The head does not keep its input, so that a stage of nothing else has the input besides.
-    whole = total.kept + (entry if layers[0] == model.layers + 1 else 0)
-    if last and recompute == "full":
-        entry += shape.token_bytes  # the targets
-    kept = {"none": whole, "selective": whole - total.core, "full": min(whole, entry)}[recompute]
+    whole = total.kept + targets + (entry if layers[0] == model.layers + 1 else 0)
+    kept = {"none": whole, "selective": whole - total.core, "full": entry + targets}[recompute]
     return StageBytes(
         entry=entry,
         kept=kept,
@@ -272,6 +280,7 @@ def stage_bytes(shape: RankShape, layers: Span, recompute: str) -> StageBytes:
         output=0 if last else shape.boundary_bytes,
         forward_workspace=total.forward_workspace,
         backward_workspace=total.backward_workspace,
+        weight_workspace=total.weight_workspace,
     )
 
 

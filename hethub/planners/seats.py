@@ -154,7 +154,7 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
         found = self[place] = Ends(
             elements=use.weights // shape.size - decoders * compute.stage_parameters(rank.share, (1, 2)),
             kept=use.activations - decoders * layer_bytes(shape, "decoder").kept,
-            entry=stage_bytes(shape, layers, "full").entry,
+            entry=stage_bytes(shape, layers, "full").kept,
             fixed=use.buffers + use.workspace,
         )
         return found
