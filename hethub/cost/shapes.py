@@ -23,6 +23,7 @@ __all__ = [
     "layer_kind",
     "layer_parameters",
     "layer_segments",
+    "logit_chunk_tokens",
     "model_flops_per_token",
     "model_parameters",
     "parameter_span",
@@ -108,6 +109,17 @@ def parameter_span(parameter: Parameter, share: Share) -> Span:
         return (0, parameter.shape[0])
     start, stop = getattr(share, parameter.cut)
     return (start * parameter.unit, stop * parameter.unit)
+
+
+_CHUNK_LOGITS = 2**22  # 16 MiB in fp32: large enough for products at full speed, small beside the activations
+
+
+def logit_chunk_tokens(tokens: int, vocab_share: int) -> int:
+    """Tokens whose logits exist at once in the head: at most a quarter of `tokens`, at most 2^22 logits, at least 1.
+
+    `vocab_share` is the largest share of vocabulary rows in the group, so that all members cut alike.
+    """
+    return max(1, min(tokens // 4, _CHUNK_LOGITS // max(1, vocab_share)))
 
 
 class Operation(NamedTuple):

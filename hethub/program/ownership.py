@@ -109,8 +109,8 @@ def _holdings(layout: Layout, parameter: Parameter) -> list[tuple[int, Span, boo
             if not any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers):
                 continue
             for replica in stage.replicas:
-                for number, rank in enumerate(replica.ranks):
-                    adds = parameter.cut != "none" or number == 0
+                for rank in replica.ranks:
+                    adds = True  # a norm weight's gradient is partial too: each rank norms its own tokens
                     found.setdefault(rank.device, (parameter_span(parameter, rank.share), adds))
     return [(device, span, adds) for device, (span, adds) in sorted(found.items())]
 
