@@ -234,8 +234,8 @@ def test_a_group_makes_weight_gradients_each_member_for_itself() -> None:
 def test_an_evaluation_is_priced_without_the_heads_gradients() -> None:
     plan = NAMED_PLANS["single device"]("fp32")
     train, evaluate = (compile_plan(plan, training=training) for training in (True, False))
-    assert (0, 0, Kind.BACKWARD) not in evaluate.prices
-    seconds = [program.prices[0, 0, Kind.FORWARD].price.seconds for program in (train, evaluate)]
+    assert (0, 0, Kind.BACKWARD, -1) not in evaluate.prices
+    seconds = [program.prices[0, 0, Kind.FORWARD, -1].price.seconds for program in (train, evaluate)]
     assert seconds[1] < seconds[0]
     compute = compute_model(plan)
     ((stage,),) = (p.stages for p in lay_out(plan).pipelines)
