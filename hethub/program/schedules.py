@@ -1,21 +1,23 @@
 """Schedules: functions from (stage times, memory limits, micro-batches) to an order of work.
 
-A schedule returns ONE total order of all (forward | backward) x stage x micro-batch of a pipeline that
-respects every dependence. Each device executes the part of that order that concerns its own stages; since all
-follow one order, no plan can deadlock, tensor-parallel groups meet in the same order, and a device may stand
-in several stages. Nothing else knows schedules by name.
+A schedule returns ONE total order of all work x stage x micro-batch of a pipeline that respects every dependence:
+forward, and either the whole backward or its input part and later its weight part. Each device executes the part of
+that order that concerns its own stages; since all follow one order, no plan can deadlock, tensor-parallel groups
+meet in the same order, and a device may stand in several stages. Nothing else knows schedules by name.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from hethub.timeline.record import Kind
 
-__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only"]
+__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only", "makespan", "timed"]
 
 
 class Task(NamedTuple):
@@ -47,106 +49,228 @@ class Shape:
     in_flight: tuple[int, ...]
     resources: tuple[int, ...]
 
+    def seconds(self, kind: Kind) -> tuple[float, ...]:
+        """Seconds of this kind of work on each stage."""
+        return {
+            Kind.FORWARD: self.forward_seconds,
+            Kind.BACKWARD: self.backward_seconds,
+            Kind.BACKWARD_INPUT: self.input_seconds,
+            Kind.BACKWARD_WEIGHT: self.weight_seconds,
+        }[kind]
+
+    def hops(self) -> tuple[float, ...]:
+        """`hop_seconds`, 0 between stages of one resource."""
+        pairs = pairwise(self.resources)
+        return tuple(0.0 if a == b else hop for hop, (a, b) in zip(self.hop_seconds, pairs, strict=True))
+
+    def stages_of(self) -> dict[int, list[int]]:
+        """The stages of every resource, in order."""
+        members: dict[int, list[int]] = {}
+        for stage, resource in enumerate(self.resources):
+            members.setdefault(resource, []).append(stage)
+        return members
+
 
 Schedule = Callable[[Shape], list[Task]]
 
 
-class _Run:
-    """A pipeline executed in predicted time, greedily: a device that is free takes the best ready task."""
+# -- an order in predicted time ------------------------------------------------------------------------------
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        stages = len(shape.forward_seconds)
-        self.next_forward = [0] * stages
-        self.next_backward = [0] * stages
+
+def timed(order: Iterable[Task], shape: Shape) -> list[tuple[float, float]]:
+    """Start and end in seconds of every task of an order (or of a forward-only one), begun at 0.
+
+    A resource does its tasks one by one in the order's sequence, each once its input is there. Raises ValueError
+    where a task stands before one that it needs.
+    """
+    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
+    hops, last = shape.hops(), len(shape.resources) - 1
+    free = dict.fromkeys(shape.resources, 0.0)
+    forward: dict[tuple[int, int], float] = {}  # (stage, micro-batch) -> end
+    backward: dict[tuple[int, int], float] = {}  # the same for whole backwards and input parts
+    times = []
+    for kind, stage, micro_batch in order:
+        try:
+            if kind == Kind.FORWARD:
+                ready = forward[stage - 1, micro_batch] + hops[stage - 1] if stage else 0.0
+            elif kind == Kind.BACKWARD_WEIGHT:
+                ready = backward[stage, micro_batch]
+            else:
+                ready = forward[stage, micro_batch]
+                if stage < last:
+                    ready = max(ready, backward[stage + 1, micro_batch] + hops[stage])
+        except KeyError:
+            raise ValueError(
+                f"{kind.name} of stage {stage}, micro-batch {micro_batch} stands before what it needs"
+            ) from None
+        start = max(free[shape.resources[stage]], ready)
+        end = free[shape.resources[stage]] = start + seconds[kind][stage]
+        if kind == Kind.FORWARD:
+            forward[stage, micro_batch] = end
+        elif kind != Kind.BACKWARD_WEIGHT:
+            backward[stage, micro_batch] = end
+        times.append((start, end))
+    return times
+
+
+def makespan(order: Iterable[Task], shape: Shape) -> float:
+    """Seconds from the first task's start to the last one's end, executed as `timed` says."""
+    return max((end for _, end in timed(order, shape)), default=0.0)
+
+
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+
+
+# -- greedy: priority rules ----------------------------------------------------------------------------------
+
+_Rank = list[list[float]]  # [stage][micro-batch] -> smaller goes first
+
+
+class _Rule(NamedTuple):
+    """How a resource chooses among tasks whose inputs are known to come.
+
+    `weight` is None where no backward is split. `patience` is how far it waits for better work, as a share of the
+    time until the first choice would be done: at 0 it takes what starts first; near 1 it makes every active
+    schedule possible (Giffler and Thompson, 1960). `ahead[s]` is how many forwards stage s may be ahead of its
+    backwards (their input parts), besides the in-flight limit.
+    """
+
+    forward: _Rank
+    backward: _Rank
+    weight: _Rank | None
+    patience: float = 0.0
+    ahead: Sequence[int] | None = None
+
+
+class _Run:
+    """A pipeline executed in predicted time by a rule, under the in-flight limits.
+
+    It always ends: stages take micro-batches in order, so the oldest unfinished one is never kept waiting by a limit.
+    """
+
+    def __init__(self, shape: Shape, rule: _Rule) -> None:
+        self.shape, self.rule = shape, rule
+        self.backward_kind = Kind.BACKWARD if rule.weight is None else Kind.BACKWARD_INPUT
+        self.backward_seconds = shape.seconds(self.backward_kind)
+        self.hops = shape.hops()
+        stages = len(shape.resources)
+        self.ahead = shape.in_flight if rule.ahead is None else rule.ahead
+        self.forwards, self.backwards, self.freed = [0] * stages, [0] * stages, [0] * stages  # done so far
         # When the inputs of the n-th forward or backward of a stage are there; they come in order.
         self.forward_ready: list[list[float]] = [[] for _ in range(stages)]
         self.backward_ready: list[list[float]] = [[] for _ in range(stages)]
         self.forward_ready[0] = [0.0] * shape.micro_batches
-        self.members: dict[int, list[int]] = {}
-        for stage, resource in enumerate(shape.resources):
-            self.members.setdefault(resource, []).append(stage)
+        self.members = shape.stages_of()
         self.free_at = dict.fromkeys(self.members, 0.0)
         self.order: list[Task] = []
 
-    def candidates(self, resource: int) -> list[tuple[float, int, int, Task]]:
-        """Tasks whose inputs are known to come: (start, preference, micro-batch, task)."""
-        found = []
+    def options(self, resource: int) -> list[tuple[float, float, float, Kind, int]]:
+        """(start, end, rank, kind, stage) of the tasks whose inputs are known to come."""
+        shape, rule, found = self.shape, self.rule, []
+        free = self.free_at[resource]
         for stage in self.members[resource]:
-            micro_batch = self.next_backward[stage]
-            if micro_batch < len(self.backward_ready[stage]):
-                start = max(self.free_at[resource], self.backward_ready[stage][micro_batch])
-                found.append((start, 0, micro_batch, Task(Kind.BACKWARD, stage, micro_batch)))
-            micro_batch = self.next_forward[stage]
-            held = micro_batch - self.next_backward[stage]
-            if micro_batch < len(self.forward_ready[stage]) and held < self.shape.in_flight[stage]:
-                start = max(self.free_at[resource], self.forward_ready[stage][micro_batch])
-                found.append((start, 1, micro_batch, Task(Kind.FORWARD, stage, micro_batch)))
+            at = self.backwards[stage]
+            if at < len(self.backward_ready[stage]):
+                start = max(free, self.backward_ready[stage][at])
+                end = start + self.backward_seconds[stage]
+                found.append((start, end, rule.backward[stage][at], self.backward_kind, stage))
+            freed = self.freed[stage]
+            if rule.weight is not None and freed < at:
+                end = free + shape.weight_seconds[stage]
+                found.append((free, end, rule.weight[stage][freed], Kind.BACKWARD_WEIGHT, stage))
+            ahead = self.forwards[stage] - at < self.ahead[stage]
+            at = self.forwards[stage]
+            if ahead and at - freed < shape.in_flight[stage] and at < len(self.forward_ready[stage]):
+                start = max(free, self.forward_ready[stage][at])
+                end = start + shape.forward_seconds[stage]
+                found.append((start, end, rule.forward[stage][at], Kind.FORWARD, stage))
         return found
 
-    def finish(self, task: Task, start: float) -> list[int]:
-        """Do a task; returns the resources that may have new work."""
-        shape, stage, last = self.shape, task.stage, len(self.shape.forward_seconds) - 1
-        forward = task.kind == Kind.FORWARD
-        end = start + (shape.forward_seconds if forward else shape.backward_seconds)[stage]
-        self.free_at[shape.resources[stage]] = end
-        touched = [shape.resources[stage]]
-        if forward:
-            self.next_forward[stage] += 1
-            target, ready = (stage, self.backward_ready) if stage == last else (stage + 1, self.forward_ready)
-        else:
-            self.next_backward[stage] += 1
-            target, ready = stage - 1, self.backward_ready
-        if target >= 0:
-            same = shape.resources[target] == shape.resources[stage]
-            hop = 0.0 if target == stage or same else shape.hop_seconds[min(stage, target)]
-            ready[target].append(end + hop)
-            touched.append(shape.resources[target])
-        self.order.append(task)
-        return touched
+    def choice(self, resource: int) -> tuple[float, float, Kind, int] | None:
+        """(start, end, kind, stage) of what the resource does next, as far as is known."""
+        options = self.options(resource)
+        if not options:
+            return None
+        start, end, _, kind, stage = options[0]
+        if len(options) > 1:
+            horizon = min(option[0] for option in options)
+            if self.rule.patience:
+                horizon += self.rule.patience * (min(option[1] for option in options) - horizon)
+            start, end, _, kind, stage = min(
+                (option for option in options if option[0] <= horizon), key=lambda option: option[2]
+            )
+        return start, end, kind, stage
+
+    def finish(self, kind: Kind, stage: int, end: float) -> int:
+        """Do a task; returns the stage that its result goes to, or -1."""
+        last = len(self.hops)
+        if kind == Kind.FORWARD:
+            self.order.append(Task(kind, stage, self.forwards[stage]))
+            self.forwards[stage] += 1
+            if stage == last:
+                self.backward_ready[stage].append(end)
+                return -1
+            self.forward_ready[stage + 1].append(end + self.hops[stage])
+            return stage + 1
+        if kind == Kind.BACKWARD_WEIGHT:
+            self.order.append(Task(kind, stage, self.freed[stage]))
+            self.freed[stage] += 1
+            return -1
+        self.order.append(Task(kind, stage, self.backwards[stage]))
+        self.backwards[stage] += 1
+        if kind == Kind.BACKWARD:
+            self.freed[stage] += 1
+        if stage:
+            self.backward_ready[stage - 1].append(end + self.hops[stage - 1])
+        return stage - 1
 
     def run(self) -> list[Task]:
         queue: list[tuple[float, int]] = []
-        planned: dict[int, tuple[float, Task]] = {}
+        planned: dict[int, tuple[float, float, Kind, int] | None] = {}
+        resources = self.shape.resources
 
         def plan(resource: int) -> None:
-            options = self.candidates(resource)
-            if options:
-                start, _, _, task = min(options)
-                planned[resource] = (start, task)
-                heapq.heappush(queue, (start, resource))
-            else:
-                planned.pop(resource, None)
+            choice = planned[resource] = self.choice(resource)
+            if choice is not None:
+                heapq.heappush(queue, (choice[0], resource))
 
         for resource in self.members:
             plan(resource)
         while queue:
             start, resource = heapq.heappop(queue)
-            if resource not in planned or planned[resource][0] != start:
+            choice = planned[resource]
+            if choice is None or choice[0] != start:
                 continue  # superseded by a better plan
-            task = planned.pop(resource)[1]
-            for touched in dict.fromkeys(self.finish(task, start)):
-                plan(touched)
+            _, end, kind, stage = choice
+            planned[resource] = None
+            self.free_at[resource] = end
+            target = self.finish(kind, stage, end)
+            plan(resource)
+            if target >= 0 and resources[target] != resource:
+                plan(resources[target])
         return self.order
+
+
+def _by_kind(shape: Shape, first: float) -> _Rank:
+    """Micro-batches in order, all of this kind after those of a smaller `first`."""
+    row = [first * shape.micro_batches + m for m in range(shape.micro_batches)]
+    return [row] * len(shape.resources)
 
 
 def one_forward_one_backward(shape: Shape) -> list[Task]:
     """1F1B (Narayanan et al., PipeDream-Flush): backward first, forward while the in-flight limit allows."""
-    return _Run(shape).run()
+    return _Run(shape, _Rule(_by_kind(shape, 1), _by_kind(shape, 0), None)).run()
 
 
-def gpipe(shape: Shape) -> list[Task]:
-    """GPipe (Huang et al.): all forwards, then all backwards; needs in_flight = micro_batches everywhere."""
-    stages = range(len(shape.forward_seconds))
-    forwards = [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
-    backwards = [Task(Kind.BACKWARD, s, m) for m in range(shape.micro_batches) for s in reversed(stages)]
-    return forwards + backwards
+def zero_bubble_h1(shape: Shape) -> list[Task]:
+    """ZB-H1 (Qi et al., arXiv 2401.10241): input parts first, then forwards, weight parts where neither can start.
 
-
-def forward_only(shape: Shape) -> list[Task]:
-    """Evaluation: every micro-batch forward, none kept."""
-    stages = range(len(shape.forward_seconds))
-    return [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
-
-
-SCHEDULES: Mapping[str, Schedule] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
+    So the gradient reaches the first stage without waiting for weight parts, and those fill the bubble at the end.
+    Where every stage may hold as many micro-batches as there are stages, which is 1F1B's peak, the bubble
+    of equal stages is (p - 1)(F + B - W) instead of 1F1B's (p - 1)(F + B + W).
+    """
+    ahead = range(len(shape.resources), 0, -1)
+    rule = _Rule(_by_kind(shape, 0), _by_kind(shape, 1), _by_kind(shape, 2), ahead=ahead)
+    return _Run(shape, rule).run()
+SCHEDULES = {}
+def forward_only(s): ...
