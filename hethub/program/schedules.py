@@ -9,8 +9,8 @@ meet in the same order, and a device may stand in several stages. Nothing else k
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -272,5 +272,140 @@ def zero_bubble_h1(shape: Shape) -> list[Task]:
     ahead = range(len(shape.resources), 0, -1)
     rule = _Rule(_by_kind(shape, 0), _by_kind(shape, 1), _by_kind(shape, 2), ahead=ahead)
     return _Run(shape, rule).run()
-SCHEDULES = {}
-def forward_only(s): ...
+
+
+# -- list scheduling -----------------------------------------------------------------------------------------
+
+
+class _CriticalPath:
+    """Priorities by what must still follow a task: the longest path first, older micro-batches before younger ones."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        stages, hops = len(shape.resources), shape.hops()
+        # Seconds from the start of a backward, or of a forward, to the end of all that follows it.
+        self.backward, self.forward = [0.0] * stages, [0.0] * stages
+        for s in range(stages):
+            before = hops[s - 1] + self.backward[s - 1] if s else 0.0
+            self.backward[s] = shape.input_seconds[s] + max(shape.weight_seconds[s], before)
+        for s in reversed(range(stages)):
+            after = hops[s] + self.forward[s + 1] if s + 1 < stages else self.backward[s]
+            self.forward[s] = shape.forward_seconds[s] + after
+        self.period = self._period()
+
+    def _period(self) -> float:
+        """Seconds that a further micro-batch costs at least: the busiest resource's work, or a full limit's turn."""
+        shape = self.shape
+        stages = range(len(shape.resources))
+        load = dict.fromkeys(shape.resources, 0.0)
+        for s in stages:
+            load[shape.resources[s]] += shape.forward_seconds[s] + shape.backward_seconds[s]
+        below = [0.0, *self.backward]  # of stage s: what follows its backward
+        turn = [(self.forward[s] - below[s]) / shape.in_flight[s] for s in stages]
+        return max(*load.values(), *turn)
+
+    def ranks(self, after: Sequence[float], age: float) -> _Rank:
+        turns = [age * self.period * m for m in range(self.shape.micro_batches)]
+        return [[turn - seconds for turn in turns] for seconds in after]
+
+    def gating(self, age: float) -> _Rank:
+        """Ranks of weight parts: each as urgent as the forward that waits for its in-flight slot, if one does."""
+        shape = self.shape
+        waiting = zip(self.ranks(self.forward, age), shape.weight_seconds, shape.in_flight, strict=True)
+        return [[rank - seconds for rank in row[limit:]] + [_LAST] * limit for row, seconds, limit in waiting]
+
+    def rules(self) -> Iterator[_Rule]:
+        """The rules that `list` tries; which of them wins differs from shape to shape."""
+        count, stages = self.shape.micro_batches, len(self.shape.resources)
+        now, lazy = ([[rank] * count] * stages for rank in (-_LAST, _LAST))
+        for age in (0.25, 0.5, 1.0):
+            forward, backward = self.ranks(self.forward, age), self.ranks(self.backward, age)
+            for weight, patience in product((self.gating(age), lazy, now), (0.0, 0.5, 0.99)):
+                yield _Rule(forward, backward, weight, patience)
+            yield _Rule(forward, backward, None)
+
+
+def _joined(order: list[Task], shape: Shape) -> list[Task]:
+    """The order with backwards left whole where their parts are neighbours and splitting gains nothing.
+
+    Joining makes the stage before wait for the weight part too. That is free where that stage may start so late in a
+    schedule of the same length that does everything as late as possible: all such joins hold in it together.
+    """
+    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
+    hops, last = shape.hops(), len(shape.resources) - 1
+    late = dict.fromkeys(shape.resources, makespan(order, shape))  # start of what the resource does next
+    following: dict[int, Task] = {}  # what that is
+    needed: dict[tuple[bool, int, int], float] = {}  # (forward?, stage, micro-batch) -> latest end of that work
+    whole: set[tuple[int, int]] = set()
+    for task in reversed(order):
+        kind, stage, micro_batch = task
+        resource = shape.resources[stage]
+        end = late[resource]
+        if kind == Kind.BACKWARD_WEIGHT:
+            late[resource], following[resource] = end - seconds[kind][stage], task
+            continue
+        deadline = needed.pop((kind == Kind.FORWARD, stage, micro_batch), math.inf)
+        start = min(end, deadline) - seconds[kind][stage]
+        if following.get(resource) == Task(Kind.BACKWARD_WEIGHT, stage, micro_batch):
+            end += shape.weight_seconds[stage]
+            if end <= deadline and end - shape.backward_seconds[stage] >= start:
+                start = end - shape.backward_seconds[stage]
+                whole.add((stage, micro_batch))
+        late[resource], following[resource] = start, task
+        if kind == Kind.FORWARD and stage > 0:
+            needed[True, stage - 1, micro_batch] = start - hops[stage - 1]
+        elif kind != Kind.FORWARD and stage < last:
+            needed[False, stage + 1, micro_batch] = start - hops[stage]
+    return [
+        Task(Kind.BACKWARD, stage, m) if kind == Kind.BACKWARD_INPUT and (stage, m) in whole else Task(kind, stage, m)
+        for kind, stage, m in order
+        if kind != Kind.BACKWARD_WEIGHT or (stage, m) not in whole
+    ]
+
+
+def list_scheduling(shape: Shape) -> list[Task]:
+    """List scheduling (Graham, 1966) by critical path, for unequal stages under their own in-flight limits.
+
+    Rules of priority are tried on a few micro-batches, the best of them on all, and of these, of 1F1B and of ZB-H1
+    the shortest order wins; of equally long ones that with the fewest split backwards. So it is never longer than
+    those two. Weight parts fill bubbles, or come early to free the in-flight slot that a forward waits for.
+    """
+
+    def cost(order: list[Task]) -> tuple[float, int]:
+        return makespan(order, shape), len(order)
+
+    few = min(shape.micro_batches, _TRIAL_MICRO_BATCHES)
+    trial = replace(shape, micro_batches=few, in_flight=tuple(min(few, limit) for limit in shape.in_flight))
+    trials = [makespan(_joined(_Run(trial, rule).run(), trial), trial) for rule in _CriticalPath(trial).rules()]
+    best = sorted(range(len(trials)), key=trials.__getitem__)[:_FINALISTS]
+    rules = list(_CriticalPath(shape).rules())
+    orders = [_joined(_Run(shape, rules[number]).run(), shape) for number in best]
+    known = [one_forward_one_backward(shape), _joined(zero_bubble_h1(shape), shape)]
+    return min([*known, *orders], key=cost)
+
+
+_LAST = 1e300  # a rank after all others
+_TRIAL_MICRO_BATCHES = 24
+_FINALISTS = 5
+
+
+def forward_only(shape: Shape) -> list[Task]:
+    """Evaluation: every micro-batch forward, none kept."""
+    stages = range(len(shape.resources))
+    return [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
+
+
+def gpipe(shape: Shape) -> list[Task]:
+    """GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards; holds every micro-batch."""
+    stages = range(len(shape.resources))
+    forwards = [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
+    backwards = [Task(Kind.BACKWARD, s, m) for m in range(shape.micro_batches) for s in reversed(stages)]
+    return forwards + backwards
+
+
+SCHEDULES: Mapping[str, Schedule] = {
+    "1f1b": one_forward_one_backward,
+    "gpipe": gpipe,
+    "list": list_scheduling,
+    "zb-h1": zero_bubble_h1,
+}
