@@ -11,9 +11,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import NamedTuple
 
 from hethub.timeline.record import Kind
@@ -60,7 +60,7 @@ class Shape:
         }[kind]
 
     def hops(self) -> tuple[float, ...]:
-        """`hop_seconds`, 0 between stages of one resource."""
+        """`hop_seconds`, but 0 between stages of one resource."""
         pairs = pairwise(self.resources)
         return tuple(0.0 if a == b else hop for hop, (a, b) in zip(self.hop_seconds, pairs, strict=True))
 
@@ -73,6 +73,8 @@ class Shape:
 
 
 Schedule = Callable[[Shape], list[Task]]
+
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 # -- an order in predicted time ------------------------------------------------------------------------------
@@ -119,9 +121,6 @@ def makespan(order: Iterable[Task], shape: Shape) -> float:
     return max((end for _, end in timed(order, shape)), default=0.0)
 
 
-_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-
-
 # -- greedy: priority rules ----------------------------------------------------------------------------------
 
 _Rank = list[list[float]]  # [stage][micro-batch] -> smaller goes first
@@ -131,10 +130,10 @@ _Option = tuple[float, float, float, Kind, int]  # start, end, rank, kind, stage
 class _Rule(NamedTuple):
     """How a resource chooses among tasks whose inputs are known to come.
 
-    `weight` is None where no backward is split, else those from micro-batch `split_from` on are. `patience` is how far it waits for better work, as a share of the
-    time until the first choice would be done: at 0 it takes what starts first; near 1 it makes every active
-    schedule possible (Giffler and Thompson, 1960). `ahead[s]` is how many forwards stage s may be ahead of its
-    backwards (their input parts), besides the in-flight limit.
+    Where `weight` is None, no backward is split; else those from micro-batch `split_from` on are. `patience` is how
+    far a resource waits for better work, as a share of the time until its first choice would be done: at 0 it takes
+    what starts first; near 1 every active schedule is possible (Giffler and Thompson, 1960). `ahead[s]` is how many
+    forwards stage s may be ahead of its backwards (their input parts), besides the in-flight limit.
     """
 
     forward: _Rank
@@ -146,7 +145,7 @@ class _Rule(NamedTuple):
 
 
 class _Run:
-    """A pipeline executed in predicted time by a rule, under the in-flight limits.
+    """A pipeline executed in predicted time: every resource that is free does its best task, under the limits.
 
     It always ends: stages take micro-batches in order, so the oldest unfinished one is never kept waiting by a limit.
     """
@@ -261,18 +260,19 @@ def _by_kind(shape: Shape, first: float) -> _Rank:
 
 
 def one_forward_one_backward(shape: Shape) -> list[Task]:
-    """1F1B (Narayanan et al., PipeDream-Flush): backward first, forward while the in-flight limit allows."""
+    """1F1B (PipeDream-Flush; Narayanan et al., arXiv 2006.09503): backward first, forward while the limit allows."""
     return _Run(shape, _Rule(_by_kind(shape, 1), _by_kind(shape, 0), None)).run()
 
 
 def zero_bubble_h1(shape: Shape) -> list[Task]:
-    """ZB-H1 (Qi et al., arXiv 2401.10241): input parts first, then forwards, weight parts where neither can start.
+    """ZB-H1 (Qi et al., arXiv 2401.10241): 1F1B with split backwards, weight parts where nothing else can start.
 
     So the gradient reaches the first stage without waiting for weight parts, and those fill the bubble at the end.
-    Where every stage may hold as many micro-batches as there are stages, which is 1F1B's peak, the bubble
-    of equal stages is (p - 1)(F + B - W) instead of 1F1B's (p - 1)(F + B + W).
+    The limit holds until the weight part; where every stage may hold as many micro-batches as there are stages, 1F1B's
+    own peak, the bubble of p equal stages is (p - 1)(F + B - W) instead of 1F1B's (p - 1)(F + B + W).
     """
     ahead = range(len(shape.resources), 0, -1)
+    # Forwards first, as far as `ahead` allows: backwards first would do two in a row and starve the next stage.
     rule = _Rule(_by_kind(shape, 0), _by_kind(shape, 1), _by_kind(shape, 2), ahead=ahead)
     return _Run(shape, rule).run()
 
@@ -383,6 +383,7 @@ class _CriticalPath:
         return max(*load.values(), *turn)
 
     def ranks(self, after: Sequence[float], age: float) -> _Rank:
+        """What follows on each stage, less `age` periods for each micro-batch that goes before."""
         turns = [age * self.period * m for m in range(self.shape.micro_batches)]
         return [[turn - seconds for turn in turns] for seconds in after]
 
@@ -441,7 +442,9 @@ def _joined(order: list[Task], shape: Shape) -> list[Task]:
     hops, last = shape.hops(), len(shape.resources) - 1
     late = dict.fromkeys(shape.resources, makespan(order, shape))  # start of what the resource does next
     following: dict[int, Task] = {}  # what that is
-    needed: dict[tuple[bool, int, int], float] = {}  # (forward?, stage, micro-batch) -> latest end of that work
+    needed: dict[
+        tuple[bool, int, int], float
+    ] = {}  # (forward?, stage, micro-batch) -> latest end of that work
     whole: set[tuple[int, int]] = set()
     for task in reversed(order):
         kind, stage, micro_batch = task
@@ -463,7 +466,9 @@ def _joined(order: list[Task], shape: Shape) -> list[Task]:
         elif kind != Kind.FORWARD and stage < last:
             needed[False, stage + 1, micro_batch] = start - hops[stage]
     return [
-        Task(Kind.BACKWARD, stage, m) if kind == Kind.BACKWARD_INPUT and (stage, m) in whole else Task(kind, stage, m)
+        Task(Kind.BACKWARD, stage, m)
+        if kind == Kind.BACKWARD_INPUT and (stage, m) in whole
+        else Task(kind, stage, m)
         for kind, stage, m in order
         if kind != Kind.BACKWARD_WEIGHT or (stage, m) not in whole
     ]
@@ -482,7 +487,9 @@ def list_scheduling(shape: Shape) -> list[Task]:
 
     few = min(shape.micro_batches, _TRIAL_MICRO_BATCHES)
     trial = replace(shape, micro_batches=few, in_flight=tuple(min(few, limit) for limit in shape.in_flight))
-    trials = [makespan(_joined(_Run(trial, rule).run(), trial), trial) for rule in _CriticalPath(trial).rules()]
+    trials = [
+        makespan(_joined(_Run(trial, rule).run(), trial), trial) for rule in _CriticalPath(trial).rules()
+    ]
     # Splitting at the end only costs less the more micro-batches there are: both ways get to the finals.
     everywhere = [number for number, rule in enumerate(_RULES) if not rule[-1]]
     at_the_end = [number for number, rule in enumerate(_RULES) if rule[-1]]
@@ -503,7 +510,10 @@ def forward_only(shape: Shape) -> list[Task]:
 
 
 def gpipe(shape: Shape) -> list[Task]:
-    """GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards; holds every micro-batch."""
+    """GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards.
+
+    It needs in_flight = micro_batches on every stage, which the plan's checker demands.
+    """
     stages = range(len(shape.resources))
     forwards = [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
     backwards = [Task(Kind.BACKWARD, s, m) for m in range(shape.micro_batches) for s in reversed(stages)]
