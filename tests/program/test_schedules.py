@@ -129,13 +129,6 @@ def test_no_stage_holds_more_than_its_limit(name: str, data: st.DataObject) -> N
         assert most_held(order, stage) <= limit
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_shape_gives_the_same_order(name: str) -> None:
-    """Every process compiles for itself."""
-    shape = equal_stages((0, 1, 2, 0), 5, weight=0.5)
-    assert SCHEDULES[name](shape) == SCHEDULES[name](shape)
-
-
 @settings(max_examples=50, deadline=None)
 @given(shape=shapes())
 def test_evaluation_only_goes_forward(shape: Shape) -> None:
