@@ -124,7 +124,7 @@ def makespan(order: Iterable[Task], shape: Shape) -> float:
 # -- greedy: priority rules ----------------------------------------------------------------------------------
 
 _Rank = list[list[float]]  # [stage][micro-batch] -> smaller goes first
-_Option = tuple[float, float, float, Kind, int]  # start, end, rank, kind, stage
+_Option = tuple[float, float, float, Kind | None, int]  # start, end, rank, kind (None: wait for it), stage
 
 
 class _Rule(NamedTuple):
@@ -164,10 +164,18 @@ class _Run:
         self.members = shape.stages_of()
         self.free_at = dict.fromkeys(self.members, 0.0)
         self.order: list[Task] = []
+        # When the n-th backward of a stage may start at best, and how long after its forward that is.
+        self.expected: list[list[float]] = [[] for _ in range(stages)]
+        self.round_trip = [0.0] * stages
+        back = shape.backward_seconds if rule.weight is None else shape.input_seconds
+        for stage in reversed(range(stages - 1)):
+            there_and_back = shape.forward_seconds[stage + 1] + 2 * self.hops[stage] + back[stage + 1]
+            self.round_trip[stage] = self.round_trip[stage + 1] + there_and_back
 
     def options(self, resource: int) -> list[_Option]:
-        """The tasks whose inputs are known to come."""
-        shape, rule, found = self.shape, self.rule, []
+        """The tasks whose inputs are known to come, and with patience the backwards that may come back soon."""
+        shape, rule = self.shape, self.rule
+        found: list[_Option] = []
         free = self.free_at[resource]
         for stage in self.members[resource]:
             at = self.backwards[stage]
@@ -177,6 +185,8 @@ class _Run:
                 end = start + (shape.input_seconds if split else shape.backward_seconds)[stage]
                 kind = Kind.BACKWARD_INPUT if split else Kind.BACKWARD
                 found.append((start, end, rule.backward[stage][at], kind, stage))
+            elif rule.patience and at < self.forwards[stage] and self.expected[stage][at] > free:
+                found.append((self.expected[stage][at], math.inf, rule.backward[stage][at], None, stage))
             freed = self.freed[stage]
             if rule.weight is not None and freed < at:
                 end = free + shape.weight_seconds[stage]
@@ -208,6 +218,7 @@ class _Run:
         last = len(self.hops)
         if kind == Kind.FORWARD:
             self.order.append(Task(kind, stage, self.forwards[stage]))
+            self.expected[stage].append(end + self.round_trip[stage])
             self.forwards[stage] += 1
             if stage == last:
                 self.backward_ready[stage].append(end)
@@ -245,6 +256,10 @@ class _Run:
                 continue  # superseded by a better plan
             _, end, _, kind, stage = choice
             planned[resource] = None
+            if kind is None:  # it did not come as soon as it might have: wait no longer
+                self.free_at[resource] = start
+                plan(resource)
+                continue
             self.free_at[resource] = end
             target = self.finish(kind, stage, end)
             plan(resource)
