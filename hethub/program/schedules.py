@@ -130,17 +130,17 @@ _Option = tuple[float, float, float, Kind | None, int]  # start, end, rank, kind
 class _Rule(NamedTuple):
     """How a resource chooses among tasks whose inputs are known to come.
 
-    Where `weight` is None, no backward is split; else those from micro-batch `split_from` on are. `patience` is how
-    far a resource waits for better work, as a share of the time until its first choice would be done: at 0 it takes
-    what starts first; near 1 every active schedule is possible (Giffler and Thompson, 1960). `ahead[s]` is how many
-    forwards stage s may be ahead of its backwards (their input parts), besides the in-flight limit.
+    Stage s splits its backwards from micro-batch `split_from[s]` on (default: all, or none where `weight` is None).
+    `patience` is how far a resource waits for better work, as a share of the time until its first choice would be done:
+    at 0 it takes what starts first; near 1 every active schedule is possible (Giffler and Thompson, 1960).
+    `ahead[s]` is how many forwards stage s may be ahead of its backwards (their input parts), besides the limit.
     """
 
     forward: _Rank
     backward: _Rank
     weight: _Rank | None
     patience: float = 0.0
-    split_from: int = 0
+    split_from: Sequence[int] | None = None
     ahead: Sequence[int] | None = None
 
 
@@ -152,9 +152,9 @@ class _Run:
 
     def __init__(self, shape: Shape, rule: _Rule) -> None:
         self.shape, self.rule = shape, rule
-        self.split_from = shape.micro_batches if rule.weight is None else rule.split_from
         self.hops = shape.hops()
         stages = len(shape.resources)
+        self.split_from = rule.split_from or [shape.micro_batches if rule.weight is None else 0] * stages
         self.ahead = shape.in_flight if rule.ahead is None else rule.ahead
         self.forwards, self.backwards, self.freed = [0] * stages, [0] * stages, [0] * stages  # done so far
         # When the inputs of the n-th forward or backward of a stage are there; they come in order.
@@ -181,7 +181,7 @@ class _Run:
             at = self.backwards[stage]
             if at < len(self.backward_ready[stage]):
                 start = max(free, self.backward_ready[stage][at])
-                split = at >= self.split_from
+                split = at >= self.split_from[stage]
                 end = start + (shape.input_seconds if split else shape.backward_seconds)[stage]
                 kind = Kind.BACKWARD_INPUT if split else Kind.BACKWARD
                 found.append((start, end, rule.backward[stage][at], kind, stage))
@@ -408,19 +408,20 @@ class _CriticalPath:
         waiting = zip(self.ranks(self.forward, age), shape.weight_seconds, shape.in_flight, strict=True)
         return [[rank - seconds for rank in row[limit:]] + [_LAST] * limit for row, seconds, limit in waiting]
 
-    def rules(self) -> list[_Rule]:
-        """What `list` tries, the rules that split only the last micro-batches at the end."""
+    def rule(self, number: int, whole: frozenset[int] = frozenset()) -> _Rule:
+        """A rule of `_RULES`, with no backward of the stages `whole` split."""
+        age, weight, patience, tail = _RULES[number]
         count, stages = self.shape.micro_batches, len(self.shape.resources)
-        found = []
-        for age, weight, patience, tail in _RULES:
-            if weight == "gating":
-                weights = self.gating(age)
-            else:
-                weights = [[-_LAST if weight == "now" else _LAST] * count] * stages
-            split_from = max(0, count - tail * stages) if tail else 0
-            forward, backward = self.ranks(self.forward, age), self.ranks(self.backward, age)
-            found.append(_Rule(forward, backward, weights, patience, split_from))
-        return found
+        weights = {
+            "gating": self.gating(age),
+            "now": [[-_LAST] * count] * stages,
+            "lazy": [[_LAST] * count] * stages,
+        }[weight]
+        first = max(0, count - tail * stages) if tail else 0
+        split_from = [count if stage in whole else first for stage in range(stages)]
+        return _Rule(
+            self.ranks(self.forward, age), self.ranks(self.backward, age), weights, patience, split_from
+        )
 
 
 # (age, weight parts, patience, split only so many times the number of stages at the end, 0 for all). Of a larger grid
@@ -497,25 +498,39 @@ def list_scheduling(shape: Shape) -> list[Task]:
     those two. Weight parts fill bubbles, or come early to free the in-flight slot that a forward waits for.
     """
 
-    def cost(order: list[Task]) -> tuple[float, int]:
-        return makespan(order, shape), len(order)
-
     few = min(shape.micro_batches, _TRIAL_MICRO_BATCHES)
     trial = replace(shape, micro_batches=few, in_flight=tuple(min(few, limit) for limit in shape.in_flight))
-    trials = [
-        makespan(_joined(_Run(trial, rule).run(), trial), trial) for rule in _CriticalPath(trial).rules()
-    ]
-    # Splitting at the end only costs less the more micro-batches there are: both ways get to the finals.
-    everywhere = [number for number, rule in enumerate(_RULES) if not rule[-1]]
-    at_the_end = [number for number, rule in enumerate(_RULES) if rule[-1]]
-    best = sorted(everywhere, key=trials.__getitem__)[:3] + sorted(at_the_end, key=trials.__getitem__)[:2]
-    rules = _CriticalPath(shape).rules()
-    orders = [_joined(_Run(shape, rules[number]).run(), shape) for number in best]
+    orders = [_by_rule(shape, number, _better_whole(trial, number)) for number in _promising(trial)]
     known = [one_forward_one_backward(shape), _joined(zero_bubble_h1(shape), shape)]
-    return min([*known, *orders], key=cost)
+    return min([*known, *orders], key=lambda order: (makespan(order, shape), len(order)))
 
 
-_TRIAL_MICRO_BATCHES = 24
+_TRIAL_MICRO_BATCHES = 16
+
+
+def _by_rule(shape: Shape, number: int, whole: frozenset[int] = frozenset()) -> list[Task]:
+    return _joined(_Run(shape, _CriticalPath(shape).rule(number, whole)).run(), shape)
+
+
+def _promising(trial: Shape) -> list[int]:
+    """Numbers of the rules that do best; splitting at the end only costs less the more micro-batches there are, so
+    both ways are kept."""
+    seconds = [makespan(_by_rule(trial, number), trial) for number in range(len(_RULES))]
+    ranked = sorted(range(len(_RULES)), key=seconds.__getitem__)
+    everywhere = [number for number in ranked if not _RULES[number][-1]]
+    at_the_end = [number for number in ranked if _RULES[number][-1]]
+    return everywhere[:3] + at_the_end[:2]
+
+
+def _better_whole(trial: Shape, number: int) -> frozenset[int]:
+    """Stages that had better not split: each is added where that shortens the order by this rule."""
+    whole: frozenset[int] = frozenset()
+    least = makespan(_by_rule(trial, number), trial)
+    for stage in range(len(trial.resources)):
+        seconds = makespan(_by_rule(trial, number, whole | {stage}), trial)
+        if seconds < least:
+            whole, least = whole | {stage}, seconds
+    return whole
 
 
 def forward_only(shape: Shape) -> list[Task]:
