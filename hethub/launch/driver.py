@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from hethub.data.unigram import unigram_loss
 from hethub.errors import InputError
 from hethub.launch.beacon import Beacon
 from hethub.launch.crew import Crew
+from hethub.launch.faults import join_faults, plan_faults
+from hethub.launch.history import HistorySettings, check_history, read_history
 from hethub.launch.links import LinkTable
 from hethub.launch.progress import Progress
 from hethub.launch.run_folder import RunFolder, write_json
@@ -40,7 +44,7 @@ from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, save_plan
 from hethub.timeline.gantt import write_gantt
-from hethub.timeline.record import Timeline
+from hethub.timeline.record import Kind, Timeline
 from hethub.timeline.summary import DeviceSummary, step_seconds, summarize
 from hethub.timeline.trace import write_chrome_trace
 
@@ -50,10 +54,11 @@ REAL_MATH_SHARE = 0.04  # of the fastest device's padded time, which `time_scale
 _STEADY_ACTIONS = 50_000  # up to this many per step, the step between two others is predicted
 _REHEARSAL_STEPS = 4
 _WARM_STEPS = 3  # not counted in the median step
+HISTORY = "history"  # folder of the run folder: what every worker trained on
 _JOIN_TIMEOUT_SECONDS = 600.0  # how long a silent peer is waited for inside a step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Compiled:
     """A plan, its programs, and what the simulator says of it."""
 
@@ -63,6 +68,19 @@ class _Compiled:
     predicted: Timeline
     predicted_step_seconds: float
     figures: dict[str, Any]
+
+    @cached_property
+    def action_seconds(self) -> Mapping[tuple[int, int], float]:
+        """(device, action) -> predicted seconds; of a receive: from the message's sending to its arrival."""
+        records = self.predicted.records
+        records = records[(records["step"] == 0) & (records["kind"] != Kind.COLLECTIVE)]
+        since = np.where(np.isnan(records["sent"]), records["start"], records["sent"])
+        keys = zip(records["device"].tolist(), records["action"].tolist(), strict=True)
+        return dict(zip(keys, (records["end"] - since).tolist(), strict=True))
+
+    def seconds(self, device: int, action: int) -> float:
+        """Predicted seconds of an action of the training program."""
+        return self.action_seconds.get((device, action), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +198,7 @@ class _Run:
 
         from hethub.launch.worker import WorkerSetup
 
+        on_join = join_faults(self.job.faults)
         rank_of = {device: rank for rank, device in enumerate(self.crew.devices)}
         host = self.crew.host()
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -192,14 +211,18 @@ class _Run:
                     store_host=host,
                     store_port=self.store.port,
                     timeout_seconds=_JOIN_TIMEOUT_SECONDS,
+                    on_join=on_join.get(device),
                 ),
             )
             for device in self.crew.devices
         }
         self.crew.call("join", {device: setup[1:] for device, setup in setups.items()})
 
-    def load(self, compiled: _Compiled, total_steps: int) -> None:
-        """Give every worker its part of a plan, from the initial weights on."""
+    def load(self, compiled: _Compiled, total_steps: int, history: HistorySettings | None = None) -> None:
+        """Give every worker its part of a plan, from the initial weights on.
+
+        With `history` this is the training that the job asks for: it is recorded, and the job's faults are done in it.
+        """
         from hethub.launch.worker import Task
 
         job = self.job
@@ -217,6 +240,8 @@ class _Run:
             held_out=job.held_out,
             links_file=self.links_file if self.emulated else None,
             beacon_file=self.beacon_file,
+            history=history,
+            faults=() if history is None else plan_faults(job.faults, compiled.program, compiled.seconds),
         )
         beacon = Beacon(self.beacon_file, len(job.cluster.devices()))
         self.crew.explain = lambda device: _where(compiled.program, beacon, device)
@@ -251,14 +276,22 @@ class _Run:
         return scale * max(1.0, statistics.median(shares) / REAL_MATH_SHARE)
 
     def train(
-        self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str
+        self,
+        compiled: _Compiled,
+        steps: int,
+        total_steps: int,
+        scale: float,
+        title: str,
+        *,
+        recorded: bool = False,
     ) -> RunOutcome:
         """Train `steps` steps of a run of `total_steps`, evaluating as the job says where that is the whole run.
+        The one that is `recorded` is the training that the job asks for: it has the history, and the job's faults.
 
         Evaluation stands outside the timeline: the clock goes on where the last training step ended.
         """
-        self.load(compiled, total_steps)
         whole = steps == total_steps
+        self.load(compiled, total_steps, self._history() if recorded else None)
         workload = compiled.plan.workload
         root = compiled.program.layout.used[0]
         tokens = workload.global_batch * workload.sequence_length
@@ -274,6 +307,14 @@ class _Run:
         losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
         return RunOutcome(
             tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out)
+        )
+
+    def _history(self) -> HistorySettings:
+        folder = self.folder / HISTORY
+        folder.mkdir()
+        plan = hashlib.sha256((self.folder / "plan.yaml").read_bytes()).hexdigest()
+        return HistorySettings(
+            folder=folder, run=self.job.output.name, attempt=1, plan=plan, digest_every=self.job.digest_every
         )
 
     def _train_segment(
@@ -409,6 +450,8 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
         plan, even_plan = choose_plans(job)
         compiled = _compile(plan)
         even = None if even_plan is None else _compile(even_plan.model_copy(update={"bounds": plan.bounds}))
+        # Faults that the plan has no place for are told before anything is written.
+        plan_faults(job.faults, compiled.program, compiled.seconds)
         folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
         tokens = _moved(tokens, Path(scratch), folder.path)
     try:
@@ -459,7 +502,8 @@ def _run(
             scale = run.time_scale(plans)
             start_seconds = time.monotonic() - begin
             say(f"workers ready after {start_seconds:.1f} s" + _scale_words(run.emulated, scale))
-            outcome = run.train(compiled, job.steps, job.steps, scale, "uneven" if even else "train")
+            title = "uneven" if even else "train"
+            outcome = run.train(compiled, job.steps, job.steps, scale, title, recorded=True)
             run.save_weights(compiled, folder / "model.safetensors")
             outcome.timeline.save(folder / "measured.npz")
             even_outcome = None
@@ -471,6 +515,7 @@ def _run(
             run.clean()
     summary = _summary(outcome, compiled, scale, unigram, job.steps)
     summary["start_seconds"] = start_seconds
+    summary["history_problems"] = _history_problems(folder / HISTORY, job.steps)
     summary["even_split_tokens_per_second"] = None
     _write_metrics(folder / "metrics.jsonl", outcome)
     even_summary = differ = None
@@ -484,6 +529,11 @@ def _run(
     _draw(folder, compiled, outcome)
     write_json(folder / "summary.json", summary)
     return Finished(folder, summary, even_summary, differ)
+
+
+def _history_problems(folder: Path, steps: int) -> list[str]:
+    entries, problems = read_history(folder)
+    return problems + check_history(entries, steps)
 
 
 def _scale_words(emulated: bool, scale: float) -> str:
