@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from hethub import __version__
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
+from hethub.cost.memory import device_memory
 from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
@@ -31,6 +32,7 @@ from hethub.launch.history import HistorySettings, check_history, read_history
 from hethub.launch.links import LinkTable
 from hethub.launch.progress import Progress
 from hethub.launch.run_folder import RunFolder, write_json
+from hethub.launch.stall import StallWatch, where
 from hethub.planners.answer import answer
 from hethub.planners.even import EvenPlanner
 from hethub.planners.interface import Problem
@@ -55,7 +57,13 @@ _STEADY_ACTIONS = 50_000  # up to this many per step, the step between two other
 _REHEARSAL_STEPS = 4
 _WARM_STEPS = 3  # not counted in the median step
 HISTORY = "history"  # folder of the run folder: what every worker trained on
-_JOIN_TIMEOUT_SECONDS = 600.0  # how long a silent peer is waited for inside a step
+_PEER_TIMEOUT_SECONDS = 600.0  # of the transports; who is stuck is told long before
+_JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they need, and for each of them
+_JOIN_SECONDS_PER_WORKER = 0.1
+_SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
+_PING_SECONDS = 1.0
+_SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
+_STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,19 @@ class _Compiled:
     def seconds(self, device: int, action: int) -> float:
         """Predicted seconds of an action of the training program."""
         return self.action_seconds.get((device, action), 0.0)
+
+    def longest_seconds(self, device: int, action: int) -> float:
+        """Predicted seconds of any action, at most: for evaluation, which has no prediction of its own."""
+        return max(self.action_seconds.values())
+
+    @cached_property
+    def peak_bytes(self) -> Mapping[int, int]:
+        """Predicted peak memory by device."""
+        owned, incoming = self.program.ownership.owned_elements, self.program.ownership.incoming_elements
+        compute = ComputeModel(CostGraph(self.plan.cluster), self.plan.workload)
+        return {
+            d: use.total for d, use in device_memory(compute, self.program.layout, owned, incoming).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +207,7 @@ class _Run:
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
         Beacon.create(self.beacon_file, len(job.cluster.devices()))
+        self.beacon = Beacon(self.beacon_file, len(job.cluster.devices()))
 
     def clean(self) -> None:
         """Remove what only a running job needs."""
@@ -193,7 +215,7 @@ class _Run:
         self.links_file.unlink(missing_ok=True)
 
     def join(self) -> None:
-        """Start the one store and let every worker join it."""
+        """Start the one store and let every worker join it. Raises RunError naming those that do not."""
         import torch.distributed as dist
 
         from hethub.launch.worker import WorkerSetup
@@ -204,19 +226,87 @@ class _Run:
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         setups = {
             device: (
-                "join",
                 WorkerSetup(
                     device=device,
                     rank_of=rank_of,
                     store_host=host,
                     store_port=self.store.port,
-                    timeout_seconds=_JOIN_TIMEOUT_SECONDS,
+                    timeout_seconds=_PEER_TIMEOUT_SECONDS,
                     on_join=on_join.get(device),
                 ),
             )
             for device in self.crew.devices
         }
-        self.crew.call("join", {device: setup[1:] for device, setup in setups.items()})
+        self.crew.call("join", setups, watch=self._join_watch(rank_of))
+
+    def _join_watch(self, rank_of: Mapping[int, int]) -> Callable[[Collection[int]], None]:
+        from hethub.launch.worker import HERE
+
+        limit = _JOIN_SECONDS + _JOIN_SECONDS_PER_WORKER * len(rank_of)
+        begin = time.monotonic()
+
+        def watch(pending: Collection[int]) -> None:
+            if not pending or time.monotonic() - begin < limit:
+                return
+            absent = [d for d in pending if not self.store.check([HERE.format(rank_of[d])])]
+            absent = absent or self.crew.silent(pending, _PING_SECONDS) or list(pending)
+            names = self.job.cluster.devices()
+            others = ", ".join(f"rank {rank_of[d]} ({names[d].name})" for d in absent[1:])
+            raise self.crew.failed(
+                absent[0],
+                "join",
+                f"did not join the other {len(rank_of) - len(absent)} workers within {limit:.1f} s"
+                + (f", nor did {others}" if others else "")
+                + ". Look into its log, and whether its host reaches "
+                f"{self.crew.host()} (GLOO_SOCKET_IFNAME names the interface)",
+            )
+
+        return watch
+
+    def _load_watch(self) -> Callable[[Collection[int]], None]:
+        """Loading takes as long as the model is large, so only a process that answers nothing is given up."""
+        next_look = time.monotonic() + _PING_SECONDS
+
+        def watch(pending: Collection[int]) -> None:
+            nonlocal next_look
+            if not pending or time.monotonic() < next_look:
+                return
+            silent = self.crew.silent(pending, _PING_SECONDS)
+            silent = self.crew.silent(silent, _SILENT_SECONDS - _PING_SECONDS) if silent else []
+            if silent:
+                raise self.crew.failed(
+                    silent[0],
+                    "load",
+                    f"the process has answered nothing for {_SILENT_SECONDS:.0f} s{_SILENT_WORDS}",
+                )
+            next_look = time.monotonic() + _PING_SECONDS
+
+        return watch
+
+    def _stall_watch(
+        self, program: Program, seconds: Callable[[int, int], float], scale: float
+    ) -> Callable[[Collection[int]], None]:
+        """Ends the run when a device keeps the others for far longer than predicted."""
+        self.beacon.clear()
+        watcher = StallWatch(program, self.beacon, lambda d, a: seconds(d, a) * scale, emulated=self.emulated)
+        self.crew.explain = lambda device: where(program, device, self.beacon.get(device))
+
+        def watch(pending: Collection[int]) -> None:
+            stall = watcher.look(pending)
+            if stall is None:
+                return
+            silent = self.crew.silent(stall.members or (stall.device,), _PING_SECONDS)
+            device = silent[0] if silent else stall.device
+            names = self.job.cluster.devices()
+            waiting = ", ".join(names[d].name for d in stall.waiting if d != device) or "nobody"
+            raise self.crew.failed(
+                device,
+                self.crew.explain(device),
+                f"no progress for {stall.seconds:.1f} s where {stall.predicted_seconds:.3g} s are predicted "
+                f"(waiting: {waiting})" + (_SILENT_WORDS if silent else _STUCK_WORDS),
+            )
+
+        return watch
 
     def load(self, compiled: _Compiled, total_steps: int, history: HistorySettings | None = None) -> None:
         """Give every worker its part of a plan, from the initial weights on.
@@ -241,11 +331,11 @@ class _Run:
             links_file=self.links_file if self.emulated else None,
             beacon_file=self.beacon_file,
             history=history,
+            peak_bytes=compiled.peak_bytes,
             faults=() if history is None else plan_faults(job.faults, compiled.program, compiled.seconds),
         )
-        beacon = Beacon(self.beacon_file, len(job.cluster.devices()))
-        self.crew.explain = lambda device: _where(compiled.program, beacon, device)
-        self.crew.call("load", (task,))
+        self.crew.explain = lambda device: "load"
+        self.crew.call("load", (task,), watch=self._load_watch())
 
     def time_scale(self, plans: Sequence[_Compiled]) -> float:
         """Wall seconds per modelled second: 1 on real devices; where it is `auto`, the smallest at which every device's
@@ -270,7 +360,8 @@ class _Run:
         The median of a few steps, so that a passing load of something else does not slow the whole run.
         """
         self.crew.call("start_clock", (time.monotonic(), scale))
-        self.crew.call("train", (0, _REHEARSAL_STEPS))
+        watch = self._stall_watch(compiled.program, compiled.seconds, scale)
+        self.crew.call("train", (0, _REHEARSAL_STEPS), watch=watch)
         timeline = self._timeline(compiled, scale)
         shares = [max(d.real_ratio for d in summarize(timeline, n, n)) for n in range(1, _REHEARSAL_STEPS)]
         return scale * max(1.0, statistics.median(shares) / REAL_MATH_SHARE)
@@ -300,9 +391,12 @@ class _Run:
         held_out: list[tuple[int, float]] = []
         modelled = 0.0
         for first, last in _segments(steps, self.job.evaluate_every if whole else 0):
-            modelled = self._train_segment(first, last, modelled, scale, root, reports, progress)
+            stall = self._stall_watch(compiled.program, compiled.seconds, scale)
+            modelled = self._train_segment(first, last, modelled, scale, root, reports, progress, stall)
             if self.job.evaluate_rows and whole:
-                held_out.append((last, float(self.crew.call("evaluate", (self.job.evaluate_rows,))[root])))
+                stall = self._stall_watch(compiled.evaluation, compiled.longest_seconds, scale)
+                means = self.crew.call("evaluate", (self.job.evaluate_rows,), watch=stall)
+                held_out.append((last, float(means[root])))
         timeline = self._timeline(compiled, scale)
         losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
         return RunOutcome(
@@ -326,6 +420,7 @@ class _Run:
         root: int,
         reports: list[tuple[int, float, float]],
         progress: Progress,
+        stall: Callable[[Collection[int]], None],
     ) -> float:
         """Steps [first, last), the clock starting at `modelled` seconds; returns what it shows at the end."""
         if self.emulated:
@@ -334,13 +429,17 @@ class _Run:
         progress.start()
         before = len(reports)
 
-        def watch() -> None:
-            fresh = self.crew.results(root, len(reports) - before)
+        def look(timeout_seconds: float) -> None:
+            fresh = self.crew.results(root, len(reports) - before, timeout_seconds)
             reports.extend(fresh)
             progress.update(fresh)
 
+        def watch(pending: Collection[int]) -> None:
+            look(_PING_SECONDS / 2)
+            stall(pending)
+
         ends = self.crew.call("train", (first, last), watch=watch)
-        watch()
+        look(_SILENT_SECONDS)
         return float(max(ends.values()))
 
     def _timeline(self, compiled: _Compiled, scale: float) -> Timeline:
@@ -359,13 +458,6 @@ class _Run:
         temporary = path.with_name(path.name + ".tmp")
         save_file(whole, str(temporary), metadata={"format": "pt"})
         temporary.rename(path)
-
-
-def _where(program: Program, beacon: Beacon, device: int) -> str:
-    step, action = beacon.get(device)
-    if step < 0:
-        return "before its first action"
-    return f"step {step}, {program.describe(device, action)}"
 
 
 def _segments(steps: int, every: int) -> list[tuple[int, int]]:
@@ -498,6 +590,7 @@ def _run(
     with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
         run = _Run(job, crew, folder, tokens)
         try:
+            crew.prepare()
             run.join()
             scale = run.time_scale(plans)
             start_seconds = time.monotonic() - begin
