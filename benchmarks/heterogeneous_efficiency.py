@@ -28,6 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,47 +201,49 @@ def _run(contests: dict[str, Contest]) -> int:
     # Loaded here: a process that a pool starts reads this file too and has no need of it.
     from bench.emulated import Pool, Run, measure, problems
 
-    def everyone(pools: dict[str, Pool], contest: Contest) -> dict[str, Run]:
-        with ThreadPoolExecutor(len(pools)) as threads:
-            jobs = {
-                name: threads.submit(measure, pools[name], own.plan, steps=STEPS, warm=WARM_UP)
-                for name, own in contest.alone.items()
-            }
-            return {name: job.result() for name, job in jobs.items()}
-
-    pool = Pool(8)
-    mixed = {
-        name: measure(pool, contest.mixed.plan, steps=STEPS, warm=WARM_UP)
-        for name, contest in contests.items()
-    }
-    pool.close()
     counts = contests["emulated"].mixed.plan.cluster.counts()
-    pools = {name: Pool(count) for name, count in counts.items()}
-    alone = {name: everyone(pools, contest) for name, contest in contests.items()}
-    for own in pools.values():
-        own.close()
+    with ExitStack() as open_pools:
 
-    figures: dict[str, float] = {}
-    wrong: list[str] = []
-    raw: dict[str, Any] = {}
-    for name, run in mixed.items():
-        figures[f"homogeneous_share_{name}"] = run.tokens_per_second / sum(
-            own.tokens_per_second for own in alone[name].values()
-        )
-        figures[f"physical_share_{name}"] = run.physical_share
-        raw[name] = {"mixed": run.as_raw(), "alone": {own: r.as_raw() for own, r in alone[name].items()}}
-        if name == "slow_link":
-            raw[name]["links"] = slow_parts(run.program, contests[name].mixed)
-        wrong += [text for one in (run, *alone[name].values()) for text in problems(one)]
-        wrong += [
-            f"{own} alone reaches {r.physical_share:.4f} of its own bound, less than {MIN_PHYSICAL_ALONE}"
-            for own, r in alone[name].items()
-            if r.physical_share < MIN_PHYSICAL_ALONE
-        ]
-        if (shortest := run.shortest_action_seconds()) < SHORTEST_ACTION_SECONDS:
-            wrong.append(f"{name}: an action of {shortest:.4f} s is too short")
-        print(f"{name}: where the mixed run's time went")
-        print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
+        def start(size: int) -> Pool:
+            pool = Pool(size)
+            open_pools.callback(pool.close)
+            return pool
+
+        def side_by_side(contest: Contest) -> dict[str, Run]:
+            with ThreadPoolExecutor(len(pools)) as threads:
+                jobs = {
+                    name: threads.submit(measure, pools[name], own.plan, steps=STEPS, warm=WARM_UP)
+                    for name, own in contest.alone.items()
+                }
+                return {name: job.result() for name, job in jobs.items()}
+
+        everyone, pools = start(sum(counts.values())), {name: start(count) for name, count in counts.items()}
+        figures: dict[str, float] = {}
+        raw: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, contest in contests.items():
+            mixed = measure(everyone, contest.mixed.plan, steps=STEPS, warm=WARM_UP)
+            alone = side_by_side(contest)
+            figures[f"homogeneous_share_{name}"] = mixed.tokens_per_second / sum(
+                own.tokens_per_second for own in alone.values()
+            )
+            figures[f"physical_share_{name}"] = mixed.physical_share
+            raw[name] = {
+                "mixed": mixed.as_raw(),
+                "alone": {own: run.as_raw() for own, run in alone.items()},
+                "links": slow_parts(mixed.program, contest.mixed),
+            }
+            for own, run in {"together": mixed, **alone}.items():
+                print(f"{name}, {own}: {run.physical_share:.4f} of the physical bound. Where the time went:")
+                print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
+                wrong += problems(run)
+            wrong += [
+                f"{own} alone reaches {run.physical_share:.4f} of its bound, less than {MIN_PHYSICAL_ALONE}"
+                for own, run in alone.items()
+                if run.physical_share < MIN_PHYSICAL_ALONE
+            ]
+            if (shortest := mixed.shortest_action_seconds()) < SHORTEST_ACTION_SECONDS:
+                wrong.append(f"{name}: an action of {shortest:.4f} s is too short")
     print_figures(figures)
     for text in wrong:
         print(f"NOT VALID {text}", file=sys.stderr)
