@@ -17,7 +17,7 @@ The cheapest cheats, and what makes them fail:
 - actions so long that overhead vanishes are bounded by the benchmark's own length; none may be under 15 ms;
 - links that are not slow: the transfer's and the gradients' parts are asserted from program and prices.
 
-    .venv/bin/python benchmarks/heterogeneous_efficiency.py            # about six minutes
+    .venv/bin/python benchmarks/heterogeneous_efficiency.py            # about seven minutes
     .venv/bin/python benchmarks/heterogeneous_efficiency.py --predict  # the simulator's answer alone, in seconds
 """
 
@@ -28,7 +28,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from hethub.timeline.record import Kind
 
 SPECS = Path(__file__).parent / "specs"
 VARIANTS = {"emulated": "three-types.yaml", "slow_link": "three-types-slow-link.yaml"}
-STEPS, WARM_UP = 4, 1
+STEPS, WARM_UP = 3, 1
 MIN_PHYSICAL_ALONE = 0.93
 MOST_STAGES, FEWEST_MICRO_BATCHES, MOST_RANKS = 3, 40, 2
 SHORTEST_ACTION_SECONDS = 0.015
@@ -205,9 +205,7 @@ def _run(contests: dict[str, Contest]) -> int:
     with ExitStack() as open_pools:
 
         def start(size: int) -> Pool:
-            pool = Pool(size)
-            open_pools.callback(pool.close)
-            return pool
+            return open_pools.enter_context(closing(Pool(size)))
 
         def side_by_side(contest: Contest) -> dict[str, Run]:
             with ThreadPoolExecutor(len(pools)) as threads:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,9 @@ def main() -> int:
     # Loaded here: a process that a pool starts reads this file too and has no need of it.
     from bench.emulated import Pool, measure, problems
 
-    pool = Pool(REPLICAS)
-    run = measure(pool, the_plan(), steps=STEPS, warm=WARM_UP)
-    pool.close()
+    with closing(Pool(REPLICAS)) as pool:
+        run = measure(pool, the_plan(), steps=STEPS, warm=WARM_UP)
+        wrong = problems(run) + list(_unfit(run))
     ratios = [step_ratio(run, step) for step in range(WARM_UP, WARM_UP + STEPS)]
     totals = total_seconds(run)
     figures = {
@@ -62,7 +63,6 @@ def main() -> int:
     }
     print_figures(figures)
     print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
-    wrong = problems(run) + list(_unfit(run))
     for text in wrong:
         print(f"NOT VALID {text}", file=sys.stderr)
     if not wrong:
