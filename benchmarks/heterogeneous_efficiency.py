@@ -17,8 +17,11 @@ The cheapest cheats, and what makes them fail:
 - actions so long that overhead vanishes are bounded by the benchmark's own length; none may be under 15 ms;
 - links that are not slow: the transfer's and the gradients' parts are asserted from program and prices.
 
-    .venv/bin/python benchmarks/heterogeneous_efficiency.py            # about seven minutes
-    .venv/bin/python benchmarks/heterogeneous_efficiency.py --predict  # the simulator's answer alone, in seconds
+Last, really unequal devices: CPU workers under quotas of a core (`bench/quota.py`), skipped where none can be set.
+
+    .venv/bin/python benchmarks/heterogeneous_efficiency.py              # about ten minutes; writes the result file
+    .venv/bin/python benchmarks/heterogeneous_efficiency.py --only NAME  # emulated, slow_link or cpu_quota alone
+    .venv/bin/python benchmarks/heterogeneous_efficiency.py --predict    # the simulator's answer, in seconds
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from hethub.specs.layout import lay_out
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
 
+CPU_QUOTA = "cpu_quota"
 SPECS = Path(__file__).parent / "specs"
 VARIANTS = {"emulated": "three-types.yaml", "slow_link": "three-types-slow-link.yaml"}
 STEPS, WARM_UP = 3, 1
@@ -65,16 +69,25 @@ def main() -> int:
     """Plan, run, check, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--predict", action="store_true", help="simulate only")
-    only_predict = parser.parse_args().predict
-    contests = {name: plan_contest(*_load(SPECS / file)) for name, file in VARIANTS.items()}
+    parser.add_argument("--only", choices=[*VARIANTS, CPU_QUOTA], help="run one part, write nothing")
+    options = parser.parse_args()
+    chosen = [*VARIANTS, CPU_QUOTA] if options.only is None else [options.only]
+    contests = {name: plan_contest(*_load(SPECS / VARIANTS[name])) for name in chosen if name in VARIANTS}
     for name, contest in contests.items():
-        print_figures({f"predicted {key} {name}": v for key, v in predicted(contest).items()})
-    found = [text for name, contest in contests.items() for text in unfit(contest, slow=name == "slow_link")]
-    if not only_predict and not found:
-        return _run(contests)
-    for text in found:
-        print(text, file=sys.stderr)
-    return 1 if found else 0
+        print_figures({f"predicted {key} {name}": share for key, share in predicted(contest).items()})
+    wrong = [text for name, contest in contests.items() for text in unfit(contest, slow=name == "slow_link")]
+    figures: dict[str, float] = {}
+    raw: dict[str, Any] = {}
+    if not options.predict and not wrong:
+        wrong += _run(contests, figures, raw)
+        if CPU_QUOTA in chosen:
+            wrong += _run_cpu_quota(figures, raw)
+        print_figures(figures)
+    for text in wrong:
+        print(f"NOT VALID {text}", file=sys.stderr)
+    if raw and not wrong and options.only is None:
+        print(f"wrote {write_result('heterogeneous_efficiency', figures, raw, emulated=True)}")
+    return 1 if wrong else 0
 
 
 def _load(path: Path) -> tuple[Cluster, Workload]:
@@ -197,15 +210,19 @@ def slow_parts(program: Program, mixed: Candidate) -> dict[str, float]:
 # --- runs -------------------------------------------------------------------------------------------------------
 
 
-def _run(contests: dict[str, Contest]) -> int:
+def _run(contests: dict[str, Contest], figures: dict[str, float], raw: dict[str, Any]) -> list[str]:
+    """Measure every contest; adds to `figures` and `raw`, returns what is wrong with them."""
+    if not contests:
+        return []
     # Loaded here: a process that a pool starts reads this file too and has no need of it.
     from bench.emulated import Pool, Run, measure, problems
 
-    counts = contests["emulated"].mixed.plan.cluster.counts()
-    with ExitStack() as open_pools:
+    wrong: list[str] = []
+    counts = next(iter(contests.values())).mixed.plan.cluster.counts()
+    with ExitStack() as stack:
 
         def start(size: int) -> Pool:
-            return open_pools.enter_context(closing(Pool(size)))
+            return stack.enter_context(closing(Pool(size)))
 
         def side_by_side(contest: Contest) -> dict[str, Run]:
             with ThreadPoolExecutor(len(pools)) as threads:
@@ -216,9 +233,6 @@ def _run(contests: dict[str, Contest]) -> int:
                 return {name: job.result() for name, job in jobs.items()}
 
         everyone, pools = start(sum(counts.values())), {name: start(count) for name, count in counts.items()}
-        figures: dict[str, float] = {}
-        raw: dict[str, Any] = {}
-        wrong: list[str] = []
         for name, contest in contests.items():
             mixed = measure(everyone, contest.mixed.plan, steps=STEPS, warm=WARM_UP)
             alone = side_by_side(contest)
@@ -231,8 +245,8 @@ def _run(contests: dict[str, Contest]) -> int:
                 "alone": {own: run.as_raw() for own, run in alone.items()},
                 "links": slow_parts(mixed.program, contest.mixed),
             }
-            for own, run in {"together": mixed, **alone}.items():
-                print(f"{name}, {own}: {run.physical_share:.4f} of the physical bound. Where the time went:")
+            for who, run in {"together": mixed, **alone}.items():
+                print(f"{name}, {who}: {run.physical_share:.4f} of the physical bound. Where the time went:")
                 print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
                 wrong += problems(run)
             wrong += [
@@ -242,12 +256,20 @@ def _run(contests: dict[str, Contest]) -> int:
             ]
             if (shortest := mixed.shortest_action_seconds()) < SHORTEST_ACTION_SECONDS:
                 wrong.append(f"{name}: an action of {shortest:.4f} s is too short")
-    print_figures(figures)
-    for text in wrong:
-        print(f"NOT VALID {text}", file=sys.stderr)
-    if not wrong:
-        print(f"wrote {write_result('heterogeneous_efficiency', figures, raw, emulated=True)}")
-    return 1 if wrong else 0
+    return wrong
+
+
+def _run_cpu_quota(figures: dict[str, float], raw: dict[str, Any]) -> list[str]:
+    """Real devices of unequal speed; adds to `figures` and `raw`, returns what is wrong with them."""
+    from bench.quota import QUOTA_ERROR, cpu_quota_share
+
+    found, raw[CPU_QUOTA] = cpu_quota_share()
+    figures.update(found)
+    if "skipped" in raw[CPU_QUOTA]:
+        print(f"cpu_quota: skipped, {raw[CPU_QUOTA]['skipped']}")
+    elif found["quota_error"] > QUOTA_ERROR:
+        return [f"cpu_quota: a worker's speed is off its quota by {found['quota_error']:.3f}"]
+    return []
 
 
 if __name__ == "__main__":

@@ -136,6 +136,9 @@ class Run:
             "predicted_step_seconds": self.predicted_step_seconds,
             "physical_step_seconds": self.bound_step_seconds,
             "physical_share": self.physical_share,
+            # of the mean step, which is what `lost_time` explains
+            "mean_physical_share": self.bound_step_seconds
+            / float(np.mean(self.all_step_seconds[self.warm :])),
             "real_math_ratio": self.real_math_ratio(),
             "overrun_ratio": self.overrun_ratio(),
             "losses": self.trained.losses,
