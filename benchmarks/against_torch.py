@@ -27,7 +27,7 @@ The cheapest cheats, and what makes them fail:
 - to choose the repetition: the figure is the median of all of them, and all stand in the result file.
 
     .venv/bin/python benchmarks/against_torch.py              # all, about 15 minutes; writes the result file
-    .venv/bin/python benchmarks/against_torch.py --only NAME  # one figure, nothing written
+    .venv/bin/python benchmarks/against_torch.py --only NAME  # one part, nothing written
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from bench.engines import (
     text_of,
 )
 from bench.plans import cpu_cluster, data_parallel, llama_model, pipeline, tensor_parallel
+from bench.quota import QUOTA_ERROR, CpuQuotas, core_shares, mixed_plan, quota_errors, why_no_quotas
 from bench.results import print_figures, write_result
 from bench.torch_engines import DataParallel, Pipelining, TensorParallel, Theirs, ZeroOptimizer
 from hethub.specs.plan import Plan
@@ -63,6 +64,16 @@ IDLE_RATIO = 0.01
 PAIRS = 11
 STEPS = 2
 EDGE_PAIRS = 5  # of the settings beside the figures
+BUCKET_MEBIBYTES = 25.0  # torch's default
+EVEN_CUTS = (
+    0,
+    2,
+    3,
+    4,
+    6,
+)  # of the quotas' model: a decoder each, the embedding and the head with the outer two
+EVEN_MICRO_BATCHES = 22
+UNEQUAL = "unequal_devices"
 TWO_CORES = (("core", 1.0, 2),)
 MODEL = llama_model(hidden=384, layers=6, heads=6)
 SEQUENCE = 128
@@ -113,7 +124,6 @@ def two_shares(rows: int, micro_batches: int = 1, sequence_length: int = SEQUENC
     )
 
 
-BUCKET_MEBIBYTES = 25.0  # torch's default; 4 and 8 were not quicker over gloo
 EQUAL: dict[str, Setting] = {
     "pipeline_ratio": two_pipelines(rows=2, micro_batches=8),
     "data_parallel_ratio": two_replicas(DataParallel, rows=4),
@@ -168,23 +178,63 @@ def equal_devices(name: str, text: Path) -> tuple[float, dict[str, Any], list[st
     return median_ratio(pairs), raw, problems
 
 
+def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[str, list[str]]]:
+    """Both speedups under CPU quotas, the repetitions behind them, and the checks that failed; without quotas, none."""
+    reason = why_no_quotas()
+    if reason is not None:
+        return {}, {"skipped": reason}, {}
+    plan = mixed_plan()
+    training = Training(workload=plan.workload, tokens_file=text)
+    workers = len(core_shares())
+    with ExitStack() as stack:
+        quotas = stack.enter_context(CpuQuotas(core_shares()))
+        errors = quota_errors(quotas, core_shares())
+        ours = stack.enter_context(Ours(plan, training))
+        theirs = {
+            "speedup_over_ddp": stack.enter_context(
+                Theirs(DataParallel, training, workers, bucket_mebibytes=BUCKET_MEBIBYTES)
+            ),
+            "speedup_over_even_pipeline": stack.enter_context(
+                Theirs(Pipelining, training, workers, cuts=EVEN_CUTS, micro_batches=EVEN_MICRO_BATCHES)
+            ),
+        }
+        for engine in (ours, *theirs.values()):
+            quotas.place(engine.crew, range(workers))
+        found = {
+            name: alternate(ours, engine, pairs=EDGE_PAIRS, steps=STEPS, warmup=1)
+            for name, engine in theirs.items()
+        }
+    raw: dict[str, Any] = {name: raw_of(pairs, STEPS) for name, pairs in found.items()}
+    problems = {name: invalid(pairs) for name, pairs in found.items()}
+    if max(abs(error) for error in errors) > QUOTA_ERROR:
+        problems = {name: [*failed, "quota_error"] for name, failed in problems.items()}
+    raw["quota_errors"] = errors
+    return {name: median_ratio(pairs) for name, pairs in found.items()}, raw, problems
+
+
 def main() -> int:
     """Run, check against the cheats, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=[*EQUAL], help="one figure; nothing is written")
+    parser.add_argument("--only", choices=[*EQUAL, UNEQUAL], help="one part; nothing is written")
     only = parser.parse_args().only
     figures: dict[str, float] = {}
     raw: dict[str, Any] = {}
     problems: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="hethub-bench-") as folder:
         text = text_of(Path(folder))
-        for name in [only] if only else EQUAL:
-            figures[name], raw[name], failed = equal_devices(name, text)
-            if failed:
-                problems[name] = failed
-            print_figures({name: figures[name]}, problems)
+        for name in EQUAL if only is None else [only] if only in EQUAL else []:
+            figures[name], raw[name], problems[name] = equal_devices(name, text)
+            print_figures({name: figures[name]}, [name] if problems[name] else [])
             for edge in raw[name]["beside"]:
                 print(f"    {edge['ratio']['median']:.4g} with {edge['setting']}")
+        if only in (None, UNEQUAL):
+            found, raw[UNEQUAL], failed = unequal_devices(text)
+            figures.update(found)
+            problems.update(failed)
+            print_figures(found, [name for name, checks in failed.items() if checks])
+            if "skipped" in raw[UNEQUAL]:
+                print(f"{UNEQUAL}: skipped: {raw[UNEQUAL]['skipped']}")
+    problems = {name: failed for name, failed in problems.items() if failed}
     for name, failed in problems.items():
         print(f"{name}: not valid, because of {', '.join(failed)}")
     if problems:
