@@ -149,7 +149,7 @@ def compare(setting: Setting, text: Path, pairs: int, steps: int) -> list[Pair]:
     """Both engines at once, in turns."""
     training = Training(workload=setting.plan.workload, tokens_file=text)
     with Ours(setting.plan, training) as ours, setting.theirs(training) as theirs:
-        return alternate(ours, theirs, pairs=pairs, steps=steps)
+        return alternate(ours, {"theirs": theirs}, pairs=pairs, steps=steps)["theirs"]
 
 
 def invalid(pairs: Sequence[Pair]) -> list[str]:
@@ -200,10 +200,7 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
         }
         for engine in (ours, *theirs.values()):
             quotas.place(engine.crew, range(workers))
-        found = {
-            name: alternate(ours, engine, pairs=EDGE_PAIRS, steps=STEPS, warmup=1)
-            for name, engine in theirs.items()
-        }
+        found = alternate(ours, theirs, pairs=EDGE_PAIRS, steps=STEPS, warmup=1)
     raw: dict[str, Any] = {name: raw_of(pairs, STEPS) for name, pairs in found.items()}
     problems = {name: invalid(pairs) for name, pairs in found.items()}
     if max(abs(error) for error in errors) > QUOTA_ERROR:
@@ -228,11 +225,11 @@ def main() -> int:
             for edge in raw[name]["beside"]:
                 print(f"    {edge['ratio']['median']:.4g} with {edge['setting']}")
         if only in (None, UNEQUAL):
-            found, raw[UNEQUAL], failed = unequal_devices(text)
+            found, raw[UNEQUAL], checks = unequal_devices(text)
             figures.update(found)
-            problems.update(failed)
-            print_figures(found, [name for name, checks in failed.items() if checks])
-            if "skipped" in raw[UNEQUAL]:
+            problems.update(checks)
+            print_figures(found, [name for name, failed in checks.items() if failed])
+            if not found:
                 print(f"{UNEQUAL}: skipped: {raw[UNEQUAL]['skipped']}")
     problems = {name: failed for name, failed in problems.items() if failed}
     for name, failed in problems.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,7 @@ class Ours(CrewEngine):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One repetition of each side, right after each other, and the CPU seconds that the waiting side took meanwhile."""
+    """A repetition of each side in the same round, and the CPU seconds that whoever waited in that round took."""
 
     ours: Repetition
     theirs: Repetition
@@ -199,24 +199,31 @@ def take(engine: CrewEngine, steps: int) -> Repetition:
     return engine.finish()
 
 
-def _pair(ours: CrewEngine, theirs: CrewEngine, steps: int, swapped: bool) -> Pair:
-    found: dict[CrewEngine, Repetition] = {}
-    idle = 0.0
-    for engine, other in ((theirs, ours), (ours, theirs)) if swapped else ((ours, theirs), (theirs, ours)):
-        before = other.crew.cpu_seconds()
-        found[engine] = take(engine, steps)
-        idle += other.crew.cpu_seconds() - before
-    return Pair(found[ours], found[theirs], idle)
+def _round(engines: Mapping[str, CrewEngine], steps: int, first: int) -> tuple[dict[str, Repetition], float]:
+    """Each engine's repetition, beginning with the engine number `first`, and the waiting ones' CPU seconds."""
+    names = list(engines)
+    found, idle = {}, 0.0
+    for name in names[first:] + names[:first]:
+        others = [engine.crew for other, engine in engines.items() if other != name]
+        before = sum(crew.cpu_seconds() for crew in others)
+        found[name] = take(engines[name], steps)
+        idle += sum(crew.cpu_seconds() for crew in others) - before
+    return found, idle
 
 
-def alternate(ours: CrewEngine, theirs: CrewEngine, *, pairs: int, steps: int, warmup: int = 2) -> list[Pair]:
-    """Repetitions of `steps` steps in turn, the order swapped each time, after `warmup` steps of both.
+def alternate(
+    ours: CrewEngine, theirs: Mapping[str, CrewEngine], *, pairs: int, steps: int, warmup: int = 2
+) -> dict[str, list[Pair]]:
+    """Repetitions of `steps` steps in turn, each time beginning with another engine, after `warmup` steps of all.
 
-    Turns, because a shared machine's speed drifts; swapped, because the second of a pair finds other caches.
+    Turns, because a shared machine's speed drifts; other beginnings, because who comes second finds other caches.
+    Returns the pairs with each of `theirs`.
     """
-    for engine in (ours, theirs):
+    engines = {"": ours, **theirs}
+    for engine in engines.values():
         take(engine, warmup)
-    return [_pair(ours, theirs, steps, swapped=bool(number % 2)) for number in range(pairs)]
+    rounds = [_round(engines, steps, number % len(engines)) for number in range(pairs)]
+    return {name: [Pair(found[""], found[name], idle) for found, idle in rounds] for name in theirs}
 
 
 def median_ratio(pairs: Sequence[Pair]) -> float:
