@@ -19,8 +19,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 class Packed(Protocol):
     """A stage: its weights by name, and which of them lie one after the other in one storage."""
 
-    parameters: dict[str, Tensor]
-    packs: Sequence[tuple[str, ...]]
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def packs(self) -> Sequence[tuple[str, ...]]: ...  # noqa: D102
 
 
 class Deferred(NamedTuple):
@@ -76,6 +78,10 @@ class WeightGradients:
         deferred.reverse()
         while deferred:
             self._settle(deferred.pop())
+
+    def clear(self) -> None:
+        """Set all buffers to zero."""
+        torch._foreach_zero_(list(self._packs.values()))
 
     def _take(self, item: Deferred) -> None:
         if self.deferred is None:

@@ -24,7 +24,7 @@ from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock
 from hethub.launch.communicator import Communicator, Reserve
-from hethub.launch.devices import ComputeDevice, DeviceMemoryError, EmulatedDevice, RealDevice
+from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
 from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
 from hethub.launch.flights import Flight
@@ -34,6 +34,7 @@ from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
+from hethub.launch.tally import DeviceMemoryError
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster

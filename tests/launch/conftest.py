@@ -7,7 +7,6 @@ import torch
 
 from tests.launch.pool import Pool
 
-
 # Workers have a thread each; the reference in this process too, since threads that spin for each other beside them
 # make both crawl.
 torch.set_num_threads(1)
