@@ -137,8 +137,6 @@ def _check_stage(stage: Stage, pipeline: Pipeline, keys: Keys) -> Iterator[Probl
             f"the rows of the replicas add up to {rows}, micro_batch_rows is {pipeline.micro_batch_rows}. "
             "Change the rows until they are equal.",
         )
-    if stage.recompute == "selective":
-        yield Problem((*keys, "recompute"), "selective recomputation is not run yet. Use none or full.")
     count = pipeline.micro_batches
     if stage.in_flight > count:
         yield Problem(
