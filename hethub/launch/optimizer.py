@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from hethub.program.ownership import Ownership
 from hethub.specs.job import OptimizerSettings
 
-__all__ = ["Updater", "adamw", "clip_scale", "learning_rate"]
+__all__ = ["AdamW", "Updater", "adamw", "clip_scale", "decay_groups", "learning_rate"]
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -30,22 +31,75 @@ def clip_scale(norm: float, clip_norm: float | None) -> float:
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
+def decay_groups(
+    tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings
+) -> list[tuple[list[Tensor], float]]:
+    """(tensors, weight decay) of named tensors: matrices decay, norm weights do not."""
+    decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
+    plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]
+    return [group for group in ((decayed, settings.weight_decay), (plain, 0.0)) if group[0]]
+
+
 def adamw(
     tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings
 ) -> torch.optim.AdamW:
-    """torch's AdamW over named tensors: matrices decay, norm weights do not."""
-    decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
-    plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    """torch's own optimizer, for the reference."""
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [{"params": ts, "weight_decay": decay} for ts, decay in decay_groups(tensors, matrices, settings)],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
     )
+
+
+class AdamW:
+    """torch's AdamW function with its state held here.
+
+    `torch.optim.AdamW` does the same with the same bits, and imports torch's compiler when it is made: a second of CPU
+    in the start of every worker.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], settings: OptimizerSettings) -> None:
+        """`groups` are (tensors, weight decay)."""
+        self.groups = groups
+        self.learning_rate = settings.learning_rate
+        self._settings = settings
+        self.state: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}  # first and second moment, steps
+
+    def step(self) -> None:
+        """Update every tensor that has a gradient."""
+        for tensors, weight_decay in self.groups:
+            moved = [t for t in tensors if t.grad is not None]
+            for tensor in moved:
+                if tensor not in self.state:
+                    self.state[tensor] = self._begin(tensor)
+            states = [self.state[t] for t in moved]
+            with torch.no_grad():
+                torch_adamw(
+                    moved,
+                    [t.grad for t in moved if t.grad is not None],
+                    [state[0] for state in states],
+                    [state[1] for state in states],
+                    [],
+                    [state[2] for state in states],
+                    amsgrad=False,
+                    beta1=self._settings.beta1,
+                    beta2=self._settings.beta2,
+                    lr=self.learning_rate,
+                    weight_decay=weight_decay,
+                    eps=self._settings.epsilon,
+                    maximize=False,
+                )
+
+    @staticmethod
+    def _begin(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros_like(tensor), torch.zeros_like(tensor), torch.tensor(0.0)
+
+    def forget_gradients(self) -> None:
+        """Let go of all gradients."""
+        for tensors, _ in self.groups:
+            for tensor in tensors:
+                tensor.grad = None
 
 
 class Updater:
@@ -77,7 +131,7 @@ class Updater:
             self.masters[number] = master
             named.setdefault(ownership.parameters[ownership.slices[number].parameter].name, []).append(master)
         matrices = {p.name for p in ownership.parameters if len(p.shape) > 1}
-        self.optimizer = adamw(named, matrices, settings) if named else None
+        self.optimizer = AdamW(decay_groups(named, matrices, settings), settings) if named else None
 
     def view(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Slice `number` of tensors shaped like this device's shards."""
@@ -99,14 +153,13 @@ class Updater:
         if self.optimizer is None:
             return
         scale = clip_scale(norm, self.settings.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step, steps)
+        self.optimizer.learning_rate = learning_rate(self.settings, step, steps)
         if scale != 1.0:
             for master in self.masters.values():
                 if master.grad is not None:
                     master.grad.mul_(scale)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.forget_gradients()
         with torch.no_grad():
             for number, master in self.masters.items():
                 view = self.view(number, self.weights)
