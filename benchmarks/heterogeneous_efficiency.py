@@ -38,7 +38,6 @@ from typing import Any
 
 from bench.results import print_figures, write_result
 from bench.splits import Candidate, Chain, best_alone, best_chains, compute_of, only, share_of_batch
-
 from hethub.cost.bounds import physical_step_seconds
 from hethub.program.actions import Program, What
 from hethub.program.compile import compile_program

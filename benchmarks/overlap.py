@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from bench.results import print_figures, write_result
 
+from bench.results import print_figures, write_result
 from hethub.cost.compute import gradient_bytes
 from hethub.program.actions import Program, What
 from hethub.specs.cluster import load_cluster

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.results import ROOT, print_figures, write_result
 
+from bench.results import ROOT, print_figures, write_result
 from hethub.timeline.record import Kind, Timeline
 from hethub.timeline.summary import step_seconds
 
