@@ -32,7 +32,8 @@ from bench.results import ROOT, print_figures, write_result
 from hethub.timeline.record import Kind, Timeline
 from hethub.timeline.summary import step_seconds
 
-CLUSTER = Path(__file__).parent / "specs" / "three-types.yaml"
+SPECS = Path(__file__).parent / "specs"
+CLUSTER, MODEL = SPECS / "three-types.yaml", SPECS / "three-types-model" / "config.json"
 WORKERS, STEPS, REPEATS = 8, 2, 3
 ROWS = 8
 JOB = """\
@@ -69,8 +70,7 @@ def launch(folder: Path) -> dict[str, Any]:
     """One launch in a new subfolder: seconds to the end of the first step, the run's own account, what is wrong."""
     here = Path(tempfile.mkdtemp(dir=folder))
     job = here / "job.yaml"
-    model = CLUSTER.parent / "three-types-model" / "config.json"
-    job.write_text(JOB.format(cluster=CLUSTER, model=model, steps=STEPS, rows=ROWS))
+    job.write_text(JOB.format(cluster=CLUSTER, model=MODEL, steps=STEPS, rows=ROWS))
     begin = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "hethub", "launch", str(job)],
@@ -104,8 +104,9 @@ def problems(run: Path, summary: dict[str, Any]) -> list[str]:
     trained = measured.records[measured.records["kind"] == Kind.BACKWARD]["device"]
     if len(np.unique(trained)) != WORKERS:
         found.append(f"{len(np.unique(trained))} devices ran a backward, not {WORKERS}")
-    if abs(summary["loss_first"] / math.log(860) - 1) > 0.1:
-        found.append(f"the first loss is {summary['loss_first']:.3f}, not near ln(860)")
+    vocabulary = json.loads(MODEL.read_text())["vocab_size"]
+    if abs(summary["loss_first"] / math.log(vocabulary) - 1) > 0.1:
+        found.append(f"the first loss is {summary['loss_first']:.3f}, not near ln({vocabulary})")
     if step_seconds(measured)[0] < min(step_seconds(predicted)):
         found.append(f"the first step took {step_seconds(measured)[0]:.3f} s, less than predicted")
     return found

@@ -176,7 +176,8 @@ def step_window(timeline: Timeline, first: int, last: int) -> tuple[float, float
 def sent_seconds(records: Records) -> Floats:
     """Return for every record the second at which its message was sent; NaN where that is not known.
 
-    A receive that does not say takes the start of the send with the same (step, message). shape: (records,)
+    A receive that does not say takes the start of the send with the same (step, message), or, where that came after
+    it, of the step before: new weights are received by the step after the one that sends them. shape: (records,)
     """
     sent: Floats = records["sent"].astype(np.float64)
     asking = np.flatnonzero((records["kind"] == Kind.RECEIVE) & np.isnan(sent) & (records["message"] >= 0))
@@ -185,10 +186,16 @@ def sent_seconds(records: Records) -> Floats:
         return sent
     keys = _pair(sends["step"], sends["message"])
     order = np.argsort(keys, kind="stable")
-    wanted = _pair(records["step"][asking], records["message"][asking])
-    place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
-    match = order[place]
-    sent[asking] = np.where(keys[match] == wanted, sends["start"][match], np.nan)
+
+    def starts(step: npt.NDArray[np.int32]) -> Floats:
+        """Of the sends of the asking records' messages in these steps, NaN where there is none."""
+        wanted = _pair(step, records["message"][asking])
+        match = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
+        return np.where(keys[match] == wanted, sends["start"][match], np.nan)
+
+    same, before = starts(records["step"][asking]), starts(records["step"][asking] - 1)
+    late = same > records["end"][asking]
+    sent[asking] = np.where(late, before, same)
     return sent
 
 

@@ -147,12 +147,12 @@ def _add_messages(
     underway = np.where(send, overlap_seconds(begin, end, window), overlap_seconds(gone, end, window))
     unsent = overlap_seconds(early, gone, window)
     _add(waits, "idle", actions, overlap_seconds(begin, early, window), wait)
-    for cause, chosen in _carried(actions).items():
+    for cause, chosen in _contents(actions).items():
         _add(shares, cause, actions, underway, chosen & (send | wait))
         _add(waits, cause if cause in _WAITED_FOR else "bubble", actions, unsent, chosen & wait)
 
 
-def _carried(actions: Records) -> dict[str, Bools]:
+def _contents(actions: Records) -> dict[str, Bools]:
     """For every cause, which sends and receives carry what it is about.
 
     Activations go with forward actions, which receives precede and sends follow; their gradients with backward ones.
