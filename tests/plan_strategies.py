@@ -14,6 +14,7 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.schedules import SCHEDULES
 from hethub.specs.cluster import Cluster, DeviceType, GroupLink, Link, NodeGroup
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
@@ -33,8 +34,6 @@ __all__ = [
 SEQUENCE = 16
 VOCABULARY = 64
 _FFN = 24
-
-Schedule = Literal["1f1b", "gpipe"]
 
 
 # -- building blocks ---------------------------------------------------------------------------------------
@@ -159,13 +158,14 @@ class _Shapes:
         rows: int = 2,
         micro_batches: int = 4,
         in_flight: int = 3,
+        schedule: str = "1f1b",
     ) -> Pipeline:
         """A pipeline of single devices: stage i holds layers [cuts[i], cuts[i + 1])."""
         stages = [
             self.stage((a, b), [(rows, alone(d))], in_flight=min(in_flight, micro_batches))
             for a, b, d in zip(cuts, cuts[1:], devices, strict=False)
         ]
-        return Pipeline(micro_batches=micro_batches, micro_batch_rows=rows, stages=stages)
+        return Pipeline(schedule=schedule, micro_batches=micro_batches, micro_batch_rows=rows, stages=stages)
 
 
 def _plan(
@@ -316,8 +316,41 @@ def _recompute(x: _Shapes) -> list[Pipeline]:
 
 @_named("gpipe")
 def _gpipe(x: _Shapes) -> list[Pipeline]:
-    chain = x.chain((0, 2, 4, 5), [FAST, MIDDLE, SLOW], in_flight=4)
-    return [chain.model_copy(update={"schedule": "gpipe"})]
+    return [x.chain((0, 2, 4, 5), [FAST, MIDDLE, SLOW], in_flight=4, schedule="gpipe")]
+
+
+@_named("interleaved: unequal chunks in a loop over 2 devices", layers=4)
+def _interleaved(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 2, 3, 5, 6), [FAST, SLOW, FAST, SLOW], schedule="interleaved")]
+
+
+@_named("interleaved: a V over 2 devices with little memory", layers=5)
+def _interleaved_v(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 3, 4, 5, 7), [FAST, SLOW, SLOW, FAST], in_flight=2, schedule="interleaved")]
+
+
+@_named("zb-h1", layers=4)
+def _zero_bubble(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 3, 5, 6), [FAST, MIDDLE, SLOW], schedule="zb-h1")]
+
+
+@_named("zb-h1 with rows, shares and recomputation")
+def _zero_bubble_uneven(x: _Shapes) -> list[Pipeline]:
+    stages = [
+        x.stage((0, 2), [(3, alone(FAST)), (1, alone(SLOW))], recompute="full"),
+        x.stage((2, 5), [(4, [(MIDDLE, 3, 20, 40), (MIDDLE2, 1, 4, 24)])]),
+    ]
+    return [Pipeline(schedule="zb-h1", micro_batches=2, micro_batch_rows=4, stages=stages)]
+
+
+@_named("list", layers=4)
+def _list(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 1, 4, 6), [SLOW, FAST, MIDDLE], rows=1, micro_batches=8, schedule="list")]
+
+
+@_named("list: chunks in a loop and a tied table", layers=4, tied=True)
+def _list_chunks(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 1, 3, 4, 6), [FAST, SLOW, FAST, SLOW], schedule="list")]
 
 
 @_named("chunks: one device in stages 0 and 2", layers=4)
@@ -443,7 +476,11 @@ def _groups(
 
 
 def _places(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> list[list[str]]:
-    """Devices of each stage; sometimes a device stands in one stage more (a chunk)."""
+    """Devices of each stage; sometimes one stands in one stage more (a chunk), or all in two (a loop or a V)."""
+    form = draw(st.sampled_from(["chain", "chain", "loop", "v"]))
+    if form != "chain":
+        once = [[device] for device in devices[: (model.layers + 2) // 2]]
+        return once + (once if form == "loop" else once[::-1])
     stages = draw(st.integers(1, min(len(devices), model.layers + 2)))
     places = []
     at = 0
@@ -458,7 +495,7 @@ def _places(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> list[list[
 
 def _pipeline(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> Pipeline:
     micro_batches, rows = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    schedule = draw(st.sampled_from(["1f1b", "gpipe"]))
+    schedule = draw(st.sampled_from(sorted(SCHEDULES)))
     shapes = _Shapes(model)
     stages = []
     start = 0

@@ -15,6 +15,7 @@ from hethub.cost.shapes import (
     BYTES,
     LayerKind,
     Segment,
+    Work,
     layer_kind,
     layer_parameters,
     layer_segments,
@@ -29,7 +30,7 @@ __all__ = [
     "ComputeModel",
     "ComputePrice",
     "PricedSegment",
-    "all_reduce_seconds",
+    "exchange_seconds",
     "gradient_bytes",
     "state_bytes",
 ]
@@ -37,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PricedSegment:
-    """One segment of a tensor-parallel group's action: every member's seconds and the collective after it."""
+    """One segment of a tensor-parallel group's action: every member's seconds and its collectives' together."""
 
     member_seconds: tuple[float, ...]
     collective_seconds: float
@@ -47,23 +48,30 @@ class PricedSegment:
 class ComputePrice:
     """An action of a tensor-parallel group: all members start together and end together.
 
-    `seconds` = sum over segments of the slowest member + the collective; a member's own compute is busy time,
-    the rest exposed communication.
+    `seconds` = sum over segments of the slowest member + the collectives; a member's own compute is busy time, the
+    rest exposed communication. Weight gradients (BACKWARD_WEIGHT) are one segment without a collective: nobody waits
+    for the others there, and `alone` is what a member really does.
     """
 
     segments: tuple[PricedSegment, ...]
     seconds: float
     busy_seconds: tuple[float, ...]
 
+    def alone(self, member: int) -> ComputePrice:
+        """The action as this member would do it without waiting for the others: its own compute only."""
+        busy = self.busy_seconds[member]
+        return ComputePrice((PricedSegment((busy,), 0.0),), busy, (busy,))
 
-def all_reduce_seconds(graph: CostGraph, devices: Sequence[int], size_bytes: float) -> float:
-    """Ring all-reduce over the group's actual paths: 2 (n - 1) steps of latency + (bytes / n) / bandwidth,
-    the worst hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009)."""
+
+def exchange_seconds(graph: CostGraph, devices: Sequence[int], shard_bytes: float) -> float:
+    """Ring all-gather or reduce-scatter over the group's actual paths: n - 1 steps in which everyone passes a shard
+    on, each of latency + shard / bandwidth, the worst hop counting (Patarasuk and Yuan, "Bandwidth optimal all-reduce",
+    JPDC 2009, of which they are the halves)."""
     count = len(devices)
-    if count < 2 or size_bytes == 0:
+    if count < 2 or shard_bytes == 0:
         return 0.0
     hops = [graph.path(devices[i], devices[(i + 1) % count]) for i in range(count)]
-    return 2 * (count - 1) * max(hop.seconds(size_bytes / count) for hop in hops)
+    return (count - 1) * max(hop.seconds(shard_bytes) for hop in hops)
 
 
 def gradient_bytes(precision: str) -> int:
@@ -83,8 +91,8 @@ class ComputeModel:
     def __init__(self, graph: CostGraph, workload: Workload) -> None:
         self.graph = graph
         self.workload = workload
-        self._seconds: dict[tuple[str, LayerKind, Share, int, Kind], tuple[float, ...]] = {}
-        self._collective: dict[tuple[tuple[int, ...], int], float] = {}
+        self._seconds: dict[tuple[str, LayerKind, Share, int, Work], tuple[float, ...]] = {}
+        self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
 
@@ -101,16 +109,16 @@ class ComputeModel:
         return rate
 
     def segments(
-        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Kind
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Work
     ) -> tuple[Segment, ...]:
         """The work of one layer on one rank (see `shapes.layer_segments`)."""
         size, seq = self._rate(device_type)[2], self.workload.sequence_length
         return layer_segments(self.workload.model, kind, share, rows, seq=seq, size=size, work=work)
 
     def segment_seconds(
-        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Kind
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Work
     ) -> tuple[float, ...]:
-        """Seconds of each segment of one layer on one rank."""
+        """Seconds of each segment of one layer on one rank, collectives not counted."""
         key = (device_type.name, kind, share, rows, work)
         found = self._seconds.get(key)
         if found is None:
@@ -122,66 +130,79 @@ class ComputeModel:
         return found
 
     def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
-        """Forward and backward of one layer on one rank, collectives not counted."""
+        """Forward and backward of one layer on one device alone, nothing recomputed."""
         return sum(
-            sum(self.segment_seconds(device_type, kind, share, rows, work))
+            sum(self.segment_seconds(device_type, kind, share, rows, Work(work)))
             for work in (Kind.FORWARD, Kind.BACKWARD)
         )
 
-    def collective_seconds(self, devices: tuple[int, ...], size_bytes: int) -> float:
-        """All-reduce among a tensor-parallel group."""
-        key = (devices, size_bytes)
-        found = self._collective.get(key)
+    def collective_seconds(self, devices: tuple[int, ...], segment: Segment) -> float:
+        """All collectives of a segment among a tensor-parallel group, one after the other."""
+        exchange = segment.exchanges * self._exchange_seconds(devices, segment.shard_bytes)
+        return exchange + segment.chunks * self._exchange_seconds(devices, segment.chunk_bytes)
+
+    def _exchange_seconds(self, devices: tuple[int, ...], shard_bytes: int) -> float:
+        key = (devices, shard_bytes)
+        found = self._exchange.get(key)
         if found is None:
-            found = self._collective[key] = all_reduce_seconds(self.graph, devices, size_bytes)
+            found = self._exchange[key] = exchange_seconds(self.graph, devices, shard_bytes)
         return found
 
-    def group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, work: Kind) -> ComputePrice:
-        """The action of kind `work` (forward, backward, a part of it, or recompute) of one replica over `layers`
-        (half-open) and `rows` sequences."""
-        key = (ranks, layers, rows, work)
+    def group_price(
+        self,
+        ranks: tuple[RankPlace, ...],
+        layers: Span,
+        rows: int,
+        work: Kind,
+        *,
+        recompute: str = "none",
+        training: bool = True,
+    ) -> ComputePrice:
+        """The action of kind `work` of one replica over `layers` (half-open) and `rows` sequences.
+
+        `recompute` is the stage's mode: it says what RECOMPUTE does again, and with "full" the head's gradients move
+        from FORWARD to there. Without `training` FORWARD is an evaluation's.
+        """
+        key = (ranks, layers, rows, work, recompute, training)
         found = self._prices.get(key)
         if found is None:
-            found = self._prices[key] = self._group_price(ranks, layers, rows, work)
+            largest = max(rank.share.vocab[1] - rank.share.vocab[0] for rank in ranks)
+            found = self._prices[key] = self._group_price(
+                ranks, layers, rows, Work(work, recompute, len(ranks), largest, training)
+            )
         return found
 
-    def _group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, work: Kind) -> ComputePrice:
+    def _group_price(self, ranks: tuple[RankPlace, ...], layers: Span, rows: int, work: Work) -> ComputePrice:
         model = self.workload.model
-        devices = tuple(rank.device for rank in ranks)
-        types = [self.graph.devices[device].type for device in devices]
         segments: list[PricedSegment] = []
-        forward = work in (Kind.FORWARD, Kind.RECOMPUTE)
+        forward = work.kind in (Kind.FORWARD, Kind.RECOMPUTE)
         order = range(*layers) if forward else range(layers[1] - 1, layers[0] - 1, -1)
         by_kind: dict[LayerKind, list[PricedSegment]] = {}
         for layer in order:
             kind = layer_kind(model, layer)
             if kind not in by_kind:
-                by_kind[kind] = self._layer_segments(ranks, types, devices, kind, rows=rows, work=work)
+                by_kind[kind] = self._layer_segments(ranks, kind, rows, work)
             segments.extend(by_kind[kind])
+        busy = tuple(sum(s.member_seconds[i] for s in segments) for i in range(len(ranks)))
+        if work.kind == Kind.BACKWARD_WEIGHT:
+            return ComputePrice((PricedSegment(busy, 0.0),), max(busy), busy)
         return ComputePrice(
-            tuple(segments),
-            sum(max(s.member_seconds) + s.collective_seconds for s in segments),
-            tuple(sum(s.member_seconds[i] for s in segments) for i in range(len(ranks))),
+            tuple(segments), sum(max(s.member_seconds) + s.collective_seconds for s in segments), busy
         )
 
     def _layer_segments(
-        self,
-        ranks: tuple[RankPlace, ...],
-        types: list[DeviceType],
-        devices: tuple[int, ...],
-        kind: LayerKind,
-        *,
-        rows: int,
-        work: Kind,
+        self, ranks: tuple[RankPlace, ...], kind: LayerKind, rows: int, work: Work
     ) -> list[PricedSegment]:
+        devices = tuple(rank.device for rank in ranks)
+        types = [self.graph.devices[device].type for device in devices]
         members = [
             self.segment_seconds(t, kind, rank.share, rows, work)
             for t, rank in zip(types, ranks, strict=True)
         ]
         segments = self.segments(types[0], kind, ranks[0].share, rows, work)
         return [
-            PricedSegment(tuple(m[i] for m in members), self.collective_seconds(devices, s.all_reduce_bytes))
-            for i, s in enumerate(segments)
+            PricedSegment(tuple(m[i] for m in members), self.collective_seconds(devices, segment))
+            for i, segment in enumerate(segments)
         ]
 
     def stage_parameters(self, share: Share, layers: Span) -> int:

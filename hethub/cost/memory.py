@@ -1,49 +1,90 @@
-"""Bytes on every device at its peak: what the runtime's tally of live storages will count, and its workspace.
+"""Bytes on every device at its peak, in closed form: quick enough for a planner's search, and never too little.
 
-Saved activations follow the operators of `hethub/launch/model.py`, which saves per decoder and token: both
-norms' inputs and outputs (4 x hidden), query, repeated key and value, attention output (4 x heads x
-head_dim), gate, up and their product (3 x ffn), and in fp32 two norm scales and one log-sum per head.
+What a micro-batch keeps follows the autograd functions of `hethub/launch/kernels.py`. With T tokens of a micro-batch, t
+of them in this member's shard, hidden size D, query, key-value and feed-forward columns W, K and F of this rank and w
+bytes an element, a decoder keeps
+
+- 2 t D w: the inputs of both halves, and in wide numbers a norm's scale for each token of both;
+- T (W + 2 K) w: queries, keys and values, turned; T 2 F w: gate and up;
+- in a group 2 T D w more: the gathered inputs of both halves' column products;
+- its attention core's T W w and one wide log-sum a head and token, which selective recomputation makes in RECOMPUTE.
+
+A backward that is split leaves the products of weight gradients for later. Their operands are T (4 D + 2 W + 2 K + 3 F)
+w a decoder: inputs and output gradients of its four products. Wide is fp32, or fp64 in an fp64 job.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
-from hethub.cost.shapes import BYTES, layer_kind
+from hethub.cost.shapes import (
+    BYTES,
+    LayerKind,
+    layer_kind,
+    layer_parameters,
+    logit_chunk_tokens,
+    parameter_span,
+)
 from hethub.specs.cluster import DeviceType
-from hethub.specs.layout import Layout, PipelinePlace, RankPlace, Share, StagePlace
+from hethub.specs.layout import (
+    Layout,
+    PipelinePlace,
+    RankPlace,
+    ReplicaPlace,
+    Share,
+    Span,
+    StagePlace,
+    sequence_span,
+)
 from hethub.specs.workload import Workload
 
-__all__ = ["MemoryUse", "activation_bytes", "device_memory", "usable_bytes", "workspace_bytes"]
+__all__ = [
+    "LayerBytes",
+    "MemoryUse",
+    "RankShape",
+    "StageBytes",
+    "apart_bytes",
+    "cut_inside_elements",
+    "device_memory",
+    "layer_bytes",
+    "rank_shape",
+    "stage_bytes",
+    "usable_bytes",
+]
 
-# Buffers of each kind (activation in, gradient in, and the message being sent each way) that a stage keeps.
+# Buffers of each kind (activation in, gradient in, and the message being sent each way) that a stage keeps, and the
+# message that has been taken out of its buffer and not been used yet.
 _RECEIVE_DEPTH = 2
 _SEND_BUFFERS = 1
+_TAKEN = 1
+# Schedules that never split a backward. Any other may, so that a micro-batch may wait for its weight part.
+_WHOLE_BACKWARD = frozenset({"1f1b", "gpipe", "interleaved"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes by purpose. `activations` and `buffers` peak inside the pipeline, `reduction` after it."""
+    """Bytes by purpose. `activations` peak inside the pipeline. `reduction` are messages with gradients or new
+    weights: they come with the last backward or go with the first forward, beside the `one` micro-batch that is held
+    then."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    one: int
     buffers: int
     workspace: int
     reduction: int
 
     @property
     def total(self) -> int:
-        """Peak bytes: reduction buffers come when activations are gone."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + max(self.activations + self.buffers + self.workspace, self.reduction)
-        )
+        """Peak bytes."""
+        lasting = self.weights + self.gradients + self.optimizer + self.buffers + self.workspace
+        return lasting + max(self.activations, self.one + self.reduction)
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -54,61 +95,266 @@ def usable_bytes(device_type: DeviceType) -> int:
     return device_type.memory_bytes - device_type.memory_reserve_bytes
 
 
-def activation_bytes(workload: Workload, share: Share, layer: int, rows: int, size: int) -> int:
-    """Bytes that one layer keeps for its backward pass of `rows` sequences, its output not counted."""
-    model = workload.model
-    tokens = rows * workload.sequence_length
-    kind = layer_kind(model, layer)
-    if kind == "embedding":
-        return tokens * 8
-    if kind == "head":
-        vocab = share.vocab[1] - share.vocab[0]
-        # norm input and output, its scale, probabilities in fp32 (fp64 if the job is), targets
-        wide = gradient_bytes(workload.precision)
-        return tokens * (2 * model.hidden_size * size + wide + vocab * wide + 8)
-    heads, ffn = share.heads[1] - share.heads[0], share.ffn[1] - share.ffn[0]
-    return tokens * ((4 * model.hidden_size + 4 * heads * model.head_dim + 3 * ffn) * size + (2 + heads) * 4)
+# -- layers -------------------------------------------------------------------------------------------------------
 
 
-def workspace_bytes(workload: Workload, share: Share, stage: StagePlace, rows: int, size: int) -> int:
-    """The largest temporary of any layer in the stage: gradients of its widest tensors, or the logits."""
-    model = workload.model
-    tokens = rows * workload.sequence_length
-    ffn, vocab = share.ffn[1] - share.ffn[0], share.vocab[1] - share.vocab[0]
-    needs = [tokens * 2 * model.hidden_size * size]
-    if stage.layers[1] > 1 and stage.layers[0] <= model.layers:
-        needs.append(tokens * (2 * model.hidden_size + 3 * ffn) * size)
-    if stage.layers[1] == model.layers + 2:
-        needs.append(tokens * vocab * (size + gradient_bytes(workload.precision)))
-    return max(needs)
+@dataclass(frozen=True, slots=True)
+class RankShape:
+    """What decides the bytes of a layer on a rank: its share, its `rows` of a micro-batch, bytes of an element
+    (`size`), and its place in a group of `members`, of which the largest vocabulary share is `largest_vocab`."""
+
+    workload: Workload
+    share: Share
+    rows: int
+    size: int
+    members: int = 1
+    member: int = 0
+    largest_vocab: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.workload.sequence_length
+
+    @property
+    def shard_tokens(self) -> int:
+        """Of them in this member's shard."""
+        start, stop = sequence_span(self.workload.sequence_length, self.members, self.member)
+        return self.rows * (stop - start)
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Of this member's part of a stage's input or output."""
+        return self.shard_tokens * self.workload.model.hidden_size * self.size
+
+    @property
+    def token_bytes(self) -> int:
+        """Of token ids, or targets."""
+        return self.tokens * 8
 
 
-def _stage_use(
-    compute: ComputeModel, pipeline: PipelinePlace, stage: StagePlace, rank: RankPlace, rows: int
-) -> MemoryUse:
-    """One rank of one stage, optimizer and reduction left out (they follow ownership)."""
-    workload = compute.workload
-    size = BYTES[compute.graph.devices[rank.device].type.dtype_for(workload.precision)]
+def rank_shape(compute: ComputeModel, replica: ReplicaPlace, member: int) -> RankShape:
+    """The shape of a rank of a replica."""
+    rank, workload = replica.ranks[member], compute.workload
+    return RankShape(
+        workload,
+        rank.share,
+        replica.rows[1] - replica.rows[0],
+        BYTES[compute.graph.devices[rank.device].type.dtype_for(workload.precision)],
+        len(replica.ranks),
+        member,
+        max(r.share.vocab[1] - r.share.vocab[0] for r in replica.ranks),
+    )
+
+
+class LayerBytes(NamedTuple):
+    """Bytes of one layer and micro-batch: `kept` from forward to backward, of which `core` is what selective
+    recomputation does without until RECOMPUTE; `stash` from an input backward to the weight part; and the most that
+    is alive besides while forward, backward or a weight part compute."""
+
+    kept: int
+    core: int
+    stash: int
+    forward_workspace: int
+    backward_workspace: int
+    weight_workspace: int
+
+    def __add__(self, other: LayerBytes) -> LayerBytes:  # type: ignore[override]  # layers follow each other
+        """Of both layers: what is kept adds up, workspace is used in turn."""
+        return LayerBytes(
+            self.kept + other.kept,
+            self.core + other.core,
+            self.stash + other.stash,
+            max(self.forward_workspace, other.forward_workspace),
+            max(self.backward_workspace, other.backward_workspace),
+            max(self.weight_workspace, other.weight_workspace),
+        )
+
+
+_NOTHING = LayerBytes(0, 0, 0, 0, 0, 0)
+
+
+@lru_cache(maxsize=65536)
+def layer_bytes(shape: RankShape, kind: LayerKind) -> LayerBytes:
+    """What one layer needs (see the head of this module); its output is not counted."""
+    return {"embedding": _embedding_bytes, "decoder": _decoder_bytes, "head": _head_bytes}[kind](shape)
+
+
+def _embedding_bytes(shape: RankShape) -> LayerBytes:
+    elements = shape.tokens * shape.workload.model.hidden_size
+    whole, wide = elements * shape.size, gradient_bytes(shape.workload.precision)
+    widened = elements * wide if shape.size < wide else 0
+    return LayerBytes(
+        kept=shape.token_bytes,
+        core=0,
+        stash=shape.token_bytes + whole,
+        forward_workspace=2 * whole,
+        backward_workspace=2 * whole + widened,
+        weight_workspace=widened,
+    )
+
+
+def _decoder_bytes(shape: RankShape) -> LayerBytes:
+    model, share, size = shape.workload.model, shape.share, shape.size
+    heads, kv = share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
+    hidden, ffn = model.hidden_size, share.ffn[1] - share.ffn[0]
+    query, packed = heads * model.head_dim, (heads + 2 * kv) * model.head_dim
+    tokens, shard, wide = shape.tokens, shape.shard_tokens, gradient_bytes(shape.workload.precision)
+    gathered = 2 * tokens * hidden if shape.members > 1 else 0
+    core = tokens * (query * size + heads * wide)
+    kept = size * (2 * shard * hidden + tokens * (packed + 2 * ffn) + gathered) + 2 * shard * wide
+    # a norm's backward in wide numbers, and where weights are narrow a product before it is added to its sum
+    narrow = size < wide
+    norm = shard * hidden * wide * (3 if narrow else 1)
+    product = hidden * max(packed, query, 2 * ffn) * size if narrow else 0
+    return LayerBytes(
+        kept=kept + core,
+        core=core,
+        stash=size * tokens * (4 * hidden + 2 * query + packed - query + 3 * ffn),
+        forward_workspace=size * tokens * (3 * hidden + max(query + packed, 3 * ffn)),
+        backward_workspace=size * tokens * (4 * hidden + max(query + 2 * packed, 5 * ffn)) + norm + product,
+        weight_workspace=product,
+    )
+
+
+def _head_bytes(shape: RankShape) -> LayerBytes:
+    """Keeps the hidden states' gradient; a chunk of logits is alive, wide and in the weights' type."""
+    model, size, tokens = shape.workload.model, shape.size, shape.tokens
+    vocab = shape.share.vocab[1] - shape.share.vocab[0]
+    wide = gradient_bytes(shape.workload.precision)
+    chunk = min(tokens, logit_chunk_tokens(tokens, shape.largest_vocab or vocab))
+    narrow = size < wide
+    logits = chunk * vocab * (wide + (size if narrow else 0))
+    hidden = tokens * model.hidden_size * size
+    norm = 3 * shape.shard_tokens * model.hidden_size * wide
+    return LayerBytes(
+        kept=shape.boundary_bytes,
+        core=0,
+        stash=0,
+        forward_workspace=2 * hidden
+        + max(logits + (vocab * model.hidden_size * size if narrow else 0), norm),
+        backward_workspace=0,
+        weight_workspace=0,
+    )
+
+
+# -- stages -------------------------------------------------------------------------------------------------------
+
+
+class StageBytes(NamedTuple):
+    """Bytes of one micro-batch on a rank of a stage, or of some of its layers, and what its actions use besides.
+
+    entry: the input. kept: from forward to backward, input included, and targets in the last stage. again: what
+    RECOMPUTE adds to it. stash: from an input backward to the weight part. output: the result, and likewise the
+    gradient that comes back for it.
+    """
+
+    entry: int
+    kept: int
+    again: int
+    stash: int
+    output: int
+    forward_workspace: int
+    backward_workspace: int
+    weight_workspace: int
+
+
+@lru_cache(maxsize=65536)
+def stage_bytes(shape: RankShape, layers: Span, recompute: str) -> StageBytes:
+    """Of the layers [a, b) in a stage that recomputes as told."""
+    model = shape.workload.model
+    total = _NOTHING
+    for layer in range(*layers):
+        total = total + layer_bytes(shape, layer_kind(model, layer))
+    first, last = layers[0] == 0, layers[1] == model.layers + 2
+    entry = shape.token_bytes if first else shape.boundary_bytes
+    targets = shape.token_bytes + shape.rows * 8 if last else 0
+    # The head does not keep its input, so that a stage of nothing else has the input besides.
+    whole = total.kept + targets + (entry if layers[0] == model.layers + 1 else 0)
+    kept = {"none": whole, "selective": whole - total.core, "full": entry + targets}[recompute]
+    return StageBytes(
+        entry=entry,
+        kept=kept,
+        again=whole - kept,
+        stash=total.stash,
+        output=0 if last else shape.boundary_bytes,
+        forward_workspace=total.forward_workspace,
+        backward_workspace=total.backward_workspace,
+        weight_workspace=total.weight_workspace,
+    )
+
+
+def apart_bytes(workload: Workload, size: int) -> int:
+    """Bytes that an updater needs besides for each element of a slice that does not lie in one piece: a gradient, and
+    a master copy where weights are wide and so have none, in one piece."""
+    wide = gradient_bytes(workload.precision)
+    return wide + (wide if size == wide else 0)
+
+
+def cut_inside_elements(shape: RankShape, layers: Span) -> int:
+    """Elements of weights whose cut axis is not their first: slices of those do not lie in one piece."""
+    found = 0
+    for layer in range(*layers):
+        for parameter in layer_parameters(shape.workload.model, layer):
+            if parameter.axis:
+                start, stop = parameter_span(parameter, shape.share)
+                found += (stop - start) * parameter.elements_per_index
+    return found
+
+
+class _RankUse(NamedTuple):
+    """A rank's use, the optimizer and what is exchanged left out, and its elements: all, and those cut inside."""
+
+    use: MemoryUse
+    elements: int
+    cut_inside: int
+    size: int
+
+
+def _rank_use(
+    compute: ComputeModel, pipeline: PipelinePlace, stage: StagePlace, rank: RankPlace, shape: RankShape
+) -> _RankUse:
     elements = compute.stage_parameters(rank.share, stage.layers)
-    boundary = rows * workload.sequence_length * workload.model.hidden_size * size
-    saved = sum(activation_bytes(workload, rank.share, layer, rows, size) for layer in range(*stage.layers))
+    found = stage_bytes(shape, stage.layers, stage.recompute)
     held = min(stage.in_flight, pipeline.micro_batches)
-    first, last = stage.layers[0] == 0, stage.layers[1] == workload.model.layers + 2
-    output = 0 if last else boundary
-    if stage.recompute == "full":
-        entry = rows * workload.sequence_length * 8 if first else boundary
-        activations = held * entry + saved + output
-    else:
-        activations = held * (saved + output)
-    ways = (0 if first else 1) + (0 if last else 1)
-    return MemoryUse(
-        weights=elements * size,
-        gradients=elements * gradient_bytes(workload.precision),
+    split = pipeline.schedule not in _WHOLE_BACKWARD
+    # Forward's result stays as long as its graph, but where another forward will make it again.
+    each = (max(found.kept, found.stash) if split else found.kept) + (
+        0 if stage.recompute == "full" else found.output
+    )
+    again = found.again + (found.output if stage.recompute == "full" else 0)
+    ways = (0 if stage.layers[0] == 0 else 1) + (1 if found.output else 0)
+    use = MemoryUse(
+        weights=elements * shape.size,
+        gradients=elements * gradient_bytes(shape.workload.precision),
         optimizer=0,
-        activations=activations,
-        buffers=ways * boundary * (_RECEIVE_DEPTH + _SEND_BUFFERS),
-        workspace=workspace_bytes(workload, rank.share, stage, rows, size),
+        activations=held * each + again,
+        one=each + again,
+        buffers=ways * shape.boundary_bytes * (_RECEIVE_DEPTH + _SEND_BUFFERS + _TAKEN),
+        workspace=max(found.forward_workspace, found.backward_workspace),
         reduction=0,
+    )
+    return _RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size)
+
+
+def _exchanged(found: _RankUse, workload: Workload, owned: int | None, incoming: int | None) -> MemoryUse:
+    """Optimizer state of `owned` elements (None: of all), and messages with others' gradients (`incoming` elements)
+    or with the new weights that others update, whichever are more."""
+    wide = gradient_bytes(workload.precision)
+    mine = found.elements if owned is None else owned
+    shared = mine < found.elements
+    apart = found.cut_inside * mine // max(1, found.elements) if shared else 0
+    gradients = 0 if incoming is None else incoming * wide
+    weights = 0 if owned is None or incoming is None else (found.elements - mine) * found.size
+    return MemoryUse(
+        weights=0,
+        gradients=0,
+        optimizer=mine * state_bytes(workload.precision) + apart * apart_bytes(workload, found.size),
+        activations=0,
+        one=0,
+        buffers=0,
+        workspace=0,
+        reduction=max(gradients, weights),
     )
 
 
@@ -120,31 +366,32 @@ def device_memory(
 ) -> dict[int, MemoryUse]:
     """Peak memory of every used device.
 
-    `owned_elements` and `reduction_bytes` (device -> count) come from the ownership table; without them a
-    device is taken to update all that it holds, which is the most it can be given.
+    `owned_elements` and `incoming_elements` (device -> count) come from the ownership table; without them a
+    device is taken to update all that it holds, which is the most it can be given, and to wait for no one.
     """
-    found: dict[int, MemoryUse] = {}
+    found: dict[int, _RankUse] = {}
     for pipeline in layout.pipelines:
         for stage in pipeline.stages:
             for replica in stage.replicas:
-                rows = replica.rows[1] - replica.rows[0]
-                for rank in replica.ranks:
-                    use = _stage_use(compute, pipeline, stage, rank, rows)
-                    found[rank.device] = found[rank.device] + use if rank.device in found else use
-    precision = compute.workload.precision
-    for device, use in found.items():
-        elements = use.gradients // gradient_bytes(precision)
-        owned = elements if owned_elements is None else owned_elements.get(device, 0)
-        extra = (
-            0 if incoming_elements is None else incoming_elements.get(device, 0) * gradient_bytes(precision)
+                for member, rank in enumerate(replica.ranks):
+                    shape = rank_shape(compute, replica, member)
+                    one = _rank_use(compute, pipeline, stage, rank, shape)
+                    other = found.get(rank.device)
+                    if other is not None:
+                        one = _RankUse(
+                            other.use + one.use,
+                            other.elements + one.elements,
+                            other.cut_inside + one.cut_inside,
+                            one.size,
+                        )
+                    found[rank.device] = one
+    return {
+        device: one.use
+        + _exchanged(
+            one,
+            compute.workload,
+            None if owned_elements is None else owned_elements.get(device, 0),
+            None if incoming_elements is None else incoming_elements.get(device, 0),
         )
-        found[device] = use + MemoryUse(
-            weights=0,
-            gradients=0,
-            optimizer=owned * state_bytes(precision),
-            activations=0,
-            buffers=0,
-            workspace=0,
-            reduction=extra,
-        )
-    return found
+        for device, one in found.items()
+    }

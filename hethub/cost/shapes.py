@@ -19,13 +19,15 @@ __all__ = [
     "Operation",
     "Parameter",
     "Segment",
-    "forward_segments",
+    "Work",
     "layer_kind",
     "layer_parameters",
     "layer_segments",
+    "logit_chunk_tokens",
     "model_flops_per_token",
     "model_parameters",
     "parameter_span",
+    "shard_tokens",
 ]
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -110,6 +112,17 @@ def parameter_span(parameter: Parameter, share: Share) -> Span:
     return (start * parameter.unit, stop * parameter.unit)
 
 
+_CHUNK_LOGITS = 2**22  # 16 MiB in fp32: large enough for products at full speed, small beside the activations
+
+
+def logit_chunk_tokens(tokens: int, vocab_share: int) -> int:
+    """Tokens whose logits exist at once in the head: at most a quarter of `tokens`, at most 2^22 logits, at least 1.
+
+    `vocab_share` is the largest share of vocabulary rows in the group, so that all members cut alike.
+    """
+    return max(1, min(tokens // 4, _CHUNK_LOGITS // max(1, vocab_share)))
+
+
 class Operation(NamedTuple):
     """Work of one operator: floating-point operations and bytes moved to and from device memory.
 
@@ -123,10 +136,42 @@ class Operation(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Operators between two tensor-parallel collectives, and the bytes of the all-reduce after (0: none)."""
+    """What one member of a tensor-parallel group does between two points where the group meets, and the collectives
+    there (none in a group of one).
+
+    `exchanges` all-gathers and reduce-scatters along the sequence move shards of `shard_bytes` (one member's, padded:
+    see `shard_tokens`); `chunks` all-gathers more join the statistics of a chunk of logits, `chunk_bytes` a member.
+    """
 
     operations: tuple[Operation, ...]
-    all_reduce_bytes: int
+    exchanges: int = 0
+    shard_bytes: int = 0
+    chunks: int = 0
+    chunk_bytes: int = 0
+
+
+class Work(NamedTuple):
+    """What an action does to a layer: `kind`, in a stage that recomputes as `recompute` says, on one of `members`
+    ranks of which the largest vocabulary share is `largest_vocab`; without `training` nothing is kept and the head
+    only gives the loss."""
+
+    kind: Kind
+    recompute: str = "none"
+    members: int = 1
+    largest_vocab: int = 0
+    training: bool = True
+
+    @property
+    def differentiates_head(self) -> bool:
+        """Whether the head's forward also makes its gradients: in the pass that backward will follow, which is the
+        second one of a stage that recomputes everything."""
+        last_pass = Kind.RECOMPUTE if self.recompute == "full" else Kind.FORWARD
+        return self.training and self.kind == last_pass
+
+
+def shard_tokens(seq: int, members: int) -> int:
+    """Tokens of a row in a member's shard, padded: ceil(seq / members)."""
+    return -(-seq // members)
 
 
 def _matmul(tokens: int, inputs: int, outputs: int, size: int) -> Operation:
@@ -143,68 +188,132 @@ def _touch(elements: float, size: int) -> Operation:
     return Operation(0.0, elements * size)
 
 
-def forward_segments(
-    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int
-) -> tuple[Segment, ...]:
-    """Forward work of one layer for one rank: `rows` sequences of `seq` tokens, `size` bytes per element.
+def _attention_core(model: Model, share: Share, rows: int, seq: int, size: int) -> Operation:
+    """Scores and their mix of values: what selective recomputation does again.
 
-    Attention counts the full seq x seq scores (the usual MFU convention; a causal kernel that skips half of
-    them runs at a lower efficiency than a plain product, which about cancels).
+    Scores count in full, seq x seq (the usual MFU convention; a causal kernel that skips half of them runs at a lower
+    efficiency than a plain product, which about cancels).
     """
+    heads, kv = share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
+    return Operation(
+        4.0 * rows * heads * seq * seq * model.head_dim,
+        2.0 * size * rows * seq * (heads + kv) * model.head_dim,
+    )
+
+
+def _decoder_forward(
+    model: Model, share: Share, rows: int, *, seq: int, size: int, members: int
+) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
+    """Operators of the attention and the feed-forward half; norms and residuals see a member's shard of the tokens
+    (Korthikanti et al., "Reducing activation recomputation", arXiv 2205.05198)."""
     tokens, hidden = rows * seq, model.hidden_size
     heads, kv = share.heads[1] - share.heads[0], share.kv[1] - share.kv[0]
-    ffn, vocab = share.ffn[1] - share.ffn[0], share.vocab[1] - share.vocab[0]
-    reduced = tokens * hidden * size
-    if kind == "embedding":
-        return (Segment((_touch(2 * tokens * hidden, size),), reduced),)
-    norm = _touch(2 * tokens * hidden, size)
-    if kind == "head":
-        product = _matmul(tokens, hidden, vocab, size)
-        # log-softmax in fp32: read the logits, write and read their exponentials
-        return (Segment((norm, product, _touch(3 * tokens * vocab, 4)), 3 * tokens * 4),)
-    width, kv_width = heads * model.head_dim, kv * model.head_dim
-    scores = Operation(
-        4.0 * rows * heads * seq * seq * model.head_dim, size * tokens * (2 * width + 2 * kv_width)
-    )
+    width, kv_width, ffn = heads * model.head_dim, kv * model.head_dim, share.ffn[1] - share.ffn[0]
+    shard = rows * shard_tokens(seq, members)
+    norm, residual = _touch(2 * shard * hidden, size), _touch(3 * shard * hidden, size)
     attention = (
         norm,
         _matmul(tokens, hidden, width + 2 * kv_width, size),
         _touch(2 * tokens * (width + kv_width), size),  # rotary positions
-        scores,
+        _attention_core(model, share, rows, seq, size),
         _matmul(tokens, width, hidden, size),
-        _touch(3 * tokens * hidden, size),  # residual
+        residual,
     )
     feed_forward = (
         norm,
         _matmul(tokens, hidden, 2 * ffn, size),
         _touch(3 * tokens * ffn, size),
         _matmul(tokens, ffn, hidden, size),
-        _touch(3 * tokens * hidden, size),
+        residual,
     )
-    return (Segment(attention, reduced), Segment(feed_forward, reduced))
+    return attention, feed_forward
+
+
+def _decoder_segments(
+    model: Model, share: Share, rows: int, *, seq: int, size: int, work: Work
+) -> tuple[Segment, ...]:
+    """Each half gathers the tokens' shards before its column products and scatters sums after its row products;
+    backward mirrors both."""
+    if work.kind == Kind.RECOMPUTE and work.recompute == "selective":
+        return (Segment((_attention_core(model, share, rows, seq, size),)),)
+    halves = _decoder_forward(model, share, rows, seq=seq, size=size, members=work.members)
+    if work.kind == Kind.BACKWARD_WEIGHT:
+        return tuple(Segment(tuple(o for o in half if o.weighted)) for half in reversed(halves))
+    if work.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+        split = work.kind == Kind.BACKWARD_INPUT
+        halves = (
+            tuple(_backward(o, split=split) for o in halves[1]),
+            tuple(_backward(o, split=split) for o in halves[0]),
+        )
+    if work.members == 1:
+        return tuple(Segment(half) for half in halves)
+    shard_bytes = rows * shard_tokens(seq, work.members) * model.hidden_size * size
+    return tuple(Segment(half, exchanges=2, shard_bytes=shard_bytes) for half in halves)
+
+
+def _embedding_segments(model: Model, rows: int, *, seq: int, size: int, work: Work) -> tuple[Segment, ...]:
+    """Forward looks up and scatters sums; backward gathers the gradient and adds it into the table's."""
+    touch = (_touch(2 * rows * seq * model.hidden_size, size),)
+    if work.kind == Kind.BACKWARD_WEIGHT:
+        return (Segment(touch),)
+    operations = () if work.kind == Kind.BACKWARD_INPUT else touch
+    if work.members == 1:
+        return (Segment(operations),)
+    shard_bytes = rows * shard_tokens(seq, work.members) * model.hidden_size * size
+    return (Segment(operations, exchanges=1, shard_bytes=shard_bytes),)
+
+
+def _head_segments(
+    model: Model, share: Share, rows: int, *, seq: int, size: int, work: Work
+) -> tuple[Segment, ...]:
+    """Norm, product and cross-entropy, chunk by chunk (`logit_chunk_tokens`); in training all gradients follow in the
+    same pass, while a chunk's logits are there, and backward has nothing left to do.
+
+    A group gathers the hidden states, per chunk everyone's largest logit, sum of exponentials and chosen logit, and
+    scatters the hidden states' gradient.
+    """
+    if work.kind not in (Kind.FORWARD, Kind.RECOMPUTE):
+        return (Segment(()),)
+    tokens, hidden, vocab = rows * seq, model.hidden_size, share.vocab[1] - share.vocab[0]
+    shard, wide = rows * shard_tokens(seq, work.members), max(size, 4)
+    norm, product = _touch(2 * shard * hidden, size), _matmul(tokens, hidden, vocab, size)
+    # read the logits, write and read their exponentials; for the gradient read and write them once more
+    operations: tuple[Operation, ...] = (norm, product, _touch(3 * tokens * vocab, wide))
+    if work.differentiates_head:
+        gradient = (_touch(2 * tokens * vocab, wide), product, product, _backward(norm, split=False))
+        operations += gradient
+    if work.members == 1:
+        return (Segment(operations),)
+    chunk = logit_chunk_tokens(tokens, work.largest_vocab or vocab)
+    return (
+        Segment(
+            operations,
+            exchanges=2 if work.differentiates_head else 1,
+            shard_bytes=shard * hidden * size,
+            chunks=-(-tokens // chunk),
+            chunk_bytes=3 * min(chunk, tokens) * wide,
+        ),
+    )
 
 
 def layer_segments(
-    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int, work: Kind
+    model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int, work: Work
 ) -> tuple[Segment, ...]:
-    """Work of one layer for one rank, by the kind of action.
+    """Work of one layer for one rank with `rows` sequences of `seq` tokens, `size` bytes per element.
 
-    BACKWARD does every product twice (input and weight gradient) and moves twice the bytes, segments reversed.
-    BACKWARD_INPUT is BACKWARD without the weights' products, BACKWARD_WEIGHT is those alone, without collectives.
-    RECOMPUTE is FORWARD again. The embedding's backward only adds into its weight gradient and reduces nothing.
+    BACKWARD of a decoder does every operator twice (input and weight gradient) and moves twice the bytes, segments
+    reversed. BACKWARD_INPUT is BACKWARD without the weights' products, BACKWARD_WEIGHT is those alone, without
+    collectives. RECOMPUTE is FORWARD again in a stage that recomputes "full", the attention core in one that does
+    "selective", and nothing in others.
     """
-    forward = forward_segments(model, kind, share, rows, seq=seq, size=size)
-    if work in (Kind.FORWARD, Kind.RECOMPUTE):
-        return forward
+    if work.kind == Kind.RECOMPUTE and (
+        work.recompute == "none" or (work.recompute == "selective" and kind != "decoder")
+    ):
+        return ()
     if kind == "embedding":
-        return (Segment(() if work == Kind.BACKWARD_INPUT else forward[0].operations, 0),)
-    if work == Kind.BACKWARD_WEIGHT:
-        return tuple(Segment(tuple(o for o in s.operations if o.weighted), 0) for s in reversed(forward))
-    reduced = rows * seq * model.hidden_size * size
-    split = work == Kind.BACKWARD_INPUT
-    return tuple(
-        Segment(tuple(_backward(o, split=split) for o in s.operations), reduced) for s in reversed(forward)
-    )
+        return _embedding_segments(model, rows, seq=seq, size=size, work=work)
+    segments = _head_segments if kind == "head" else _decoder_segments
+    return segments(model, share, rows, seq=seq, size=size, work=work)
 
 
 def _backward(operation: Operation, *, split: bool) -> Operation:
@@ -215,9 +324,9 @@ def _backward(operation: Operation, *, split: bool) -> Operation:
 
 def model_flops_per_token(model: Model, seq: int) -> float:
     """FLOPs of forward and backward per token, recomputation not counted: 3 x the forward products."""
-    whole = Share.whole(model)
+    whole, work = Share.whole(model), Work(Kind.FORWARD, training=False)
     per_row = 0.0
     for kind, count in (("embedding", 1), ("decoder", model.layers), ("head", 1)):
-        for segment in forward_segments(model, kind, whole, 1, seq=seq, size=2):  # type: ignore[arg-type]
+        for segment in layer_segments(model, kind, whole, 1, seq=seq, size=2, work=work):  # type: ignore[arg-type]
             per_row += count * sum(o.flops for o in segment.operations)
     return 3 * per_row / seq

@@ -33,15 +33,19 @@ class PeerLostError(Exception):
 
 @dataclass(slots=True)
 class Delivery:
-    """A received message: `payload` (uint8, valid until the next use of the buffer) and its modelled arrival."""
+    """A received message: `payload` (uint8) inside `buffer`, and its modelled arrival.
+
+    The payload is the receiver's until it gives the buffer back with `Communicator.release`.
+    """
 
     payload: Tensor
     arrival: float | None
+    buffer: Tensor
 
 
 @dataclass(slots=True)
 class _Inbox:
-    """One channel's receiving end."""
+    """One channel's receiving end in one step."""
 
     messages: tuple[int, ...]
     depth: int
@@ -53,7 +57,8 @@ class Communicator:
     """The channels of one device while it runs one program.
 
     `rank_of` maps device indices to ranks of the job's process group. With `reserve` given, links are emulated: the
-    sender reserves the path and the message carries its arrival time.
+    sender reserves the path and the message carries its arrival time. The library's own threads move the bytes while
+    the device computes; buffers are kept and used again.
     """
 
     def __init__(
@@ -65,12 +70,15 @@ class Communicator:
         self.reserve = reserve
         self._extra = 0 if reserve is None else _TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sending: deque[tuple[dist.Work, Tensor, bool]] = (
+            deque()
+        )  # work, payload, whether it is a buffer of ours
         self._spare: dict[int, list[Tensor]] = {}
         self._inbound = [channel for channel in program.order if channel[1] == device]
+        self._size = [program.transfers[m.transfer].bytes + self._extra for m in program.messages]
 
     def begin(self, lane: Lane) -> None:
-        """Post the first receives of a lane for the coming step."""
+        """Post the first receives of a lane for the coming step; all of the step before have been consumed."""
         for channel in self._inbound:
             if channel[2] == lane:
                 inbox = _Inbox(self.program.order[channel], self.program.depth[channel])
@@ -82,61 +90,84 @@ class Communicator:
         spare = self._spare.get(size)
         return spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
 
+    def release(self, buffer: Tensor) -> None:
+        """Give a received message's buffer back."""
+        self._spare.setdefault(buffer.numel(), []).append(buffer)
+
     def _post(self, channel: Channel, inbox: _Inbox) -> None:
         if inbox.posted == len(inbox.messages):
             return
         message = inbox.messages[inbox.posted]
-        size = self.program.transfers[self.program.messages[message].transfer].bytes + self._extra
-        buffer = self._buffer(size)
+        buffer = self._buffer(self._size[message])
         work = guard(lambda: dist.irecv(buffer, self.rank_of[channel[0]], tag=int(channel[2])), channel[0])
         assert work is not None
         inbox.waiting[message] = (work, buffer)
         inbox.posted += 1
 
     def send(self, message: int, parts: Sequence[Tensor], now: float) -> None:
-        """Send the concatenation of `parts` (any shapes, one dtype), without waiting for the receiver."""
-        transfer = self.program.transfers[self.program.messages[message].transfer]
+        """Send the concatenation of `parts` (any shapes, one dtype), without waiting for the receiver.
+
+        A single contiguous part is sent from where it lies: it must not change until its receiver has it.
+        """
+        transfer = self.program.transfer(message)
         self.reap()
-        buffer = self._buffer(transfer.bytes + self._extra)
-        at = 0
-        for part in parts:
-            raw = part.detach().contiguous().view(-1).view(torch.uint8)
-            buffer[at : at + raw.numel()].copy_(raw)
-            at += raw.numel()
-        if at != transfer.bytes:
-            raise AssertionError(f"message {message} holds {at} bytes, the program says {transfer.bytes}")
+        size = sum(part.numel() * part.element_size() for part in parts)
+        if size != transfer.bytes:
+            raise AssertionError(f"message {message} holds {size} bytes, the program says {transfer.bytes}")
+        first = parts[0]
+        own = (
+            self.reserve is not None
+            or len(parts) > 1
+            or not first.is_contiguous()
+            or first.device.type != "cpu"
+        )
+        payload = (
+            self._packed(parts, self._size[message]) if own else first.detach().view(-1).view(torch.uint8)
+        )
         if self.reserve is not None:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)
-            buffer[at:].copy_(torch.tensor([arrival], dtype=torch.float64).view(torch.uint8))
+            payload[size:].view(torch.float64).fill_(arrival)
         rank = self.rank_of[transfer.destination]
-        work = guard(lambda: dist.isend(buffer, rank, tag=int(transfer.lane)), transfer.destination)
+        work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
         assert work is not None
-        self._sending.append((work, buffer))
+        self._sending.append((work, payload, own))
 
-    def receive(self, message: int, use: Callable[[Delivery], None]) -> None:
-        """Wait for a message, hand it to `use`, and give its buffer back."""
-        transfer = self.program.transfers[self.program.messages[message].transfer]
+    def _packed(self, parts: Sequence[Tensor], size: int) -> Tensor:
+        """A buffer of `size` bytes that begins with the parts' elements."""
+        buffer = self._buffer(size)
+        at = 0
+        for part in parts:
+            stop = at + part.numel() * part.element_size()
+            buffer[at:stop].view(part.dtype).view(part.shape).copy_(part.detach())
+            at = stop
+        return buffer
+
+    def receive(self, message: int) -> Delivery:
+        """Wait for a message. Its buffer comes back with `release`."""
+        transfer = self.program.transfer(message)
         channel = (transfer.source, transfer.destination, transfer.lane)
         inbox = self._inboxes[channel]
         work, buffer = inbox.waiting.pop(message)
         guard(work.wait, transfer.source)
-        arrival = float(buffer[transfer.bytes :].view(torch.float64)) if self._extra else None
-        use(Delivery(buffer[: transfer.bytes], arrival))
-        self._spare.setdefault(buffer.numel(), []).append(buffer)
         self._post(channel, inbox)
+        arrival = float(buffer[transfer.bytes :].view(torch.float64)) if self._extra else None
+        return Delivery(buffer[: transfer.bytes], arrival, buffer)
 
     def reap(self) -> None:
         """Take back the buffers of sends that are done."""
         while self._sending and self._sending[0][0].is_completed():
-            _, buffer = self._sending.popleft()
-            self._spare.setdefault(buffer.numel(), []).append(buffer)
+            self._reclaim(*self._sending.popleft()[1:])
 
     def drain(self) -> None:
         """Wait until every send has left."""
         while self._sending:
-            work, buffer = self._sending.popleft()
+            work, payload, own = self._sending.popleft()
             guard(work.wait, self.device)
-            self._spare.setdefault(buffer.numel(), []).append(buffer)
+            self._reclaim(payload, own)
+
+    def _reclaim(self, payload: Tensor, own: bool) -> None:
+        if own:
+            self.release(payload)
 
 
 def guard(call: Callable[[], T], peer: int) -> T:

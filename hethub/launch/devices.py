@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from hethub.launch.clock import Clock
 from hethub.launch.model import TensorGroup
+from hethub.launch.tally import StorageTally
 from hethub.program.actions import Price
 
-__all__ = ["ComputeDevice", "DeviceMemoryError", "EmulatedDevice", "RealDevice", "StorageTally", "Timing"]
-
-
-class DeviceMemoryError(Exception):
-    """A device is out of memory; the text gives the need and the limit."""
+__all__ = ["ComputeDevice", "EmulatedDevice", "RealDevice", "Timing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,70 +112,3 @@ class EmulatedDevice:
                 found.append((at, at + segment.collective_seconds))
             at += segment.collective_seconds
         return tuple(found)
-
-
-class StorageTally:
-    """Counts the bytes of live storages: what is registered, and what autograd saves while `saving()` is on.
-
-    A storage counts once, however many tensors view it.
-    """
-
-    def __init__(self, limit_bytes: int, name: str) -> None:
-        self.limit_bytes = limit_bytes
-        self.name = name
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._counts: dict[int, int] = {}
-
-    def add(self, tensor: Tensor) -> int:
-        """Count a tensor's storage; returns the key for `drop`. Raises DeviceMemoryError past the limit."""
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        self._counts[key] = self._counts.get(key, 0) + 1
-        if self._counts[key] == 1:
-            self.grow(storage.nbytes())
-        return key
-
-    def drop(self, key: int, size: int) -> None:
-        """Forget one use of a storage of `size` bytes."""
-        self._counts[key] -= 1
-        if self._counts[key] == 0:
-            del self._counts[key]
-            self.live_bytes -= size
-
-    def grow(self, size: int) -> None:
-        """Count bytes that have no storage of their own here. Raises DeviceMemoryError past the limit."""
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if self.live_bytes > self.limit_bytes:
-            raise DeviceMemoryError(
-                f"out of memory: {self.live_bytes / 2**20:.2f} MiB live, {self.name} has "
-                f"{self.limit_bytes / 2**20:.2f} MiB"
-            )
-
-    def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """A context in which every tensor that autograd saves is counted until autograd lets go of it."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, tensor: Tensor) -> _Saved:
-        return _Saved(self, tensor)
-
-    @staticmethod
-    def _unpack(saved: _Saved) -> Tensor:
-        return saved.tensor
-
-
-class _Saved:
-    """A tensor in autograd's keeping; its end is the end of the graph node."""
-
-    __slots__ = ("key", "size", "tally", "tensor")
-
-    def __init__(self, tally: StorageTally, tensor: Tensor) -> None:
-        self.tally = tally
-        self.tensor = tensor
-        self.size = tensor.untyped_storage().nbytes()
-        self.key = tally.add(tensor)
-
-    def __del__(self) -> None:
-        if hasattr(self, "key"):
-            self.tally.drop(self.key, self.size)

@@ -1,14 +1,15 @@
 """The executor: interprets one device's action list. Clock, device, channels and data come as arguments.
 
-It knows no schedule and no backend: it runs what the program lists, in order, and records every action.
+It knows no schedule and no backend: it runs what the program lists, in order, and records every action. Messages are
+moved by the communicator's own threads meanwhile: a send does not wait, a receive waits for what was posted ahead.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,16 @@ from hethub.cost.shapes import parameter_span
 from hethub.data.batches import Batches
 from hethub.launch.communicator import Communicator, Delivery
 from hethub.launch.devices import ComputeDevice, Timing
-from hethub.launch.model import SoloGroup, StageModel, TensorGroup
-from hethub.launch.optimizer import Updater
+from hethub.launch.faults import Hook, Phase
+from hethub.launch.flights import Flight
+from hethub.launch.gradients import WeightGradients
+from hethub.launch.groups import SoloGroup
+from hethub.launch.model import StageModel
+from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
-from hethub.program.actions import Action, Price, Program, Transfer, What
+from hethub.program.actions import Action, Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
-from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, StagePlace
+from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace, sequence_span
 from hethub.timeline.record import Kind, Lane
 
 __all__ = ["ActionError", "Executor", "Rows", "StepResult", "local_places"]
@@ -105,21 +110,14 @@ def held_out_rows(batches: Batches, turn: int, rows: int, global_batch: int, seq
     return Rows(get, rows * sequence_length)
 
 
-@dataclass(slots=True)
-class _Flight:
-    """One micro-batch held by one stage between its forward and its backward."""
-
-    entry: Tensor
-    output: Tensor | None
-    targets: Tensor | None = None
-    weights: Tensor | None = None
+_BACKWARD_KINDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 class Executor:
     """Runs a program's steps on one device.
 
-    `stages` are this device's models by stage index; they may be shared by a training and an evaluation program.
-    `mark(step, action)` is called before each action.
+    `stages` are this device's models by stage index and `sink` takes their weight gradients; both may be shared by a
+    training and an evaluation program. `mark(step, action)` is called before each action.
     """
 
     def __init__(
@@ -128,10 +126,10 @@ class Executor:
         device: int,
         *,
         stages: Mapping[int, StageModel],
+        sink: WeightGradients,
         compute: ComputeDevice,
         communicator: Communicator,
         recorder: Recorder,
-        wide: torch.dtype,
         settings: OptimizerSettings,
         total_steps: int,
         mark: Callable[[int, int], None] = lambda step, action: None,
@@ -139,15 +137,15 @@ class Executor:
         self.program = program
         self.device = device
         self.stages = stages
+        self.sink = sink
         self.compute = compute
         self.communicator = communicator
         self.recorder = recorder
-        self.wide = wide
         self.total_steps = total_steps
         self.mark = mark
+        self.hook: Hook | None = None  # interruptions on purpose; None costs nothing
         self.places = local_places(program, device)
         self.actions = program.devices[device]
-        self.is_root = device == program.layout.used[0]
         self._solo = SoloGroup()
         self.weights: dict[str, Tensor] = {}
         first: dict[str, int] = {}
@@ -157,13 +155,19 @@ class Executor:
                 if parameter.name in stage.parameters:
                     self.weights[parameter.name] = stage.parameters[parameter.name]
                     first[parameter.name] = parameter_span(parameter, share)[0]
-        self.gradients: dict[str, Tensor] = {}
-        self.updater = Updater(program.ownership, device, self.weights, first, wide, settings)
-        if program.training:
-            self._prepare_gradients()
-        self._handlers: dict[Kind, Callable[[Action], Timing | None]] = {
+        self.lane = ParameterLane(program, device, self.weights, sink.buffers, first, settings)
+        self._pieces = self._cut_flights()
+        self._opening = self._opens_parameters()
+        self._letters: list[Tensor] = []  # buffers of parameter mail that has not been read yet
+        self._owes = False  # new weights of the last step have not been received yet
+        self._carried = [
+            (number, action) for number, action in enumerate(self.actions) if program.carried(action)
+        ]
+        self._handlers: dict[Kind, Callable[[Action], Timing]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
             Kind.RECOMPUTE: self._recompute,
             Kind.SEND: self._send,
             Kind.RECEIVE: self._receive,
@@ -173,80 +177,109 @@ class Executor:
             Kind.GATHER: self._gather,
         }
 
-    def _prepare_gradients(self) -> None:
-        """Gradients accumulate in fp32 (fp64) buffers; where weights are that wide, in `.grad` itself."""
-        for name, weight in self.weights.items():
-            buffer = torch.zeros_like(weight, dtype=self.wide, requires_grad=False)
-            self.gradients[name] = buffer
-            if weight.dtype == self.wide:
-                weight.grad = buffer
-            else:
-                weight.register_post_accumulate_grad_hook(lambda w, b=buffer: _move_gradient(w, b))
-        tally = self.compute.tally
-        if tally is not None:
-            for tensor in (*self.weights.values(), *self.gradients.values()):
-                tally.add(tensor)
-            states = sum(m.numel() * 2 * m.element_size() for m in self.updater.masters.values())
-            copies = [m for n, m in self.updater.masters.items() if not self._is_view(n, m)]
-            tally.grow(states + sum(m.numel() * m.element_size() for m in copies))
+    def _cut_flights(self) -> dict[tuple[int, int], tuple[Span, ...]]:
+        """The pieces of each micro-batch that some action runs part by part; the others go whole."""
+        return {
+            (a.stage, a.micro_batch): self.program.parts[self.device, a.stage]
+            for a in self.actions
+            if a.stage >= 0 and a.part >= 0
+        }
 
-    def _is_view(self, number: int, master: Tensor) -> bool:
-        return self.updater.view(number, self.weights).data_ptr() == master.data_ptr()
+    def _opens_parameters(self) -> int:
+        """The action at which receives of the parameter lane are posted: before the gradients of others can come, not
+        earlier, since until then their buffers would only take memory."""
+        for number, action in enumerate(self.actions):
+            if (action.part >= 0 and action.kind in _BACKWARD_KINDS) or action.kind in (
+                Kind.REDUCE,
+                Kind.NORM,
+            ):
+                return number
+            sent = action.message >= 0 and not self.program.carried(action)
+            if sent and self.program.transfer(action.message).lane == Lane.PARAMETERS:
+                return number
+        raise AssertionError(f"rank {self.device} has no work")
 
     def run(self, step: int, rows: Rows) -> StepResult:
-        """Execute the whole list once. Raises ActionError naming the action that failed."""
+        """Execute the whole list once. Raises ActionError naming the action that failed.
+
+        New weights of this step may still be on their way when it ends: the next step, or `settle`, takes them.
+        """
         self._step = step
         self._rows = rows
-        self._flights: dict[tuple[int, int], _Flight] = {}
-        self._parts: dict[tuple[What, int, int], dict[int, Tensor]] = defaultdict(dict)
+        self._flights: dict[tuple[int, int], Flight] = {}
+        self._parts: dict[tuple[What, int, int], dict[int, tuple[Tensor, Tensor | None]]] = defaultdict(dict)
         self._outgoing: dict[tuple[What, int, int], list[Tensor | int]] = {}
-        self._mail: dict[int, Tensor] = {}
-        self._loss = 0.0
-        self._squares = 0.0
-        self._totals: Tensor | None = None
-        self._parameters_open = False
+        self.lane.begin()
         self.communicator.begin(Lane.ACTIVATIONS)
         for number, action in enumerate(self.actions):
-            self.mark(step, number)
-            try:
-                if not self._parameters_open and self._is_parameter(action):
-                    self.communicator.begin(Lane.PARAMETERS)
-                    self._parameters_open = True
-                timing = self._handlers[action.kind](action)
-            except Exception as error:
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ActionError(self.program.describe(self.device, number), text) from error
-            self.recorder.add(step, self.device, number, action, timing)
-        self.communicator.drain()
-        totals = self._combined()
-        return StepResult(
-            float(totals[1]) / rows.tokens, math.sqrt(float(totals[0])) if self.program.training else math.nan
-        )
+            if number == self._opening:
+                self.communicator.begin(Lane.PARAMETERS)
+            if self._owes or not self.program.carried(action):
+                timing = self._do(number, action)
+                self.recorder.add(step, self.device, number, action, timing)
+        self._owes = self.program.training
+        totals = self.lane.totals()
+        norm = math.sqrt(float(totals[0])) if self.program.training else math.nan
+        return StepResult(float(totals[1]) / rows.tokens, norm)
 
-    def _is_parameter(self, action: Action) -> bool:
-        """The parameter lane opens after the pipeline: until then its buffers would only take memory."""
-        return action.stage < 0
+    def settle(self) -> None:
+        """Take the new weights that are still on their way, and see every message off. Called when a step is not
+        followed by another: before evaluation, and before weights are read."""
+        if self._owes:
+            for number, action in self._carried:
+                self._do(number, action)
+            self._owes = False
+        self.communicator.drain()
+
+    def _do(self, number: int, action: Action) -> Timing:
+        self.mark(self._step, number)
+        self._number = number
+        try:
+            if self.hook is not None:
+                self.hook(self._step, number, Phase.BEFORE)
+            timing = self._handlers[action.kind](action)
+            if self.hook is not None:
+                self.hook(self._step, number, Phase.AFTER)
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ActionError(self.program.describe(self.device, number), text) from error
+        return timing
+
+    def _during(self) -> None:
+        if self.hook is not None:
+            self.hook(self._step, self._number, Phase.DURING)
 
     # -- compute -------------------------------------------------------------------------------------------------
 
-    def _price(self, action: Action) -> Price:
-        return self.program.prices[self.device, action.stage, action.kind]
-
-    def _group(self, action: Action) -> TensorGroup:
-        return self.stages[action.stage].group if action.stage >= 0 else self._solo
-
     def _run_math(self, action: Action, work: Callable[[], None]) -> Timing:
-        return self.compute.compute(self._price(action), self._group(action), work)
+        price = self.program.price(self.device, action)
+        group = self._solo if action.stage < 0 or price.alone else self.stages[action.stage].group
 
-    def _entry(self, action: Action) -> _Flight:
-        """Assemble a stage's input: tokens where it begins the model, else the rows received."""
+        def interrupted() -> None:
+            self._during()
+            work()
+
+        return self.compute.compute(price, group, work if self.hook is None else interrupted)
+
+    def _run_pieces(self, action: Action, flight: Flight) -> list[int]:
+        """The pieces of a flight that an action runs, in the order of forward."""
+        if action.part >= 0:
+            return [action.part]
+        return list(range(len(flight.pieces)))
+
+    def _saving(self) -> AbstractContextManager[object] | None:
+        tally = self.compute.tally
+        return tally.saving() if tally is not None else None
+
+    def _flight(self, action: Action) -> Flight:
+        """A new micro-batch: tokens where the stage begins the model, else the rows received."""
+        key = (action.stage, action.micro_batch)
         place, stage = self.places[action.stage], self.stages[action.stage]
-        device = self.compute.torch_device
-        targets = weights = None
-        tokens: Tensor | None = None
+        targets = weights = tokens = None
         if stage.first or stage.last:
             pipeline = place.pipeline
             base = pipeline.first_row + action.micro_batch * pipeline.micro_batch_rows
+            device = self.compute.torch_device
             inputs, wanted, weight = self._rows.get(
                 base + place.replica.rows[0], base + place.replica.rows[1]
             )
@@ -255,59 +288,80 @@ class Executor:
             if stage.last:
                 targets = torch.from_numpy(np.ascontiguousarray(wanted)).to(device)
                 weights = torch.from_numpy(weight).to(device)
-        if tokens is not None:
-            return _Flight(tokens, None, targets, weights)
-        entry = self._assemble(What.ACTIVATION, action)
-        return _Flight(entry, None, targets, weights)
-
-    def _assemble(self, what: What, action: Action) -> Tensor:
-        """Join the parts of a stage's input or output gradient in row order."""
-        parts = self._parts.pop((what, action.stage, action.micro_batch))
-        ordered = [parts[t] for t in self.program.inbound[self.device, action.stage, what]]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+        entry, held = (tokens, []) if tokens is not None else self._assemble(What.ACTIVATION, action)
+        pieces = self._pieces.get(key, (place.stage.layers,))
+        scale = 1.0 / self._rows.tokens
+        flight = self._flights[key] = Flight(stage, pieces, entry, targets, weights, scale, held)
+        return flight
 
     def _forward(self, action: Action) -> Timing:
-        flight = self._entry(action)
-        stage = self.stages[action.stage]
+        key = (action.stage, action.micro_batch)
+        flight = self._flights.get(key) or self._flight(action)
+        pieces = self._run_pieces(action, flight)
         keep = self.program.training and self.places[action.stage].stage.recompute != "full"
-        timing = self._run_math(action, lambda: self._run_forward(stage, flight, keep))
-        self._flights[action.stage, action.micro_batch] = flight
-        assert flight.output is not None
-        if stage.last:
-            if self.places[action.stage].counts_loss:
-                self._loss += float(flight.output.detach())
-        else:
-            self._offer(What.ACTIVATION, action, flight.output.detach())
-        if not keep:
-            flight.output = None
-        if not self.program.training:
-            del self._flights[action.stage, action.micro_batch]
+        saving = self._saving()
+        timing = self._run_math(action, lambda: flight.forward(pieces, keep=keep, saving=saving))
+        if pieces[-1] == len(flight.pieces) - 1:
+            self._finish_forward(action, flight)
         return timing
 
-    def _run_forward(self, stage: StageModel, flight: _Flight, keep: bool) -> None:
-        tally = self.compute.tally
-        with torch.set_grad_enabled(keep), tally.saving() if tally is not None and keep else nullcontext():
-            if keep and flight.entry.is_floating_point():
-                flight.entry.requires_grad_()
-            flight.output = stage.forward(flight.entry, flight.targets, flight.weights)
+    def _finish_forward(self, action: Action, flight: Flight) -> None:
+        assert flight.value is not None
+        if flight.stage.last:
+            if self.places[action.stage].counts_loss:
+                self.lane.loss += float(flight.value)
+        else:
+            self._offer(What.ACTIVATION, action, flight.value)
+        flight.value = None
+        if not self.program.training:
+            self._land(action)
+
+    def _land(self, action: Action) -> None:
+        """The micro-batch is done with the stage: its message buffers are free."""
+        flight = self._flights.pop((action.stage, action.micro_batch))
+        for buffer in flight.held:
+            self.communicator.release(buffer)
 
     def _recompute(self, action: Action) -> Timing:
         flight = self._flights[action.stage, action.micro_batch]
-        return self._run_math(action, lambda: self._run_forward(self.stages[action.stage], flight, True))
+        saving = self._saving()
+        return self._run_math(action, lambda: flight.recompute(saving=saving))
 
     def _backward(self, action: Action) -> Timing:
-        flight = self._flights.pop((action.stage, action.micro_batch))
-        stage = self.stages[action.stage]
-        output = flight.output
-        assert output is not None
-        if stage.last:
-            gradient = torch.tensor(1.0 / self._rows.tokens, dtype=output.dtype, device=output.device)
-        else:
-            gradient = self._assemble(What.GRADIENT, action)
-        timing = self._run_math(action, lambda: output.backward(gradient))
-        if not stage.first:
-            assert flight.entry.grad is not None
-            self._offer(What.GRADIENT, action, flight.entry.grad)
+        flight = self._flights[action.stage, action.micro_batch]
+        pieces = self._run_pieces(action, flight)
+        gradient: Tensor | None = None
+        buffers: list[Tensor] = []
+        if pieces[-1] == len(flight.pieces) - 1 and not flight.stage.last:
+            gradient, buffers = self._assemble(What.GRADIENT, action)
+        split = action.kind == Kind.BACKWARD_INPUT
+
+        def work() -> None:
+            for piece in reversed(pieces):
+                last = piece == len(flight.pieces) - 1
+                flight.backward(piece, gradient if last else None, split=split)
+
+        timing = self._run_math(action, work)
+        # What a split backward notes may lie in the gradient's buffer, and between pieces it is still read.
+        flight.held += buffers
+        if pieces[0] == 0:
+            if not flight.stage.first:
+                self._offer(What.GRADIENT, action, flight.input_gradient)
+            if not split:
+                self._land(action)
+        return timing
+
+    def _backward_weight(self, action: Action) -> Timing:
+        flight = self._flights[action.stage, action.micro_batch]
+        pieces = self._run_pieces(action, flight)
+
+        def work() -> None:
+            for piece in reversed(pieces):
+                flight.settle(piece)
+
+        timing = self._run_math(action, work)
+        if pieces[0] == 0:
+            self._land(action)
         return timing
 
     # -- activations between stages ------------------------------------------------------------------------------
@@ -319,17 +373,66 @@ class Executor:
             transfer = self.program.transfers[number]
             if transfer.destination == self.device:
                 part = self._cut(transfer, action.stage, value)
-                self._parts[what, transfer.stage, action.micro_batch][number] = part
+                self._parts[what, transfer.stage, action.micro_batch][number] = (part, None)
             else:
                 sends += 1
         if sends:
             self._outgoing[what, action.stage, action.micro_batch] = [value, sends]
 
-    def _cut(self, transfer: Transfer, stage: int, value: Tensor) -> Tensor:
-        offset = self.places[stage].replica.rows[0]
-        return value[transfer.rows[0] - offset : transfer.rows[1] - offset].clone()
+    def _origin(self, stage: int) -> tuple[int, int]:
+        """First row (of the micro-batch) and first token (of the row) that this device holds in a stage."""
+        replica, rank = self.places[stage].replica, self.places[stage].rank
+        members = len(replica.ranks)
+        return replica.rows[0], sequence_span(self._length, members, replica.ranks.index(rank))[0]
 
-    def _send_activation(self, transfer: Transfer, action: Action) -> list[Tensor]:
+    @property
+    def _length(self) -> int:
+        return next(iter(self.stages.values())).sequence_length
+
+    def _cut(self, transfer: Transfer, stage: int, value: Tensor) -> Tensor:
+        """A transfer's rectangle of a stage's result (rows, tokens, D)."""
+        row, token = self._origin(stage)
+        rows = slice(transfer.rows[0] - row, transfer.rows[1] - row)
+        return value[rows, transfer.tokens[0] - token : transfer.tokens[1] - token]
+
+    def _assemble(self, what: What, action: Action) -> tuple[Tensor, list[Tensor]]:
+        """A stage's input or output gradient (rows, tokens, D) from its rectangles, and the message buffers that it
+        lies in: a single one is used where it arrived."""
+        parts = self._parts.pop((what, action.stage, action.micro_batch))
+        numbers = self.program.inbound[self.device, action.stage, what]
+        if len(numbers) == 1:
+            value, buffer = parts[numbers[0]]
+            return value, [] if buffer is None else [buffer]
+        transfers = [self.program.transfers[n] for n in numbers]
+        replica = self.places[action.stage].replica
+        row, token = self._origin(action.stage)
+        tokens = max((t.tokens[1] for t in transfers), default=token) - token
+        first = parts[numbers[0]][0]
+        whole = first.new_empty(replica.rows[1] - replica.rows[0], tokens, first.shape[-1])
+        for number, transfer in zip(numbers, transfers, strict=True):
+            value, buffer = parts[number]
+            self._place(whole, transfer, row, token).copy_(value)
+            if buffer is not None:
+                self.communicator.release(buffer)
+        return whole, []
+
+    @staticmethod
+    def _place(whole: Tensor, transfer: Transfer, row: int, token: int) -> Tensor:
+        rows = slice(transfer.rows[0] - row, transfer.rows[1] - row)
+        return whole[rows, transfer.tokens[0] - token : transfer.tokens[1] - token]
+
+    def _send(self, action: Action) -> Timing:
+        transfer = self.program.transfer(action.message)
+        start = self.compute.clock.now()
+        if transfer.lane == Lane.ACTIVATIONS:
+            parts: Sequence[Tensor] = [self._leaving(transfer, action)]
+        else:
+            parts = self.lane.outgoing(transfer)
+        self.communicator.send(action.message, parts, start)
+        self._during()
+        return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
+
+    def _leaving(self, transfer: Transfer, action: Action) -> Tensor:
         step = -1 if transfer.what == What.ACTIVATION else 1
         key = (transfer.what, transfer.stage + step, action.micro_batch)
         entry = self._outgoing[key]
@@ -338,136 +441,70 @@ class Executor:
         entry[1] -= 1
         if entry[1] == 0:
             del self._outgoing[key]
-        offset = self.places[key[1]].replica.rows[0]
-        return [value[transfer.rows[0] - offset : transfer.rows[1] - offset]]
-
-    def _send(self, action: Action) -> Timing:
-        transfer = self.program.transfers[self.program.messages[action.message].transfer]
-        start = self.compute.clock.now()
-        if transfer.what in (What.ACTIVATION, What.GRADIENT):
-            parts = self._send_activation(transfer, action)
-        elif transfer.what == What.REDUCE:
-            parts = [self._slice_of(self.gradients, n).reshape(-1) for n in transfer.slices]
-        elif transfer.what == What.NORM:
-            parts = [torch.tensor([self._squares, self._loss], dtype=torch.float64)]
-        elif transfer.what == What.TOTAL:
-            parts = [self._combined()]
-        else:
-            parts = [self._slice_of(self.weights, n).detach().reshape(-1) for n in transfer.slices]
-        self.communicator.send(action.message, parts, start)
-        return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
+        return self._cut(transfer, key[1], value)
 
     def _receive(self, action: Action) -> Timing:
-        transfer = self.program.transfers[self.program.messages[action.message].transfer]
+        transfer = self.program.transfer(action.message)
         start = self.compute.clock.now()
-
-        def use(delivery: Delivery) -> None:
-            if delivery.arrival is not None:
-                self.compute.clock.wait_until(delivery.arrival)
-            self._keep(transfer, action, delivery.payload)
-
-        self.communicator.receive(action.message, use)
+        self._during()
+        delivery = self.communicator.receive(action.message)
+        if delivery.arrival is not None:
+            self.compute.clock.wait_until(delivery.arrival)
+        if transfer.lane == Lane.ACTIVATIONS:
+            self._keep(transfer, action, delivery)
+        else:
+            self._mail(transfer, delivery)
         return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
 
-    def _keep(self, transfer: Transfer, action: Action, payload: Tensor) -> None:
-        """Copy a message out of its buffer to where its reader looks for it."""
-        device = self.compute.torch_device
-        if transfer.what in (What.ACTIVATION, What.GRADIENT):
-            stage = self.stages[transfer.stage]
-            rows = transfer.rows[1] - transfer.rows[0]
-            shape = (rows, -1, stage.model.hidden_size)
-            value = payload.view(stage.dtype).view(shape).clone().to(device)
-            number = self.program.messages[action.message].transfer
-            self._parts[transfer.what, transfer.stage, action.micro_batch][number] = value
-        elif transfer.what == What.REDUCE:
-            self._mail[action.message] = payload.view(self.wide).clone().to(device)
-        elif transfer.what == What.WEIGHTS:
-            dtype = next(iter(self.weights.values())).dtype
-            self._mail[action.message] = payload.view(dtype).clone().to(device)
-        elif transfer.what == What.NORM:
-            self._mail[action.message] = payload.view(torch.float64).clone()
+    def _keep(self, transfer: Transfer, action: Action, delivery: Delivery) -> None:
+        stage = self.stages[transfer.stage]
+        rows, tokens = (span[1] - span[0] for span in (transfer.rows, transfer.tokens))
+        value = delivery.payload.view(stage.dtype).view(rows, tokens, stage.model.hidden_size)
+        number = self.program.messages[action.message].transfer
+        on_host = self.compute.torch_device.type == "cpu"
+        if not on_host:
+            value = value.to(self.compute.torch_device)
+            self.communicator.release(delivery.buffer)
+        buffer = delivery.buffer if on_host else None
+        self._parts[transfer.what, transfer.stage, action.micro_batch][number] = (value, buffer)
+
+    def _mail(self, transfer: Transfer, delivery: Delivery) -> None:
+        """Parameter mail is read by a later action; its buffer is free after that."""
+        payload = delivery.payload
+        if transfer.what in (What.NORM, What.TOTAL):
+            payload = payload.clone()
+            self.communicator.release(delivery.buffer)
+        elif self.compute.torch_device.type != "cpu":
+            payload = payload.to(self.compute.torch_device)
+            self.communicator.release(delivery.buffer)
         else:
-            self._totals = payload.view(torch.float64).clone()
+            self._letters.append(delivery.buffer)
+        self.lane.keep(transfer, payload)
 
     # -- after the pipeline --------------------------------------------------------------------------------------
 
-    def _slice_of(self, tensors: Mapping[str, Tensor], number: int) -> Tensor:
-        return self.updater.view(number, tensors)
-
-    def _arrived(self, what: What) -> dict[int, tuple[Transfer, Tensor]]:
-        """Mail of one kind by sender, in the order of device indices."""
-        found = {}
-        for message in list(self._mail):
-            transfer = self.program.transfers[self.program.messages[message].transfer]
-            if transfer.what == what:
-                found[transfer.source] = (transfer, self._mail.pop(message))
-        return dict(sorted(found.items()))
-
     def _reduce(self, action: Action) -> Timing:
-        return self._run_math(action, self._sum_gradients)
-
-    def _sum_gradients(self) -> None:
-        """Sum each owned slice over its contributors in the order of device indices."""
-        pieces: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        for source, (transfer, flat) in self._arrived(What.REDUCE).items():
-            at = 0
-            for number in transfer.slices:
-                size = self.program.ownership.slices[number].elements
-                pieces[number][source] = flat[at : at + size]
-                at += size
-        for number, master in self.updater.masters.items():
-            own = self._slice_of(self.gradients, number)
-            total: Tensor | None = None
-            for contributor in self.program.ownership.slices[number].contributors:
-                piece = own if contributor == self.device else pieces[number][contributor].view(own.shape)
-                total = piece.clone() if total is None else total.add_(piece)
-            master.grad = total
+        return self._run_math(action, lambda: self.lane.reduce(action.part))
 
     def _norm(self, action: Action) -> Timing:
-        def work() -> None:
-            if self.program.training:
-                self._squares = self.updater.sum_of_squares()
-
-        return self._run_math(action, work)
-
-    def _combined(self) -> Tensor:
-        """(sum of squares, loss sum) over all devices; on the root summed in the order of device indices."""
-        if self._totals is None:
-            total = torch.tensor([self._squares, self._loss], dtype=torch.float64)
-            if self.is_root:
-                for _, value in self._arrived(What.NORM).values():
-                    total += value
-            self._totals = total
-        return self._totals
+        self._read_mail()
+        return self._run_math(action, self.lane.norm if self.program.training else lambda: None)
 
     def _update(self, action: Action) -> Timing:
         def work() -> None:
-            norm = math.sqrt(float(self._combined()[0]))
-            if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient norm is {norm}; lower the learning rate or look at the data"
-                )
-            self.updater.update(norm, self._step, self.total_steps)
-            for buffer in self.gradients.values():
-                buffer.zero_()
+            self.lane.update(action.part, self._step, self.total_steps)
+            if action.part == len(self.program.buckets.get(self.device, ())) - 1:
+                self.sink.clear()
 
         return self._run_math(action, work)
 
     def _gather(self, action: Action) -> Timing:
-        return self._run_math(action, self._take_weights)
+        timing = self._run_math(action, self.lane.gather)
+        self._read_mail()
+        return timing
 
-    def _take_weights(self) -> None:
-        with torch.no_grad():
-            for transfer, flat in self._arrived(What.WEIGHTS).values():
-                at = 0
-                for number in transfer.slices:
-                    view = self._slice_of(self.weights, number)
-                    view.copy_(flat[at : at + view.numel()].view(view.shape))
-                    at += view.numel()
-
-
-def _move_gradient(weight: Tensor, buffer: Tensor) -> None:
-    """Add a 16-bit gradient into its wide buffer and forget it."""
-    assert weight.grad is not None
-    buffer.add_(weight.grad)
-    weight.grad = None
+    def _read_mail(self) -> None:
+        """All mail so far has been read: its buffers are free."""
+        for buffer in self._letters:
+            self.communicator.release(buffer)
+        self._letters.clear()

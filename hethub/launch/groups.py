@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hethub.launch.communicator import guard
+from hethub.specs.layout import sequence_span
 from hethub.timeline.record import Lane
 
-__all__ = ["ExchangeGroup", "NativeGroup"]
+__all__ = ["ExchangeGroup", "NativeGroup", "SoloGroup", "TensorGroup"]
 
 _EXCHANGE_TAG = len(Lane)
+
+
+class TensorGroup(Protocol):
+    """A tensor-parallel group: `size` members, of which this is number `member`.
+
+    Every member makes the same calls in the same order. `sum` and `max` are in place and give every member the same
+    bits. Sequences are cut along dimension 1 by `sequence_span`.
+    """
+
+    size: int
+    member: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over members, in place."""
+        ...
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Elementwise maximum over members, in place."""
+        ...
+
+    def all_gather(self, shard: Tensor, length: int) -> Tensor:
+        """This member's (B, s, ...) -> everyone's (B, length, ...). A new tensor, except in a group of one."""
+        ...
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        """(B, length, ...) of every member -> this member's (B, s, ...) of their sum. As new as `all_gather`'s."""
+        ...
+
+
+class SoloGroup:
+    """A group of one: everything is there already."""
+
+    size = 1
+    member = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def all_gather(self, shard: Tensor, length: int) -> Tensor:
+        """The tensor itself."""
+        return shard
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        """The tensor itself."""
+        return whole
 
 
 class _Timed:
@@ -40,53 +93,93 @@ class NativeGroup(_Timed):
     def __init__(self, ranks: Sequence[int], backend: str) -> None:
         super().__init__()
         self.size = len(ranks)
+        self.member = list(ranks).index(dist.get_rank())
         self._group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        self.timed(lambda: guard(lambda: dist.all_reduce(tensor, operation, group=self._group), -1))
-        return tensor
+    def _call(self, collective: Callable[[], object]) -> None:
+        self.timed(lambda: guard(collective, -1))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """In place; every member gets the same bits."""
-        return self._reduce(tensor, dist.ReduceOp.SUM)
+        self._call(lambda: dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self._group))
+        return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """In place."""
-        return self._reduce(tensor, dist.ReduceOp.MAX)
+        self._call(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group))
+        return tensor
+
+    def all_gather(self, shard: Tensor, length: int) -> Tensor:
+        """(B, s, ...) -> (B, length, ...), by the library on shards padded to equal length."""
+        rows, held, *rest = shard.shape
+        equal = -(-length // self.size)
+        if held < equal:
+            shard = torch.cat([shard, shard.new_zeros(rows, equal - held, *rest)], 1)
+        found = shard.new_empty(self.size, rows, equal, *rest)
+        self._call(lambda: dist.all_gather_into_tensor(found, shard.contiguous(), group=self._group))
+        whole: Tensor = found.transpose(0, 1).flatten(1, 2)[:, :length].contiguous()
+        return whole
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        """(B, length, ...) -> (B, s, ...), by the library on shards padded to equal length."""
+        rows, length, *rest = whole.shape
+        equal = -(-length // self.size)
+        padding = equal * self.size - length
+        if padding:
+            whole = torch.cat([whole, whole.new_zeros(rows, padding, *rest)], 1)
+        given = whole.unflatten(1, (self.size, equal)).transpose(0, 1).contiguous()
+        found = given.new_empty(rows, equal, *rest)
+        self._call(lambda: dist.reduce_scatter_tensor(found, given, group=self._group))
+        start, stop = sequence_span(length, self.size, self.member)
+        shard: Tensor = found[:, : stop - start].contiguous()
+        return shard
 
 
 class ExchangeGroup(_Timed):
     """A group across islands, whose vendor libraries do not mix: everyone sends to everyone through host memory, and
-    each adds in rank order, so that all members get the same bits."""
+    each adds in rank order, so that all members get the same bits. Only real tokens travel, no padding."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         super().__init__()
         self.size = len(ranks)
+        self.member = list(ranks).index(dist.get_rank())
         self._ranks = list(ranks)
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        own = tensor.detach().to("cpu").contiguous()
-        me = dist.get_rank()
-        found = {me: own}
+    def _buffer(self, member: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Host memory for what `member` sends, used again by the next collective."""
+        wanted = math.prod(shape)
+        buffer = self._buffers.get((member, dtype))
+        if buffer is None or buffer.numel() < wanted:
+            buffer = self._buffers[member, dtype] = torch.empty(wanted, dtype=dtype)
+        return buffer[:wanted].view(*shape)
+
+    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """Send outgoing[m] to and receive incoming[m] from every other member m; host memory, contiguous."""
         pending: list[dist.Work | None] = []
-        for rank in self._ranks:
-            if rank != me:
-                found[rank] = torch.empty_like(own)
-                pending.append(guard(lambda r=rank: dist.irecv(found[r], r, tag=_EXCHANGE_TAG), rank))  # type: ignore[misc]
-        for rank in self._ranks:
-            if rank != me:
-                pending.append(guard(lambda r=rank: dist.isend(own, r, tag=_EXCHANGE_TAG), rank))  # type: ignore[misc]
+        for member, rank in enumerate(self._ranks):
+            if member != self.member and incoming[member].numel():
+                pending.append(
+                    guard(lambda m=member, r=rank: dist.irecv(incoming[m], r, tag=_EXCHANGE_TAG), rank)  # type: ignore[misc]
+                )
+        for member, rank in enumerate(self._ranks):
+            if member != self.member and outgoing[member].numel():
+                pending.append(
+                    guard(lambda m=member, r=rank: dist.isend(outgoing[m], r, tag=_EXCHANGE_TAG), rank)  # type: ignore[misc]
+                )
         for work in pending:
             assert work is not None
             guard(work.wait, -1)
-        return [found[rank] for rank in self._ranks]
 
     def _reduce(self, tensor: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def exchange() -> None:
-            first, *rest = self._gather(tensor)
-            total = first.clone()
-            for other in rest:
-                total = combine(total, other)
+            own = tensor.detach().to("cpu").contiguous()
+            pieces = [self._buffer(m, own.shape, own.dtype) for m in range(self.size)]
+            pieces[self.member] = own
+            self._exchange([own] * self.size, pieces)
+            total = combine(pieces[0], pieces[1])
+            for piece in pieces[2:]:
+                total = combine(total, piece)
             tensor.copy_(total)
 
         self.timed(exchange)
@@ -99,3 +192,48 @@ class ExchangeGroup(_Timed):
     def max(self, tensor: Tensor) -> Tensor:
         """In place."""
         return self._reduce(tensor, torch.maximum)
+
+    def all_gather(self, shard: Tensor, length: int) -> Tensor:
+        """(B, s, ...) -> (B, length, ...)."""
+        rows, _, *rest = shard.shape
+        whole = torch.empty(rows, length, *rest, dtype=shard.dtype)
+        spans = [sequence_span(length, self.size, m) for m in range(self.size)]
+
+        def exchange() -> None:
+            own = shard.detach().to("cpu").contiguous()
+            if rows == 1:  # each shard has a contiguous place of its own: receive there
+                pieces = [whole[:, start:stop] for start, stop in spans]
+            else:
+                pieces = [
+                    self._buffer(m, (rows, stop - start, *rest), own.dtype)
+                    for m, (start, stop) in enumerate(spans)
+                ]
+            self._exchange([own] * self.size, pieces)
+            for m, (start, stop) in enumerate(spans):
+                if m == self.member:
+                    whole[:, start:stop] = own
+                elif rows > 1:
+                    whole[:, start:stop] = pieces[m]
+
+        self.timed(exchange)
+        return whole.to(shard.device)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        """(B, length, ...) -> (B, s, ...), added in rank order."""
+        rows, length, *rest = whole.shape
+        spans = [sequence_span(length, self.size, m) for m in range(self.size)]
+        start, stop = spans[self.member]
+        found = torch.empty(rows, stop - start, *rest, dtype=whole.dtype)
+
+        def exchange() -> None:
+            own = whole.detach().to("cpu")
+            outgoing = [own[:, a:b].contiguous() for a, b in spans]
+            pieces = [self._buffer(m, found.shape, found.dtype) for m in range(self.size)]
+            pieces[self.member] = outgoing[self.member]
+            self._exchange(outgoing, pieces)
+            torch.add(pieces[0], pieces[1], out=found)
+            for piece in pieces[2:]:
+                found.add_(piece)
+
+        self.timed(exchange)
+        return found.to(whole.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +31,17 @@ def clip_scale(norm: float, clip_norm: float | None) -> float:
 
 
 def adamw(
-    tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings
+    tensors: Mapping[str, list[Tensor]],
+    matrices: set[str],
+    settings: OptimizerSettings,
+    *,
+    fused: bool = False,
 ) -> torch.optim.AdamW:
-    """torch's AdamW over named tensors: matrices decay, norm weights do not."""
+    """torch's AdamW over named tensors: matrices decay, norm weights do not.
+
+    `fused` does a whole step in one kernel (3 times as fast on a CPU); torch 2.13's takes contiguous tensors only, and
+    computes wrongly on others without a word.
+    """
     decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
     plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]
     groups = [
@@ -45,39 +53,55 @@ def adamw(
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
+        fused=fused,
     )
 
 
 class Updater:
     """The slices that one device updates: fp32 (fp64) masters, optimizer state, and their summed gradients.
 
-    `weights` maps parameter names to this device's shards and `first` to the first index of the cut axis each
-    begins at. Where weights are as wide as gradients the master is the weight itself, no copy.
+    `weights` and `gradients` map parameter names to this device's shards and their wide gradients, `first` to the
+    first index of the cut axis each begins at; `buckets` are the slices by the order of their update. Where a weight's
+    slice is contiguous and as wide as its gradient the master is the weight itself, no copy.
     """
 
     def __init__(
         self,
         ownership: Ownership,
-        device: int,
+        buckets: Sequence[Sequence[int]],
         weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
         first: Mapping[str, int],
-        wide: torch.dtype,
         settings: OptimizerSettings,
     ) -> None:
         self.ownership = ownership
         self.weights = weights
+        self.gradients = gradients
         self.first = first
         self.settings = settings
-        self.owned = ownership.by_updater.get(device, ())
+        self.buckets = buckets
+        self.owned = tuple(number for bucket in buckets for number in bucket)
         self.masters: dict[int, Tensor] = {}
-        named: dict[str, list[Tensor]] = {}
+        self._apart: set[int] = set()  # slices whose gradient is copied to be contiguous
         for number in self.owned:
+            gradient = self.view(number, gradients)
             view = self.view(number, weights).detach()
-            master = view if view.dtype == wide else view.to(wide)
+            if not gradient.is_contiguous():
+                gradient = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+                self._apart.add(number)
+            alike = view.dtype == gradient.dtype and view.is_contiguous()
+            master = view if alike else view.to(gradient.dtype, copy=True).contiguous()
+            master.grad = gradient
             self.masters[number] = master
-            named.setdefault(ownership.parameters[ownership.slices[number].parameter].name, []).append(master)
-        matrices = {p.name for p in ownership.parameters if len(p.shape) > 1}
-        self.optimizer = adamw(named, matrices, settings) if named else None
+        self.optimizers = [self._optimizer(bucket) for bucket in buckets]
+
+    def _optimizer(self, bucket: Sequence[int]) -> torch.optim.AdamW:
+        named: dict[str, list[Tensor]] = {}
+        parameters = self.ownership.parameters
+        for number in bucket:
+            name = parameters[self.ownership.slices[number].parameter].name
+            named.setdefault(name, []).append(self.masters[number])
+        return adamw(named, {p.name for p in parameters if len(p.shape) > 1}, self.settings, fused=True)
 
     def view(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Slice `number` of tensors shaped like this device's shards."""
@@ -87,28 +111,31 @@ class Updater:
         return tensors[parameter.name].narrow(parameter.axis, start, entry.stop - entry.start)
 
     def sum_of_squares(self) -> float:
-        """Of the gradients of all owned slices, in fp64."""
+        """Of the summed gradients of all owned slices, in fp64."""
         total = 0.0
-        for master in self.masters.values():
-            if master.grad is not None:
-                total += float(master.grad.double().square().sum())
+        for number in self.owned:
+            gradient = self._gradient(number)
+            if number in self._apart:
+                gradient.copy_(self.view(number, self.gradients))
+            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         return total
 
-    def update(self, norm: float, step: int, steps: int) -> None:
-        """Clip by the global norm, step AdamW, write the new weights, forget the gradients."""
-        if self.optimizer is None:
-            return
+    def _gradient(self, number: int) -> Tensor:
+        gradient = self.masters[number].grad
+        assert gradient is not None
+        return gradient
+
+    @torch.no_grad()
+    def update(self, bucket: int, norm: float, step: int, steps: int) -> None:
+        """Clip a bucket by the global norm, step AdamW, write the new weights."""
+        optimizer = self.optimizers[bucket]
         scale = clip_scale(norm, self.settings.clip_norm)
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, steps)
-        if scale != 1.0:
-            for master in self.masters.values():
-                if master.grad is not None:
-                    master.grad.mul_(scale)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for number, master in self.masters.items():
-                view = self.view(number, self.weights)
-                if view.data_ptr() != master.data_ptr():
-                    view.copy_(master)
+            if scale != 1.0:
+                torch._foreach_mul_([master.grad for master in group["params"]], scale)
+        optimizer.step()
+        for number in self.buckets[bucket]:
+            view, master = self.view(number, self.weights), self.masters[number]
+            if view.data_ptr() != master.data_ptr():
+                view.copy_(master)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,40 +24,44 @@ from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock
 from hethub.launch.communicator import Communicator, Reserve
-from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
+from hethub.launch.devices import ComputeDevice, DeviceMemoryError, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
+from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
+from hethub.launch.flights import Flight
+from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, NativeGroup
+from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster
-from hethub.specs.job import OptimizerSettings
-from hethub.specs.layout import Span
+from hethub.specs.job import Deed, OptimizerSettings
+from hethub.specs.layout import Span, sequence_span
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
 
-__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches", "wide_dtype"]
+__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
 
+HERE = "hethub/here/{}"  # key of the job's store that a rank sets when it begins to join
 _TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def wide_dtype(precision: str) -> torch.dtype:
-    """Of gradients, masters and optimizer state."""
-    return torch.float64 if precision == "fp64" else torch.float32
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
-    """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks."""
+    """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks.
+
+    `on_join` is what a fault of the job does to it before it joins.
+    """
 
     device: int
     rank_of: Mapping[int, int]
     store_host: str
     store_port: int
     timeout_seconds: float
+    on_join: Deed | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,8 @@ class Task:
 
     `evaluation` is the forward-only program, None without held-out rows. With `links_file` the devices are emulated
     and that file holds their links; without it they are real. `beacon_file` is where workers say where they are.
+    `history` is where they record what they trained on, None where that is not kept; `faults` are interruptions on
+    purpose in training. `peak_bytes` is the predicted peak memory by device.
     """
 
     cluster: Cluster
@@ -79,6 +85,9 @@ class Task:
     held_out: float
     links_file: Path | None = None
     beacon_file: Path | None = None
+    history: HistorySettings | None = None
+    faults: tuple[PlannedFault, ...] = ()
+    peak_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 def make_batches(task: Task) -> Batches:
@@ -98,10 +107,13 @@ class Worker:
     def __init__(self, setup: WorkerSetup) -> None:
         """Join the job's store and group. Blocks until the store answers."""
         self.setup = setup
+        if setup.on_join is not None:
+            do_to_process(setup.on_join)
         torch.set_num_threads(1)
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
         store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=limit)
+        store.set(HERE.format(self.rank), "")
         # Host memory is what any two vendors can exchange, so this group carries everything between islands. All
         # connections are made here: with the library's connections on first use, two ends that connect at once were
         # seen to hang now and then (torch 2.13).
@@ -114,6 +126,7 @@ class Worker:
         )
         self._groups: dict[tuple[int, ...], TensorGroup] = {}
         self._links: LinkTable | None = None
+        self.history: HistoryWriter | None = None
 
     def load(self, task: Task) -> None:
         """Build this device's shards, channels and executors for a task. A device that the plan leaves out idles."""
@@ -121,17 +134,38 @@ class Worker:
         self.training: Executor | None = None
         self.evaluating: Executor | None = None
         self.recorder = Recorder(task.program)
+        if self.history is not None:
+            self.history.close()
+        self.history = None
         if not task.program.devices[self.setup.device]:
             return
         self.batches = make_batches(task)
         self.compute = self._device()
         stages = self._stages()
+        sink = WeightGradients(stages.values())
         reserve, mark = self._reserve(), self._mark()
-        self.training = self._executor(task.program, stages, self.recorder, reserve, mark)
+        self.training = self._executor(task.program, stages, sink, self.recorder, reserve, mark)
+        self.history, self.training.hook = self._history(), self._hook()
         if task.evaluation is not None:
             self.evaluating = self._executor(
-                task.evaluation, stages, Recorder(task.evaluation), reserve, mark
+                task.evaluation, stages, sink, Recorder(task.evaluation), reserve, mark
             )
+        for stage in stages.values():
+            stage.sink = sink
+
+    def _history(self) -> HistoryWriter | None:
+        task = self.task
+        if task.history is None:
+            return None
+        names = [device.name for device in task.cluster.devices()]
+        return HistoryWriter(task.history, task.program, self.setup.device, names, self.batches)
+
+    def _hook(self) -> Interruptions | None:
+        """What the job does to this device on purpose; None where it leaves it alone."""
+        faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
+        training = self.training
+        assert training is not None
+        return Interruptions(faults, training.compute, lambda: training.sink.buffers) if faults else None
 
     def _device(self) -> ComputeDevice:
         device = self.task.cluster.devices()[self.setup.device]
@@ -166,6 +200,7 @@ class Worker:
                 device=self.compute.torch_device,
                 weights=weights,
                 group=groups.get(index),
+                recompute=place.stage.recompute if place.stage.recompute == "selective" else "none",
             )
             # A tied table that stands in two stages of one device is one tensor.
             for name in stage.parameters:
@@ -201,12 +236,19 @@ class Worker:
             raise MachineError(
                 f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there."
             )
-        return NativeGroup(ranks, vendor.backend)
+        try:
+            return NativeGroup(ranks, vendor.backend)
+        except (RuntimeError, ValueError) as error:
+            raise MachineError(
+                f"the group of ranks {', '.join(map(str, ranks))} cannot be formed with {vendor.backend}: "
+                f"{str(error).splitlines()[0]} Install a torch with {vendor.backend}, or use tensor_parallel 1 there"
+            ) from error
 
     def _executor(
         self,
         program: Program,
         stages: Mapping[int, StageModel],
+        sink: WeightGradients,
         recorder: Recorder,
         reserve: Reserve | None,
         mark: Callable[[int, int], None],
@@ -216,10 +258,10 @@ class Worker:
             program,
             self.setup.device,
             stages=stages,
+            sink=sink,
             compute=self.compute,
             communicator=Communicator(program, self.setup.device, self.setup.rank_of, reserve),
             recorder=recorder,
-            wide=wide_dtype(task.workload.precision),
             settings=task.settings,
             total_steps=task.total_steps,
             mark=mark,
@@ -262,10 +304,27 @@ class Worker:
             workload = self.task.workload
             for step in range(first, last):
                 rows = training_rows(self.batches, step, workload.global_batch, workload.sequence_length)
+                if self.history is not None:
+                    rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
+            self.training.settle()
         return results
+
+    def _record(self, step: int, result: StepResult) -> None:
+        """The step's line of the history."""
+        if self.history is None:
+            return
+        assert self.training is not None
+        self.training.mark(step, len(self.training.actions))
+        digests = None
+        if self.history.digests_due(step, self.task.total_steps):
+            self.training.settle()
+            view, weights = self.training.lane.updater.view, self.training.weights
+            digests = {n: digest(_to_numpy(view(n, weights).detach()).tobytes()) for n in self.history.held}
+        self.history.add(step, result.loss, digests)
 
     def evaluate(self, rows: int) -> float:
         """Mean loss over the first `rows` held-out rows; meaningful on the root only."""
@@ -277,6 +336,7 @@ class Worker:
             total += self.evaluating.run(
                 turn, held_out_rows(self.batches, turn, rows, workload.global_batch, workload.sequence_length)
             ).loss
+        self.evaluating.settle()
         return total
 
     def records(self) -> npt.NDArray[np.void]:
@@ -289,11 +349,26 @@ class Worker:
             return None
         return self.compute.tally.peak_bytes
 
+    def memory_words(self, error: BaseException) -> str | None:
+        """Why an action failed, if it was for want of memory: what was asked, what was predicted, what to change."""
+        full = isinstance(error, DeviceMemoryError | MemoryError | torch.OutOfMemoryError)
+        if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+            return None
+        words = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if "out of memory" not in words.lower():
+            words = f"out of memory: {words}"
+        device_type = self.task.cluster.devices()[self.setup.device].type
+        predicted = self.task.peak_bytes.get(self.setup.device)
+        if predicted is not None:
+            sizes = f"{predicted / 2**20:.2f} MiB of {usable_bytes(device_type) / 2**20:.2f}"
+            words += f"; the plan predicts a peak of {sizes}"
+        return f"{words}. Use recompute: full, fewer in_flight or fewer rows here, or plan with more memory_reserve"
+
     def owned_weights(self) -> dict[int, npt.NDArray[np.generic]]:
         """Slice number -> values, of the slices that this device updates."""
         if self.training is None:
             return {}
-        updater = self.training.updater
+        updater = self.training.lane.updater
         return {n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned}
 
     def held_weights(self) -> dict[str, npt.NDArray[np.generic]]:
@@ -315,7 +390,7 @@ class Worker:
             runs = [self._time_stage(index) for _ in range(repeats + 1)][1:]
             measured += min(runs)
             predicted += sum(
-                self.task.program.prices[self.setup.device, place.stage.index, kind].busy_seconds
+                self.task.program.prices[self.setup.device, place.stage.index, kind, -1].busy_seconds
                 for kind in _TIMED_KINDS
             )
         return measured, predicted
@@ -327,16 +402,15 @@ class Worker:
         model, seq = self.task.workload.model, self.task.workload.sequence_length
         rows = place.replica.rows[1] - place.replica.rows[0]
         tokens = torch.zeros((rows, seq), dtype=torch.int64)
-        entry = tokens if stage.first else torch.randn(rows, seq, model.hidden_size).to(stage.dtype)
-        if not stage.first:
-            entry.requires_grad_()
-        kept = {name: buffer.clone() for name, buffer in self.training.gradients.items()}
+        tokens_here = sequence_span(seq, len(place.replica.ranks), place.replica.ranks.index(place.rank))
+        hidden = (rows, tokens_here[1] - tokens_here[0], model.hidden_size)
+        entry = tokens if stage.first else torch.randn(hidden).to(stage.dtype)
+        flight = Flight(stage, [place.stage.layers], entry, tokens, torch.ones(rows), 1.0)
         begin = time.perf_counter()
-        output = stage.forward(entry, tokens, torch.ones(rows))
-        output.backward(torch.ones_like(output))
+        flight.forward([0], keep=True)
+        flight.backward(0, None, split=False)
         spent = time.perf_counter() - begin
-        for name, buffer in kept.items():
-            self.training.gradients[name].copy_(buffer)
+        self.training.sink.clear()
         return spent
 
     def close(self) -> None:

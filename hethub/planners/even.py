@@ -128,8 +128,8 @@ class _Pricing:
         for chain in self._distinct_chains(shape):
             times = []
             for stage, group in enumerate(chain):
-                forward, backward = self._seconds(group, self._layers(stage, shape.stages), rows)
-                times.append(forward * (2 if full else 1) + backward)
+                once, again = self._seconds(group, self._layers(stage, shape.stages), rows)
+                times.append(once + again if full else once)
             hops = sum(
                 2 * self.compute.graph.path(one[0], other[0]).seconds(self._boundary(rows))
                 for one, other in pairwise(chain)
@@ -152,7 +152,8 @@ class _Pricing:
         return (0 if stage == 0 else start, start + counts[stage] + (stage == stages - 1))
 
     def _seconds(self, group: tuple[int, ...], layers: Span, rows: int) -> tuple[float, float]:
-        """Forward and backward of a micro-batch; groups of the same types on the same path price alike."""
+        """(forward and backward, what full recomputation adds: a forward without the head's gradients) of a
+        micro-batch; groups of the same types on the same path price alike."""
         graph = self.compute.graph
         types = tuple(graph.devices[d].type.name for d in group)
         apart = tuple(graph.path(a, b) for a, b in pairwise(group))
@@ -162,9 +163,11 @@ class _Pricing:
         if found is None:
             shares = even_shares(self.model, len(group))
             ranks = tuple(RankPlace(d, s) for d, s in zip(group, shares, strict=True))
+            price = self.compute.group_price
             found = self._times[key] = (
-                self.compute.group_price(ranks, layers, rows, Kind.FORWARD).seconds,
-                self.compute.group_price(ranks, layers, rows, Kind.BACKWARD).seconds,
+                price(ranks, layers, rows, Kind.FORWARD).seconds
+                + price(ranks, layers, rows, Kind.BACKWARD).seconds,
+                price(ranks, layers, rows, Kind.FORWARD, training=False).seconds,
             )
         return found
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
-from hethub.cost.memory import activation_bytes, device_memory, usable_bytes
+from hethub.cost.memory import (
+    apart_bytes,
+    cut_inside_elements,
+    device_memory,
+    layer_bytes,
+    rank_shape,
+    stage_bytes,
+    usable_bytes,
+)
 from hethub.cost.shapes import BYTES
 from hethub.planners.pools import Pools
 from hethub.planners.shares import even_shares
@@ -61,9 +69,10 @@ class Ends(NamedTuple):
 class SeatCost:
     """One group with `rows` rows of every micro-batch, on its most loaded rank.
 
-    Seconds are (forward, backward) of one layer, collectives included. A stage with n decoders holds
+    Seconds are (forward, backward) of one layer, collectives included; recomputing a layer takes its forward
+    again, and the head `head_again`, a forward without gradients. A stage with n decoders holds
     `ends.elements + n * decoder_elements` parameters and keeps `ends.kept + n * decoder_kept` bytes a
-    micro-batch.
+    micro-batch; `decoder_apart` bytes a decoder are shared by those who share its update, where there are several.
     """
 
     pool: int
@@ -72,8 +81,10 @@ class SeatCost:
     decoder: tuple[float, float]
     embedding: tuple[float, float]
     head: tuple[float, float]
+    head_again: float
     decoder_elements: int
     decoder_kept: int
+    decoder_apart: int
     ends: Mapping[tuple[bool, bool], Ends]  # by place: (first stage, last stage)
     usable: int
     width: int  # bytes of a weight
@@ -81,75 +92,69 @@ class SeatCost:
     state: int  # bytes of an owned element's optimizer state
     boundary: int  # bytes of a stage's input or output
 
-    def element_bytes(self, holders: int) -> float:
-        """Bytes of a parameter element whose update `holders` devices share."""
-        return self.width + self.gradient + self.state / holders
+    def _lasting(self, elements: int, decoders: int, holders: int) -> float:
+        """Bytes of weights, gradients and optimizer state, of which `holders` devices share the last."""
+        apart = decoders * self.decoder_apart / holders if holders > 1 else 0.0
+        return elements * (self.width + self.gradient + self.state / holders) + apart
 
-    def reduced_bytes(self, holders: int) -> float:
-        """Bytes of a parameter element while gradients are reduced: others' gradients of what a device
-        updates."""
-        return self.element_bytes(holders) + self.gradient * (1.0 - 1.0 / holders)
+    def _exchanged(self, elements: int, holders: int) -> float:
+        """Bytes of others' gradients of what a device updates."""
+        return elements * self.gradient * (1.0 - 1.0 / holders)
 
     def most_decoders(self, place: tuple[bool, bool], held: int, holders: int, *, full: bool) -> int:
         """How many decoders fit with `held` micro-batches in flight; negative when not even the ends do."""
         ends = self.ends[place]
-        each = self.element_bytes(holders)
-        room = self.usable - ends.fixed - ends.elements * each
+        room = self.usable - ends.fixed - self._lasting(ends.elements, 0, holders)
+        each = self._lasting(self.decoder_elements, 1, holders)
         if full:
-            room -= held * ends.entry + ends.kept
-            per_decoder = self.decoder_elements * each + self.decoder_kept
+            computing = (room - (held - 1) * ends.entry - ends.kept) // (each + self.decoder_kept)
         else:
-            room -= held * ends.kept
-            per_decoder = self.decoder_elements * each + held * self.decoder_kept
-        reduced = self.usable / self.reduced_bytes(holders) - ends.elements
-        return int(min(room // per_decoder, reduced // self.decoder_elements))
+            computing = (room - held * ends.kept) // (each + held * self.decoder_kept)
+        room -= ends.kept + self._exchanged(ends.elements, holders)
+        each += self.decoder_kept + self._exchanged(self.decoder_elements, holders)
+        return int(min(computing, room // each))
 
     def most_in_flight(self, place: tuple[bool, bool], decoders: int, holders: int, *, full: bool) -> int:
         """How many micro-batches fit with `decoders` decoders that fit as such."""
         ends = self.ends[place]
         elements = ends.elements + decoders * self.decoder_elements
         kept = ends.kept + decoders * self.decoder_kept
-        room = self.usable - ends.fixed - elements * self.element_bytes(holders)
-        if full:
-            return int((room - kept) // ends.entry) if ends.entry else 1 << 30
-        return int(room // kept)
+        room = self.usable - ends.fixed - self._lasting(elements, decoders, holders)
+        return int(1 + (room - kept) // ends.entry) if full else int(room // kept)
 
     def bytes(self, place: tuple[bool, bool], decoders: int, held: int, holders: int, *, full: bool) -> float:
         """Peak bytes of the most loaded rank, as `cost.memory` counts them, updates shared evenly."""
         ends = self.ends[place]
         elements = ends.elements + decoders * self.decoder_elements
         kept = ends.kept + decoders * self.decoder_kept
-        activations = held * ends.entry + kept if full else held * kept
-        computing = elements * self.element_bytes(holders) + activations + ends.fixed
-        return max(computing, elements * self.reduced_bytes(holders))
+        activations = (held - 1) * ends.entry + kept if full else held * kept
+        lasting = self._lasting(elements, decoders, holders) + ends.fixed
+        return lasting + max(activations, kept + self._exchanged(elements, holders))
 
 
 class _LazyEnds(dict[tuple[bool, bool], Ends]):
     """A stage of `cost.memory` less its decoders; measured when asked for, since most stages have no end."""
 
-    def __init__(self, compute: ComputeModel, rank: RankPlace, rows: int) -> None:
+    def __init__(self, compute: ComputeModel, replica: ReplicaPlace) -> None:
         super().__init__()
         self._compute = compute
-        self._rank = rank
-        self._rows = rows
+        self._replica = replica
 
     def __missing__(self, place: tuple[bool, bool]) -> Ends:
-        compute, workload, rank, rows = self._compute, self._compute.workload, self._rank, self._rows
-        top = workload.model.layers + 2
-        width = BYTES[compute.graph.devices[rank.device].type.dtype_for(workload.precision)]
+        compute, workload, replica = self._compute, self._compute.workload, self._replica
+        top, rank, shape = workload.model.layers + 2, replica.ranks[0], rank_shape(compute, replica, 0)
         # A stage with both ends holds all decoders; others are measured with one.
         layers = {(True, True): (0, top), (True, False): (0, 2), (False, True): (top - 2, top)}.get(
             place, (1, 2)
         )
         decoders = workload.model.layers if all(place) else 1
-        stage = StagePlace(0, layers, "none", 1, (ReplicaPlace((0, rows), (rank,)),))
-        layout = Layout(workload.model, (PipelinePlace(0, "1f1b", 1, rows, 0, (stage,)),))
+        stage = StagePlace(0, layers, "none", 1, (replica,))
+        layout = Layout(workload.model, (PipelinePlace(0, "1f1b", 1, replica.rows[1], 0, (stage,)),))
         use = device_memory(compute, layout, {})[rank.device]
-        tokens = rows * workload.sequence_length
         found = self[place] = Ends(
-            elements=use.weights // width - decoders * compute.stage_parameters(rank.share, (1, 2)),
-            kept=use.activations - decoders * activation_bytes(workload, rank.share, 1, rows, width),
-            entry=tokens * (8 if place[0] else workload.model.hidden_size * width),
+            elements=use.weights // shape.size - decoders * compute.stage_parameters(rank.share, (1, 2)),
+            kept=use.activations - decoders * layer_bytes(shape, "decoder").kept,
+            entry=stage_bytes(shape, layers, "full").kept,
             fixed=use.buffers + use.workspace,
         )
         return found
@@ -188,6 +193,8 @@ class SeatCosts:
 
         device_type = self.pools[pool].type
         width = BYTES[device_type.dtype_for(workload.precision)]
+        replica = ReplicaPlace((0, rows), ranks)
+        shape = rank_shape(compute, replica, 0)
         # Bytes are those of the first rank: it has the most of everything.
         return SeatCost(
             pool=pool,
@@ -196,9 +203,13 @@ class SeatCosts:
             decoder=seconds(1),
             embedding=seconds(0),
             head=seconds(model.layers + 1),
+            head_again=compute.group_price(
+                ranks, (model.layers + 1, model.layers + 2), rows, Kind.FORWARD, training=False
+            ).seconds,
             decoder_elements=compute.stage_parameters(shares[0], (1, 2)),
-            decoder_kept=activation_bytes(workload, shares[0], 1, rows, width),
-            ends=_LazyEnds(compute, ranks[0], rows),
+            decoder_kept=layer_bytes(shape, "decoder").kept,
+            decoder_apart=cut_inside_elements(shape, (1, 2)) * apart_bytes(workload, width),
+            ends=_LazyEnds(compute, replica),
             usable=usable_bytes(device_type),
             width=width,
             gradient=gradient_bytes(workload.precision),

@@ -82,15 +82,16 @@ class Stage:
     def seconds(self, decoders: int) -> float:
         """Forward and backward of a micro-batch on the slowest replica, with recomputation where it must
         be."""
-        forward = backward = 0.0
+        forward = backward = again = 0.0
         for cost in self.staff.costs:
             f, b = decoders * cost.decoder[0], decoders * cost.decoder[1]
             if self.first:
                 f, b = f + cost.embedding[0], b + cost.embedding[1]
+            a = f
             if self.last:
-                f, b = f + cost.head[0], b + cost.head[1]
-            forward, backward = max(forward, f), max(backward, b)
-        return 2 * forward + backward if decoders > self.cap_none else forward + backward
+                f, b, a = f + cost.head[0], b + cost.head[1], a + cost.head_again
+            forward, backward, again = max(forward, f), max(backward, b), max(again, a)
+        return forward + backward + (again if decoders > self.cap_none else 0.0)
 
     def most_in_flight(self, decoders: int) -> int:
         """How many micro-batches fit beside `decoders` decoders."""

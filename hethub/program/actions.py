@@ -27,16 +27,22 @@ class What(IntEnum):
 
 
 class Action(NamedTuple):
-    """One entry of a device's list; -1 where a field does not apply. `message` indexes `Program.messages`."""
+    """One entry of a device's list; -1 where a field does not apply. `message` indexes `Program.messages`.
+
+    `part` counts the parts of a stage (`Program.parts`) where an action does only one of them; of REDUCE and UPDATE
+    it is the bucket (`Program.buckets`), of GATHER its place in the list.
+    """
 
     kind: Kind
     stage: int
     micro_batch: int
     message: int
+    part: int = -1
 
 
 class Transfer(NamedTuple):
-    """A way that messages take every step: `rows` inside the micro-batch, or `slices` of the ownership table.
+    """A way that messages take every step: a rectangle of `rows` inside the micro-batch x `tokens` of each row, or
+    `slices` of the ownership table.
 
     `stage` is the receiving stage of activations and gradients.
     """
@@ -47,6 +53,7 @@ class Transfer(NamedTuple):
     lane: Lane
     stage: int
     rows: Span
+    tokens: Span
     slices: tuple[int, ...]
     bytes: int
 
@@ -59,7 +66,10 @@ class Message(NamedTuple):
 
 
 class Price(NamedTuple):
-    """Predicted seconds of an action on one device: its whole group's price and its place in the group."""
+    """Predicted seconds of an action on one device: its whole group's price and its place in the group.
+
+    An action without collectives has a price of its own, whatever group the stage has.
+    """
 
     price: ComputePrice
     member: int
@@ -68,6 +78,11 @@ class Price(NamedTuple):
     def busy_seconds(self) -> float:
         """The device's own compute."""
         return self.price.busy_seconds[self.member]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the device does the action without its group."""
+        return len(self.price.busy_seconds) == 1
 
 
 Channel = tuple[int, int, Lane]
@@ -78,10 +93,15 @@ class Program:
     """Everything that one step does, everywhere.
 
     `devices[d]` is the action list of device d (empty when unused). `groups[d, stage]` is the tensor-parallel
-    group that device d computes stage `stage` with. `prices[d, stage, kind]` prices compute; stage -1 for the
-    work after the pipeline. `inbound[d, stage, what]` are the transfers that make up a stage's input or
-    output gradient on d, in row order, those from d itself included. `order[channel]` are its messages in the
-    sender's order and `depth[channel]` the receive buffers that suffice.
+    group that device d computes stage `stage` with, `parts[d, stage]` the layer ranges that the stage is cut into so
+    that gradients leave and weights come while others compute. `buckets[d]` are the slices that device d updates, in
+    the order of their first use. `prices[d, stage, kind, part]` prices compute; stage -1 for the work after the
+    pipeline. `inbound[d, stage, what]` are the transfers that make up a stage's input or output gradient on d, by row
+    and token, those from d itself included. `order[channel]` are its messages in the sender's order and
+    `depth[channel]` the receive buffers that suffice.
+
+    Steps repeat the lists without a pause: new weights are sent at the end of a step and received by the next one
+    (`carried`), before each part of its first forward.
     """
 
     layout: Layout
@@ -90,23 +110,47 @@ class Program:
     transfers: tuple[Transfer, ...]
     messages: tuple[Message, ...]
     groups: Mapping[tuple[int, int], tuple[int, ...]]
-    prices: Mapping[tuple[int, int, Kind], Price]
+    parts: Mapping[tuple[int, int], tuple[Span, ...]]
+    buckets: Mapping[int, tuple[tuple[int, ...], ...]]
+    prices: Mapping[tuple[int, int, Kind, int], Price]
     inbound: Mapping[tuple[int, int, What], tuple[int, ...]]
     outbound: Mapping[tuple[int, int, What], tuple[int, ...]]
     order: Mapping[Channel, tuple[int, ...]]
     depth: Mapping[Channel, int]
     training: bool
 
+    def transfer(self, message: int) -> Transfer:
+        """The way that a message takes."""
+        return self.transfers[self.messages[message].transfer]
+
+    def price(self, device: int, action: Action) -> Price:
+        """What a compute action costs on a device."""
+        return self.prices[device, action.stage, action.kind, action.part]
+
+    def group(self, device: int, action: Action) -> tuple[int, ...]:
+        """The devices that a compute action meets with, itself included."""
+        if action.stage < 0 or self.price(device, action).alone:
+            return (device,)
+        return self.groups[device, action.stage]
+
+    def carried(self, action: Action) -> bool:
+        """Whether an action takes what the step before sent: the first step of a run leaves it out."""
+        if action.kind == Kind.GATHER:
+            return True
+        return action.kind == Kind.RECEIVE and self.transfer(action.message).what == What.WEIGHTS
+
     def describe(self, device: int, action: int) -> str:
         """An action in words, for errors."""
         entry = self.devices[device][action]
-        words = [entry.kind.name.lower()]
+        words = [entry.kind.name.lower().replace("_", "-")]
         if entry.stage >= 0:
             words.append(f"stage {entry.stage}")
         if entry.micro_batch >= 0:
             words.append(f"micro-batch {entry.micro_batch}")
+        if entry.part >= 0:
+            words.append(f"part {entry.part}")
         if entry.message >= 0:
-            transfer = self.transfers[self.messages[entry.message].transfer]
+            transfer = self.transfer(entry.message)
             other = transfer.destination if entry.kind == Kind.SEND else transfer.source
             words.append(
                 f"{transfer.what.name.lower()} {'to' if entry.kind == Kind.SEND else 'from'} rank {other}"

@@ -1,9 +1,8 @@
 """Who holds and who updates which slice of which parameter: one table, read by all.
 
 Slices are the common refinement of all holders' cuts along a parameter's cut axis. Every element has exactly
-one updater. A holder is a *contributor* when its gradient is a partial sum (other rows, pipelines, a tied
-place) and not one when it holds a mere copy (a norm weight on the later ranks of a tensor-parallel group):
-copies are never added.
+one updater. Every holder contributes a partial sum: of other rows, of another pipeline, of a tied place, or (a norm
+weight in a tensor-parallel group) of other tokens.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from hethub.apportion import apportion
 from hethub.cost.shapes import Parameter, model_parameters, parameter_span
 from hethub.specs.layout import Layout, Span
 
@@ -27,7 +27,7 @@ _SMALL = 4096
 class Slice(NamedTuple):
     """Elements [start, stop) of the cut axis of parameter `parameter` (index into `Ownership.parameters`).
 
-    `holders`, `contributors` (a subset) and `updater` (a holder) are device indices, ascending.
+    `holders` and `updater` (a holder) are device indices, ascending.
     """
 
     parameter: int
@@ -35,7 +35,6 @@ class Slice(NamedTuple):
     stop: int
     elements: int
     holders: tuple[int, ...]
-    contributors: tuple[int, ...]
     updater: int
 
 
@@ -60,11 +59,20 @@ class Ownership:
         return {d: sum(self.slices[n].elements for n in numbers) for d, numbers in self.by_updater.items()}
 
     @cached_property
+    def held_elements(self) -> Mapping[int, int]:
+        """Device -> elements that it holds."""
+        found: dict[int, int] = defaultdict(int)
+        for entry in self.slices:
+            for device in entry.holders:
+                found[device] += entry.elements
+        return found
+
+    @cached_property
     def gradient_routes(self) -> Mapping[tuple[int, int], tuple[int, ...]]:
-        """(contributor, updater), different devices -> slices whose gradient goes that way."""
+        """(holder, updater), different devices -> slices whose gradient goes that way."""
         found: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, entry in enumerate(self.slices):
-            for device in entry.contributors:
+            for device in entry.holders:
                 if device != entry.updater:
                     found[device, entry.updater].append(number)
         return {route: tuple(numbers) for route, numbers in found.items()}
@@ -98,54 +106,52 @@ class _Piece(NamedTuple):
 
     span: Span
     holders: tuple[int, ...]
-    contributors: tuple[int, ...]
 
 
-def _holdings(layout: Layout, parameter: Parameter) -> list[tuple[int, Span, bool]]:
-    """(device, span, contributes) of everyone who has the parameter, a device once."""
-    found: dict[int, tuple[Span, bool]] = {}
+def _holdings(layout: Layout, parameter: Parameter) -> list[tuple[int, Span]]:
+    """(device, span) of everyone who has the parameter, a device once."""
+    found: dict[int, Span] = {}
     for pipeline in layout.pipelines:
         for stage in pipeline.stages:
             if not any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers):
                 continue
             for replica in stage.replicas:
-                for number, rank in enumerate(replica.ranks):
-                    adds = parameter.cut != "none" or number == 0
-                    found.setdefault(rank.device, (parameter_span(parameter, rank.share), adds))
-    return [(device, span, adds) for device, (span, adds) in sorted(found.items())]
+                for rank in replica.ranks:
+                    found.setdefault(rank.device, parameter_span(parameter, rank.share))
+    return sorted(found.items())
 
 
-def _refine(holdings: list[tuple[int, Span, bool]]) -> list[_Piece]:
-    edges = sorted({edge for _, span, _ in holdings for edge in span})
-    pieces = []
-    for start, stop in pairwise(edges):
-        inside = [(d, adds) for d, span, adds in holdings if span[0] <= start and stop <= span[1]]
-        pieces.append(
-            _Piece((start, stop), tuple(d for d, _ in inside), tuple(d for d, adds in inside if adds))
-        )
-    return pieces
-
-
-def _share_out(number: int, parameter: Parameter, piece: _Piece, turn: int) -> list[Slice]:
-    """Cut a piece among its holders, or hand a small one to a single holder, in turn."""
-    (start, stop), each = piece.span, parameter.elements_per_index
-    count = len(piece.holders)
-    if count == 1 or (stop - start) * each < _SMALL or stop - start < count:
-        spans = {piece.holders[turn % count]: (start, stop)}
-    else:
-        width = stop - start
-        spans = {
-            d: (start + width * i // count, start + width * (i + 1) // count)
-            for i, d in enumerate(piece.holders)
-        }
+def _refine(holdings: list[tuple[int, Span]]) -> list[_Piece]:
+    edges = sorted({edge for _, span in holdings for edge in span})
     return [
-        Slice(number, a, b, (b - a) * each, piece.holders, piece.contributors, updater)
-        for updater, (a, b) in spans.items()
+        _Piece((a, b), tuple(d for d, span in holdings if span[0] <= a and b <= span[1]))
+        for a, b in pairwise(edges)
     ]
 
 
-def own(layout: Layout) -> Ownership:
-    """Build the table of a layout. Decoders that stand in the same stages share one refinement."""
+def _share_out(
+    number: int, parameter: Parameter, piece: _Piece, turn: int, strengths: Mapping[int, float]
+) -> list[Slice]:
+    """Cut a piece among its holders by their strengths, or hand a small one to a single holder, in turn."""
+    (start, stop), each = piece.span, parameter.elements_per_index
+    count = len(piece.holders)
+    weights = [strengths.get(d, 1.0) for d in piece.holders]
+    if count == 1 or (stop - start) * each < _SMALL or stop - start < count or not any(weights):
+        able = [d for d, w in zip(piece.holders, weights, strict=True) if w] or piece.holders
+        spans = {able[turn % len(able)]: (start, stop)}
+    else:
+        edges = list(accumulate(apportion(stop - start, weights), initial=start))
+        spans = dict(zip(piece.holders, pairwise(edges), strict=True))
+    return [
+        Slice(number, a, b, (b - a) * each, piece.holders, updater)
+        for updater, (a, b) in spans.items()
+        if a < b
+    ]
+
+
+def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownership:
+    """Build the table of a layout: `strengths` (device -> weight, 1 where absent) size the updaters' shares, by what
+    memory and speed they have for it. Decoders that stand in the same stages share one refinement."""
     parameters = model_parameters(layout.model)
     known: dict[tuple[object, ...], list[_Piece]] = {}
     slices: list[Slice] = []
@@ -160,5 +166,5 @@ def own(layout: Layout) -> Ownership:
         if key not in known:
             known[key] = _refine(_holdings(layout, parameter))
         for turn, piece in enumerate(known[key]):
-            slices.extend(_share_out(number, parameter, piece, parameter.layers[0] + turn))
+            slices.extend(_share_out(number, parameter, piece, parameter.layers[0] + turn, strengths or {}))
     return Ownership(parameters, tuple(slices))

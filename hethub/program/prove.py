@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from typing import NoReturn
 
 from hethub.program.actions import Action, Channel, Program, Transfer, What
+from hethub.program.exchange import touches
 from hethub.timeline.record import Kind
 
 __all__ = ["ProgramError", "prove"]
-
-_Work = tuple[Kind, int, int]  # kind, stage, micro-batch
 
 
 class ProgramError(Exception):
@@ -21,18 +21,22 @@ def prove(program: Program) -> None:
 
     1. every message is sent once by its source and received once by its destination, and each channel's
        stated order is the order of its sends,
-    2. every micro-batch goes forward (and, in training, backward) once on every rank of every stage,
-    3. what an action reads is there before it: inputs are received first, results are sent after they are
-       made, and reduction, norm, update and gather follow each other,
-    4. the program ends: executed with blocking receives, receive buffers of the stated depth posted in the
-       sender's order, and tensor-parallel groups that wait for all their members.
+    2. every micro-batch goes forward (and, in training, backward: whole, or first its input and then its weight
+       part) once on every rank of every stage, in one action or in one for each part of the stage,
+    3. what an action reads is there before it: inputs are received first, results are sent after they are made,
+       gradients leave when they are complete, weights are there before their first use, and reduction, norm,
+       update follow each other,
+    4. every gradient and weight of the ownership table's routes travels once,
+    5. the program ends, step after step: executed with blocking receives, receive buffers of the stated depth
+       posted in the sender's order, and tensor-parallel groups that wait for all their members.
 
     Raises ProgramError with the waiting actions when there is a cycle.
     """
     _prove_messages(program)
     _prove_work(program)
-    for device in range(len(program.devices)):
-        _prove_data(program, device)
+    _prove_routes(program)
+    for device in program.layout.used:
+        _DeviceProof(program, device).run()
     _prove_progress(program)
 
 
@@ -65,18 +69,22 @@ def _prove_messages(program: Program) -> None:
 
 
 def _prove_work(program: Program) -> None:
-    done: Counter[tuple[int, Kind, int, int]] = Counter()
+    """Counts shares of work: a whole action is all parts of its stage."""
+    done: Counter[tuple[int, Kind, int, int, int]] = Counter()
     for device, actions in enumerate(program.devices):
         for action in actions:
-            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.RECOMPUTE):
-                done[device, action.kind, action.stage, action.micro_batch] += 1
+            if action.kind in _WORK:
+                for part in _parts_of(program, device, action):
+                    done[device, action.kind, action.stage, action.micro_batch, part] += 1
+    split = {key[1:4] for key in done if key[1] == Kind.BACKWARD_INPUT}
     expected = {
-        (device, kind, stage.index, micro_batch)
+        (device, kind, stage.index, micro_batch, part)
         for pipeline in program.layout.pipelines
         for stage in pipeline.stages
         for device in stage.devices()
-        for kind in _kinds(program, stage.recompute)
         for micro_batch in range(pipeline.micro_batches)
+        for kind in _kinds(program, stage.recompute, (Kind.BACKWARD_INPUT, stage.index, micro_batch) in split)
+        for part in range(len(program.parts[device, stage.index]))
     }
     if set(done) != expected or any(count != 1 for count in done.values()):
         odd = sorted((set(done) ^ expected) | {key for key, count in done.items() if count != 1})[0]
@@ -85,112 +93,244 @@ def _prove_work(program: Program) -> None:
         )
 
 
-def _kinds(program: Program, recompute: str) -> tuple[Kind, ...]:
+_WORK = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.RECOMPUTE)
+
+
+def _parts_of(program: Program, device: int, action: Action) -> range:
+    if action.part >= 0:
+        return range(action.part, action.part + 1)
+    return range(len(program.parts[device, action.stage]))
+
+
+def _kinds(program: Program, recompute: str, split: bool) -> tuple[Kind, ...]:
     if not program.training:
         return (Kind.FORWARD,)
-    return (
-        (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
-        if recompute == "full"
-        else (Kind.FORWARD, Kind.BACKWARD)
-    )
+    backward = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if split else (Kind.BACKWARD,)
+    return (Kind.FORWARD, *((Kind.RECOMPUTE,) if recompute != "none" else ()), *backward)
 
 
-# The order of what follows the pipeline on every device; actions of the pipeline itself are phase 0.
-_PHASE_OF_KIND = {Kind.REDUCE: 2, Kind.NORM: 3, Kind.UPDATE: 6, Kind.GATHER: 8}
-_PHASE_OF_MESSAGE = {What.REDUCE: 1, What.NORM: 4, What.TOTAL: 5, What.WEIGHTS: 7}
-
-
-def _prove_data(program: Program, device: int) -> None:
-    """One device's own order: a list of its messages and work so far decides what may come next."""
-    received: set[tuple[int, int]] = set()  # (transfer, micro-batch)
-    made: set[_Work] = set()
-    again = {action.stage for action in program.devices[device] if action.kind == Kind.RECOMPUTE}
-    phase = 0
-    for number, action in enumerate(program.devices[device]):
-        needs: list[_Work] = []
-        now = _PHASE_OF_KIND.get(action.kind, 0)
-        if action.message >= 0:
-            message = program.messages[action.message]
+def _prove_routes(program: Program) -> None:
+    """What each pair of ranks exchanges of the ownership table is what the table says, no slice twice."""
+    if not program.training:
+        return
+    for what, routes in (
+        (What.REDUCE, program.ownership.gradient_routes),
+        (What.WEIGHTS, program.ownership.weight_routes),
+    ):
+        travels: Counter[tuple[int, int, int]] = Counter()
+        for message in program.messages:
             transfer = program.transfers[message.transfer]
-            now = _PHASE_OF_MESSAGE.get(transfer.what, 0)
-            if action.kind == Kind.RECEIVE:
-                received.add((message.transfer, message.micro_batch))
-            elif now == 0:
-                needs.append(_maker(transfer, message.micro_batch))
-        elif action.stage >= 0:
-            needs = _own_work(action, again) + _inputs(program, device, action, received)
-            made.add((action.kind, action.stage, action.micro_batch))
-        if now < phase or any(need not in made for need in needs):
+            if transfer.what == what:
+                travels.update((transfer.source, transfer.destination, n) for n in transfer.slices)
+        wanted = {(*route, n) for route, numbers in routes.items() for n in numbers}
+        if set(travels) != wanted or any(count != 1 for count in travels.values()):
+            odd = sorted((set(travels) ^ wanted) | {key for key, count in travels.items() if count != 1})[0]
             raise ProgramError(
-                f"rank {device}: {program.describe(device, number)} comes before what it needs"
+                f"{what.name.lower()} from rank {odd[0]} to {odd[1]}: slice {odd[2]} does not travel once"
             )
-        phase = now
 
 
-def _maker(transfer: Transfer, micro_batch: int) -> _Work:
-    """The work that makes what a transfer carries; the transfer's `stage` is the receiving one."""
+# The order of what follows the pipeline on every device; all before it is phase 0.
+_PHASE_OF_KIND = {Kind.REDUCE: 2, Kind.NORM: 3, Kind.UPDATE: 6}
+_PHASE_OF_MESSAGE = {What.NORM: 4, What.TOTAL: 5}
+
+
+class _DeviceProof:
+    """One device's own order: its messages and work so far decide what may come next."""
+
+    def __init__(self, program: Program, device: int) -> None:
+        self.program = program
+        self.device = device
+        self.received: set[tuple[int, int]] = set()  # (transfer, micro-batch)
+        self.made: set[tuple[Kind, int, int, int]] = set()  # kind, stage, micro-batch, part
+        self.updated: set[int] = set()  # slices
+        self.mailed: set[int] = set()  # slices whose new weights have been received and not put into place
+        numbers = {parameter.name: n for n, parameter in enumerate(program.ownership.parameters)}
+        spans = {stage: parts for (d, stage), parts in program.parts.items() if d == device}
+        uses = touches(program.layout, spans, program.devices[device], numbers)
+        self.first, self.last = uses.first, uses.last
+        self.again = {a.stage for a in program.devices[device] if a.kind == Kind.RECOMPUTE}
+        self.incoming = [
+            (n, t.slices)
+            for n, t in enumerate(program.transfers)
+            if t.what == What.REDUCE and t.destination == device
+        ]
+        self.phase = 0
+        self.number = -1
+
+    def fail(self) -> NoReturn:
+        raise ProgramError(
+            f"rank {self.device}: {self.program.describe(self.device, self.number)} comes before what it needs"
+        )
+
+    def run(self) -> None:
+        for number, action in enumerate(self.program.devices[self.device]):
+            self.number = number
+            if action.kind == Kind.SEND:
+                self.send(action)
+            elif action.kind == Kind.RECEIVE:
+                self.receive(action)
+            elif action.stage >= 0:
+                self.work(action)
+            else:
+                self.after(action)
+        if self.mailed:
+            self.fail()
+
+    def enter(self, phase: int) -> None:
+        if phase < self.phase:
+            self.fail()
+        self.phase = phase
+
+    def send(self, action: Action) -> None:
+        transfer = self.program.transfer(action.message)
+        if transfer.what in (What.ACTIVATION, What.GRADIENT):
+            if not self.has(*_makers(self.program, transfer), action.micro_batch):
+                self.fail()
+        elif transfer.what == What.REDUCE:
+            if any(self.last[self.parameter(n)] > self.number for n in transfer.slices):
+                self.fail()
+        elif transfer.what == What.WEIGHTS:
+            if any(n not in self.updated for n in transfer.slices):
+                self.fail()
+        else:
+            self.enter(_PHASE_OF_MESSAGE[transfer.what])
+
+    def receive(self, action: Action) -> None:
+        transfer = self.program.transfer(action.message)
+        self.received.add((self.program.messages[action.message].transfer, action.micro_batch))
+        if transfer.what == What.WEIGHTS:
+            self.mailed.update(transfer.slices)
+            if any(self.first[self.parameter(n)] < self.number for n in transfer.slices):
+                self.fail()
+        elif transfer.what in _PHASE_OF_MESSAGE:
+            self.enter(_PHASE_OF_MESSAGE[transfer.what])
+
+    def parameter(self, entry: int) -> int:
+        return self.program.ownership.slices[entry].parameter
+
+    def has(self, kinds: tuple[Kind, ...], stage: int, micro_batch: int) -> bool:
+        """Whether all parts of one of these kinds of work are done."""
+        parts = range(len(self.program.parts[self.device, stage]))
+        return any(all((kind, stage, micro_batch, part) in self.made for part in parts) for kind in kinds)
+
+    def work(self, action: Action) -> None:
+        program, kind, stage, micro_batch = self.program, action.kind, action.stage, action.micro_batch
+        if self.phase or (kind == Kind.FORWARD and self.mailed and self._reads_mail(action)):
+            self.fail()
+        if kind != Kind.FORWARD and not self.has((Kind.FORWARD,), stage, micro_batch):
+            self.fail()
+        if kind == Kind.BACKWARD_WEIGHT and not self.has((Kind.BACKWARD_INPUT,), stage, micro_batch):
+            self.fail()
+        reads_kept = kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+        if reads_kept and stage in self.again and not self.has((Kind.RECOMPUTE,), stage, micro_batch):
+            self.fail()
+        if kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            self.inputs(action)
+        for part in _parts_of(program, self.device, action):
+            forward = kind in (Kind.FORWARD, Kind.RECOMPUTE)
+            count = len(program.parts[self.device, stage])
+            before = part - 1 if forward else part + 1
+            chained = kind != Kind.BACKWARD_WEIGHT and 0 <= before < count
+            if chained and (kind, stage, micro_batch, before) not in self.made and action.part >= 0:
+                self.fail()
+            self.made.add((kind, stage, micro_batch, part))
+
+    def _reads_mail(self, action: Action) -> bool:
+        parts = self.program.parts[self.device, action.stage]
+        spans = [parts[part] for part in _parts_of(self.program, self.device, action)]
+        read = {
+            layer
+            for n in self.mailed
+            for layer in self.program.ownership.parameters[self.parameter(n)].layers
+        }
+        return any(start <= layer < stop for start, stop in spans for layer in read)
+
+    def inputs(self, action: Action) -> None:
+        """The action's input has been received, or made by this device."""
+        what = What.ACTIVATION if action.kind == Kind.FORWARD else What.GRADIENT
+        for number in self.program.inbound.get((self.device, action.stage, what), ()):
+            transfer = self.program.transfers[number]
+            if transfer.source == self.device:
+                if not self.has(*_makers(self.program, transfer), action.micro_batch):
+                    self.fail()
+            elif (number, action.micro_batch) not in self.received:
+                raise ProgramError(
+                    f"rank {self.device}: {action.kind.name} of stage {action.stage} micro-batch "
+                    f"{action.micro_batch} comes before its {what.name.lower()} from rank {transfer.source}"
+                )
+
+    def after(self, action: Action) -> None:
+        program = self.program
+        if action.kind == Kind.GATHER:
+            self.mailed.clear()
+            return
+        self.enter(_PHASE_OF_KIND[action.kind])
+        if action.kind == Kind.REDUCE:
+            bucket = program.buckets[self.device][action.part]
+            if any(
+                (n, -1) not in self.received
+                for n, slices in self.incoming
+                if not set(bucket).isdisjoint(slices)
+            ):
+                self.fail()
+        elif action.kind == Kind.UPDATE and action.part >= 0:
+            self.updated.update(program.buckets[self.device][action.part])
+
+
+def _makers(program: Program, transfer: Transfer) -> tuple[tuple[Kind, ...], int]:
+    """The kinds of work that make what a transfer carries, and their stage; its own `stage` is the receiving one."""
     if transfer.what == What.ACTIVATION:
-        return (Kind.FORWARD, transfer.stage - 1, micro_batch)
-    return (Kind.BACKWARD, transfer.stage + 1, micro_batch)
+        return (Kind.FORWARD,), transfer.stage - 1
+    return (Kind.BACKWARD, Kind.BACKWARD_INPUT), transfer.stage + 1
 
 
-def _own_work(action: Action, again: set[int]) -> list[_Work]:
-    """What the stage itself must have done: `again` are the stages that recompute."""
-    if action.kind == Kind.FORWARD:
-        return []
-    before = [Kind.FORWARD]
-    if action.kind == Kind.BACKWARD and action.stage in again:
-        before.append(Kind.RECOMPUTE)
-    return [(kind, action.stage, action.micro_batch) for kind in before]
-
-
-def _inputs(program: Program, device: int, action: Action, received: set[tuple[int, int]]) -> list[_Work]:
-    """This device's own work that makes the action's input; ProgramError where a message has not come."""
-    if action.kind == Kind.RECOMPUTE:
-        return []  # it reads what the forward kept
-    what = What.ACTIVATION if action.kind == Kind.FORWARD else What.GRADIENT
-    needs = []
-    for number in program.inbound.get((device, action.stage, what), ()):
-        transfer = program.transfers[number]
-        if transfer.source == device:
-            needs.append(_maker(transfer, action.micro_batch))
-        elif (number, action.micro_batch) not in received:
-            raise ProgramError(
-                f"rank {device}: {action.kind.name} of stage {action.stage} micro-batch {action.micro_batch} "
-                f"comes before its {what.name.lower()} from rank {transfer.source}"
-            )
-    return needs
+_STEPS = 2  # what the second step needs of the first is all that any step needs of the one before
 
 
 class _Progress:
-    """Executes the lists without times."""
+    """Executes the lists of two steps without times."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.at = [0] * len(program.devices)
-        self.sent: set[int] = set()
+        self.sent: set[tuple[int, int]] = set()  # (step, message)
         self.consumed: dict[Channel, int] = defaultdict(int)
         self.position = {m: i for messages in program.order.values() for i, m in enumerate(messages)}
         self.meeting: dict[tuple[int, ...], set[int]] = defaultdict(set)
 
+    def end(self, device: int) -> int:
+        return _STEPS * len(self.program.devices[device])
+
+    def action(self, device: int) -> Action:
+        actions = self.program.devices[device]
+        return actions[self.at[device] % len(actions)]
+
     def blocked(self, device: int) -> bool:
         """True when the device's next action cannot happen yet."""
         program = self.program
-        action = program.devices[device][self.at[device]]
+        action = self.action(device)
+        step = self.at[device] // len(program.devices[device])
+        if program.carried(action) and step == 0:
+            return False
         if action.kind == Kind.RECEIVE:
-            transfer = program.transfers[program.messages[action.message].transfer]
-            channel = (transfer.source, transfer.destination, transfer.lane)
-            posted = self.position[action.message] < self.consumed[channel] + program.depth[channel]
-            if action.message not in self.sent or not posted:
-                return True
-            self.consumed[channel] += 1
-        elif action.kind == Kind.SEND:
-            self.sent.add(action.message)
-        elif action.stage >= 0:
-            group = program.groups[device, action.stage]
-            if len(group) > 1:
-                return not self.meets(device, group)
+            return not self.takes(action, step - program.carried(action))
+        if action.kind == Kind.SEND:
+            self.sent.add((step, action.message))
+        elif len(group := program.group(device, action)) > 1:
+            return not self.meets(device, group)
         return False
+
+    def takes(self, action: Action, step: int) -> bool:
+        """Consume a message if it was sent and one of the posted buffers has it."""
+        transfer = self.program.transfer(action.message)
+        channel = (transfer.source, transfer.destination, transfer.lane)
+        place = step * len(self.program.order[channel]) + self.position[action.message]
+        posted = place < self.consumed[channel] + self.program.depth[channel]
+        if (step, action.message) not in self.sent or not posted:
+            return False
+        self.consumed[channel] += 1
+        return True
 
     def meets(self, device: int, group: tuple[int, ...]) -> bool:
         """The last member to come to a group's action lets all of them pass."""
@@ -198,7 +338,7 @@ class _Progress:
         here.add(device)
         if len(here) < len(group):
             return False
-        entries = {self.program.devices[d][self.at[d]] for d in group}
+        entries = {self.action(d) for d in group}
         if len(entries) > 1:
             raise ProgramError(f"ranks {group} meet in different actions: {sorted(entries)}")
         here.clear()
@@ -215,15 +355,17 @@ def _prove_progress(program: Program) -> None:
     while waiting and idle < len(waiting):
         device = waiting.popleft()
         start = run.at[device]
-        while run.at[device] < len(program.devices[device]) and not run.blocked(device):
+        while run.at[device] < run.end(device) and not run.blocked(device):
             run.at[device] += 1
         if run.at[device] != start:
             idle = 0
-        if run.at[device] < len(program.devices[device]):
+        if run.at[device] < run.end(device):
             # Devices that ended (a group's last member may end the others) leave without counting as idle.
             idle += 1
             waiting.append(device)
-    stuck = sorted(d for d in waiting if run.at[d] < len(program.devices[d]))
+    stuck = sorted(d for d in waiting if run.at[d] < run.end(d))
     if stuck:
-        shown = "; ".join(f"rank {d} waits at {program.describe(d, run.at[d])}" for d in stuck[:6])
+        shown = "; ".join(
+            f"rank {d} waits at {program.describe(d, run.at[d] % len(program.devices[d]))}" for d in stuck[:6]
+        )
         raise ProgramError(f"the program does not end: {shown}")

@@ -2,7 +2,8 @@
 
 Each device runs its list in order. Sends cost no compute time: they reserve the cells of their path when
 issued (the rule of `cost.graph.reserve`, which emulated links follow too). Receives wait for the arrival. A
-tensor-parallel group's action starts when its last member is there.
+tensor-parallel group's action starts when its last member is there. New weights are received in the step after the
+one that sent them; the first step has none to receive.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import reserve
-from hethub.program.actions import Program
+from hethub.program.actions import Action, Program
 from hethub.program.prove import ProgramError
 from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Timeline, TimelineInfo
 
@@ -48,6 +49,10 @@ class _Engine:
         self.graph = compute.graph
         self.free_at = [0.0] * compute.graph.cell_count
         self.at = [0] * len(program.devices)
+        # Places in the first step's lists that take what a step before would have sent.
+        self.absent = [
+            {i for i, action in enumerate(actions) if program.carried(action)} for actions in program.devices
+        ]
         self.sent: dict[int, float] = {}
         self.arrival: dict[int, float] = {}
         self.waiting: dict[int, tuple[int, float]] = {}  # message -> (device, since)
@@ -70,16 +75,18 @@ class _Engine:
             shown = "; ".join(f"rank {d} at {self.program.describe(d, self._place(d))}" for d in stuck[:6])
             raise ProgramError(f"deadlock: {shown}")
         middle = self.steps // 2
-        return max(self.ends[middle]) - (max(self.ends[middle - 1]) if middle else 0.0)
+        if self.steps == 1:
+            return max(*self.ends[0], *self.arrival.values(), 0.0)
+        return max(self.ends[middle]) - max(self.ends[middle - 1])
 
     def _place(self, device: int) -> int:
         """The index in the device's list of the action that it is at."""
         return self.at[device] % len(self.program.devices[device])
 
-    def _key(self, device: int, message: int) -> int:
-        """A message of the step that the device is in."""
-        step = self.at[device] // len(self.program.devices[device])
-        return step * len(self.program.messages) + message
+    def _key(self, device: int, action: Action) -> int:
+        """A message of the step that the device is in, or of the one before where it is carried over."""
+        step = self.at[device] // len(self.program.devices[device]) - self.program.carried(action)
+        return step * len(self.program.messages) + action.message
 
     def _next(self, device: int, now: float) -> None:
         """An action is done."""
@@ -96,26 +103,28 @@ class _Engine:
             if self.queue and self.queue[0][0] < now:
                 heapq.heappush(self.queue, (now, device))
                 return
-            kind, stage, _, message = actions[self.at[device]]
-            if kind == _SEND:
-                self.send(device, message, now)
-            elif kind == _RECEIVE:
-                key = self._key(device, message)
+            action = actions[self.at[device]]
+            if self.at[device] in self.absent[device]:
+                self._next(device, now)
+            elif action.kind == _SEND:
+                self.send(device, action, now)
+            elif action.kind == _RECEIVE:
+                key = self._key(device, action)
                 if key not in self.arrival:
                     self.waiting[key] = (device, now)
                     return
                 now = self.receive(device, key, now)
             else:
-                group = self.program.groups[device, stage] if stage >= 0 else (device,)
+                group = self.program.group(device, action)
                 if len(group) > 1:
                     self.meet(device, group, now)
                     return
                 now = self.work(device, now, now)
 
-    def send(self, device: int, message: int, now: float) -> None:
-        transfer = self.program.transfers[self.program.messages[message].transfer]
+    def send(self, device: int, action: Action, now: float) -> None:
+        transfer = self.program.transfer(action.message)
         path = self.graph.path(device, transfer.destination)
-        key = self._key(device, message)
+        key = self._key(device, action)
         arrival = self.arrival[key] = reserve(self.free_at, path, transfer.bytes, now)
         self.sent[key] = now
         self.row(device, now, now, 0.0, now)
@@ -133,8 +142,7 @@ class _Engine:
 
     def work(self, device: int, ready: float, start: float) -> float:
         """The record begins when the device was ready: waiting for other members is exposed communication."""
-        kind, stage, _, _ = self.actions[device][self.at[device]]
-        price = self.program.prices[device, stage, kind]
+        price = self.program.price(device, self.actions[device][self.at[device]])
         end = start + price.price.seconds
         self.row(device, ready, end, price.busy_seconds, float("nan"))
         if self.rows is not None and self.sub_events and len(price.price.busy_seconds) > 1:
@@ -153,9 +161,8 @@ class _Engine:
 
     def collectives(self, device: int, start: float) -> None:
         """The collectives of a group's action as sub-events, each ending its segment."""
-        kind, stage, _, _ = self.actions[device][self.at[device]]
         at = start
-        for segment in self.program.prices[device, stage, kind].price.segments:
+        for segment in self.program.price(device, self.actions[device][self.at[device]]).price.segments:
             at += max(segment.member_seconds)
             if segment.collective_seconds:
                 self.row(device, at, at + segment.collective_seconds, 0.0, float("nan"), kind=Kind.COLLECTIVE)
@@ -171,7 +178,7 @@ class _Engine:
         lane = peer = -1
         size = 0
         if action.message >= 0:
-            transfer = self.program.transfers[self.program.messages[action.message].transfer]
+            transfer = self.program.transfer(action.message)
             lane, size = int(transfer.lane), transfer.bytes
             peer = transfer.destination if action.kind == Kind.SEND else transfer.source
         shown = action.kind if kind is None else kind
@@ -205,8 +212,9 @@ def simulate(
 ) -> Simulation:
     """Predict one step of a program: the middle one of `steps` (1 or 3) that follow without a pause.
 
-    One step alone leaves out what devices that are done early already do for the next: less than a
-    micro-batch. `sub_events` records the collectives inside compute actions too, which are most of the
+    One step alone leaves out what devices that are done early already do for the next, and ends when the
+    last new weights have arrived, which following steps hide under their first forwards: it is the longer figure.
+    `sub_events` records the collectives inside compute actions too, which are most of the
     records of a big plan and change no share of a summary. Raises ProgramError on a deadlock.
     """
     engine = _Engine(program, compute, record, steps, sub_events)

@@ -234,6 +234,7 @@ def _replicas(compute: ComputeModel, stage: StagePlace) -> tuple[tuple[int, str,
 def _replica_seconds(compute: ComputeModel, stage: StagePlace, place: int) -> float:
     replica = stage.replicas[place]
     rows = replica.rows[1] - replica.rows[0]
-    forward = compute.group_price(replica.ranks, stage.layers, rows, Kind.FORWARD).seconds
-    backward = compute.group_price(replica.ranks, stage.layers, rows, Kind.BACKWARD).seconds
-    return backward + forward * (2 if stage.recompute == "full" else 1)
+    return sum(
+        compute.group_price(replica.ranks, stage.layers, rows, kind, recompute=stage.recompute).seconds
+        for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
+    )

@@ -7,17 +7,23 @@ import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from hethub.specs.base import Problems, Spec, validate_document
 from hethub.specs.cluster import Cluster, lacking_precision, load_cluster
-from hethub.specs.document import Document, load_document
+from hethub.specs.document import Document, Key, load_document
+from hethub.specs.nearest import unknown_name
 from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
 
-__all__ = ["Job", "JobSpec", "OptimizerSettings", "load_job"]
+__all__ = ["JOIN", "Deed", "Fault", "Job", "JobSpec", "OptimizerSettings", "PhaseName", "load_job"]
 
 _STDLIB = "stdlib:"
+JOIN = "join"  # the one action of a fault that comes before the first step: joining the job
+
+PhaseName = Literal["before", "during", "after"]
+Deed = Literal["kill", "raise", "exit", "hang", "stop", "slow", "oom", "nan"]
 
 
 class DataSpec(Spec):
@@ -70,6 +76,30 @@ class RaySpec(Spec):
     address: str | None = Field(None, description="Ray address; without one a local Ray is started.")
 
 
+class HistorySpec(Spec):
+    """How closely a run is recorded."""
+
+    digest_every: int = Field(50, ge=1, description="Steps between digests of all weights.")
+
+
+class FaultSpec(Spec):
+    """An interruption on purpose, to see what becomes of the run."""
+
+    device: str = Field(description="The device it happens to, group/node/device.")
+    step: int = Field(0, ge=0, description="The training step, counted from 0.")
+    action: int | str = Field(
+        description="Where in the device's list: an action's number, its words as error messages print them "
+        "(the first so called), or join: when the worker joins the job."
+    )
+    phase: PhaseName = Field("before", description="before, during or after the action.")
+    do: Deed = Field(
+        description="kill: SIGKILL to the worker. raise: an exception. exit: the process ends. hang: never go on. "
+        "stop: SIGSTOP to the worker. slow: take longer. oom: ask for more memory than there is. "
+        "nan: a gradient becomes NaN."
+    )
+    factor: float = Field(2.0, gt=1, description="For slow: times the predicted seconds of the action.")
+
+
 class JobSpec(Spec):
     """The job file as written. Paths are relative to it."""
 
@@ -84,6 +114,10 @@ class JobSpec(Spec):
     compare: CompareSpec | None = Field(None, description="What to compare the run with.")
     ray: RaySpec = Field(RaySpec(), description="Where the workers run.")
     workload: WorkloadSpec | None = Field(None, description="Instead of the cluster file's workload.")
+    history: HistorySpec = Field(HistorySpec(), description="The record of what every worker trained on.")
+    fault: FaultSpec | list[FaultSpec] = Field(
+        default=[], description="Interruptions on purpose, one or a list; none in a run that matters."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +133,23 @@ class OptimizerSettings:
     beta2: float
     epsilon: float
     final_learning_rate_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """An interruption on purpose.
+
+    `device` indexes `Cluster.devices()`; `action` is a number in that device's list, words, or JOIN. Only a program can
+    tell whether there is such an action, so `place` (`file:line:column key` of the action) is kept for the message.
+    """
+
+    device: int
+    step: int
+    action: int | str
+    phase: PhaseName
+    do: Deed
+    factor: float
+    place: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +177,8 @@ class Job:
     output: Path
     compare_even_steps: int
     ray_address: str | None
+    digest_every: int
+    faults: tuple[Fault, ...]
 
 
 def load_job(path: Path) -> Job:
@@ -160,6 +213,8 @@ def load_job(path: Path) -> Job:
         output=_absolute(document, spec.output),
         compare_even_steps=0 if spec.compare is None else spec.compare.even_steps,
         ray_address=spec.ray.address,
+        digest_every=spec.history.digest_every,
+        faults=_faults(spec, document, cluster),
     )
 
 
@@ -205,6 +260,45 @@ def _check_evaluation(spec: JobSpec, problems: Problems) -> None:
         problems.add(
             ("evaluate",), "there is no held-out text, as data.held_out is 0. Give some, or drop this key."
         )
+
+
+def _faults(spec: JobSpec, document: Document, cluster: Cluster) -> tuple[Fault, ...]:
+    """The job's faults on named devices of the cluster."""
+    problems = Problems(document)
+    names = {device.name: index for index, device in enumerate(cluster.devices())}
+    several = isinstance(spec.fault, list)
+    found = []
+    for number, entry in enumerate(spec.fault if isinstance(spec.fault, list) else [spec.fault]):
+        keys: tuple[Key, ...] = ("fault", number) if several else ("fault",)
+        _check_fault(entry, keys, spec, names, problems)
+        place = document.line((*keys, "action"), "").removesuffix(": ")
+        found.append(
+            Fault(
+                device=names.get(entry.device, -1),
+                place=place,
+                **entry.model_dump(include={"step", "action", "phase", "do", "factor"}),
+            )
+        )
+    problems.raise_any()
+    return tuple(found)
+
+
+def _check_fault(
+    entry: FaultSpec, keys: tuple[Key, ...], spec: JobSpec, names: dict[str, int], problems: Problems
+) -> None:
+    if entry.device not in names:
+        problems.add(
+            (*keys, "device"), unknown_name(f'there is no device "{entry.device}"', entry.device, names)
+        )
+    if entry.step >= spec.steps:
+        problems.add(
+            (*keys, "step"),
+            f"{entry.step} is past the last step of the job, {spec.steps - 1}. Name an earlier one.",
+        )
+    if entry.action == JOIN and (entry.step, entry.phase) != (0, "before"):
+        problems.add((*keys, "action"), "join comes once, before step 0. Leave out step and phase.")
+    if entry.action == JOIN and entry.do in ("slow", "oom", "nan"):
+        problems.add((*keys, "do"), f"a worker that joins has nothing to {entry.do} yet. Name an action.")
 
 
 def _workload(spec: JobSpec, document: Document, cluster: Cluster, default: Workload | None) -> Workload:

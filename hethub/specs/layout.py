@@ -10,9 +10,29 @@ from hethub.specs.devices import parse_devices
 from hethub.specs.plan import Pipeline, Plan, Rank
 from hethub.specs.workload import Model
 
-__all__ = ["Layout", "PipelinePlace", "RankPlace", "ReplicaPlace", "Share", "Span", "StagePlace", "lay_out"]
+__all__ = [
+    "Layout",
+    "PipelinePlace",
+    "RankPlace",
+    "ReplicaPlace",
+    "Share",
+    "Span",
+    "StagePlace",
+    "lay_out",
+    "sequence_span",
+]
 
 Span = tuple[int, int]  # half-open [start, stop)
+
+
+def sequence_span(length: int, members: int, member: int) -> Span:
+    """Tokens of every row that member `member` of a tensor-parallel group holds between blocks.
+
+    Equal shards of ceil(length / members), as the vendor libraries' collectives want them; the last ones are shorter or
+    empty.
+    """
+    shard = -(-length // members)
+    return (min(length, member * shard), min(length, (member + 1) * shard))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hethub.cost.compute import ComputeModel, all_reduce_seconds, gradient_bytes, state_bytes
+from hethub.cost.compute import (
+    ComputeModel,
+    exchange_seconds,
+    gradient_bytes,
+    state_bytes,
+)
 from hethub.cost.graph import CostGraph
 from hethub.cost.shapes import (
     LayerKind,
+    Operation,
+    Work,
     layer_parameters,
     layer_segments,
+    logit_chunk_tokens,
     model_flops_per_token,
     model_parameters,
+    shard_tokens,
 )
 from hethub.specs.layout import Share, lay_out
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Model
 from hethub.timeline.record import Kind
-from tests.plan_strategies import NAMED_PLANS, compute_model, models, plans, three_speeds
+from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, models, plans, three_speeds
 
 KINDS: tuple[LayerKind, ...] = ("embedding", "decoder", "head")
 
@@ -59,23 +68,101 @@ def test_more_rows_take_longer_but_never_longer_per_row(
     assert more / (rows + 1) <= one / rows * (1 + 1e-12)
 
 
+def operations(model: Model, kind: LayerKind, rows: int, work: Work) -> list[Operation]:
+    """All operators of a layer on one device that holds it whole."""
+    segments = layer_segments(model, kind, Share.whole(model), rows, seq=16, size=4, work=work)
+    return [o for segment in segments for o in segment.operations]
+
+
+def flops(found: list[Operation]) -> float:
+    return sum(o.flops for o in found)
+
+
 @settings(max_examples=50, deadline=None)
-@given(model=models(), kind=st.sampled_from(KINDS), rows=st.integers(1, 4))
-def test_backward_is_twice_the_forward_and_the_sum_of_its_parts(
-    model: Model, kind: LayerKind, rows: int
-) -> None:
+@given(model=models(), rows=st.integers(1, 4))
+def test_a_decoders_backward_is_twice_its_forward_and_the_sum_of_its_parts(model: Model, rows: int) -> None:
     forward, backward, inputs, weights = (
-        [
-            o
-            for segment in layer_segments(model, kind, Share.whole(model), rows, seq=16, size=4, work=work)
-            for o in segment.operations
-        ]
-        for work in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+        operations(model, "decoder", rows, Work(kind))
+        for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
     )
-    assert sum(o.flops for o in backward) == 2 * sum(o.flops for o in forward)
-    assert sum(o.flops for o in inputs + weights) == sum(o.flops for o in backward)
-    if kind != "embedding":
-        assert sum(o.bytes for o in inputs + weights) == pytest.approx(sum(o.bytes for o in backward))
+    assert flops(backward) == 2 * flops(forward)
+    assert flops(inputs + weights) == flops(backward)
+    assert sum(o.bytes for o in inputs + weights) == pytest.approx(sum(o.bytes for o in backward))
+    assert len(weights) == 4  # the products with weights: attention in and out, feed-forward in and out
+
+
+@settings(max_examples=50, deadline=None)
+@given(model=models(), rows=st.integers(1, 4))
+def test_the_head_does_its_three_products_in_forward(model: Model, rows: int) -> None:
+    product = 2 * rows * 16 * model.hidden_size * model.vocab_size
+    train, evaluate, backward, inputs, weights = (
+        operations(model, "head", rows, work)
+        for work in (
+            Work(Kind.FORWARD),
+            Work(Kind.FORWARD, training=False),
+            Work(Kind.BACKWARD),
+            Work(Kind.BACKWARD_INPUT),
+            Work(Kind.BACKWARD_WEIGHT),
+        )
+    )
+    assert (flops(train), flops(evaluate)) == (3 * product, product)
+    assert not backward and not inputs and not weights  # the gradients are there already
+
+
+def test_recomputation_does_the_attention_core_or_all_of_it_again() -> None:
+    """Fully recomputed, the head makes its gradients in the second pass only: four products, not six."""
+    model = NAMED_PLANS["single device"]("fp32").workload.model
+    core, all_of_it, nothing = (
+        operations(model, "decoder", 2, Work(Kind.RECOMPUTE, mode)) for mode in ("selective", "full", "none")
+    )
+    forward = operations(model, "decoder", 2, Work(Kind.FORWARD))
+    assert flops(core) == 4 * 2 * model.heads * 16 * 16 * model.head_dim
+    assert len(core) == 1 and core[0] in forward
+    assert all_of_it == forward and not nothing
+    for kind in ("embedding", "head"):
+        assert not operations(model, kind, 2, Work(Kind.RECOMPUTE, "selective"))
+    first, again = (operations(model, "head", 2, Work(k, "full")) for k in (Kind.FORWARD, Kind.RECOMPUTE))
+    assert flops(again) == 3 * flops(first)
+
+
+def test_a_group_meets_twice_in_each_half_of_a_decoder_and_never_for_weight_gradients() -> None:
+    """The collectives of each layer kind: an all-gather and a reduce-scatter a half, forward and backward; the
+    embedding one each way; the head one before, one after, and one more a chunk of logits."""
+    model = NAMED_PLANS["single device"]("fp32").workload.model
+    rows, seq, members = 2, 16, 3
+
+    def exchanges(kind: LayerKind, work: Kind) -> list[int]:
+        segments = layer_segments(
+            model, kind, Share.whole(model), rows, seq=seq, size=4, work=Work(work, members=members)
+        )
+        assert all(
+            s.shard_bytes == (rows * 6 * model.hidden_size * 4 if s.exchanges else 0) for s in segments
+        )
+        return [s.exchanges for s in segments]
+
+    assert shard_tokens(seq, members) == 6
+    for work, decoder, embedding, head in (
+        (Kind.FORWARD, [2, 2], [1], [2]),
+        (Kind.BACKWARD, [2, 2], [1], [0]),
+        (Kind.BACKWARD_INPUT, [2, 2], [1], [0]),
+        (Kind.BACKWARD_WEIGHT, [0, 0], [0], [0]),
+    ):
+        assert exchanges("decoder", work) == decoder
+        assert exchanges("embedding", work) == embedding
+        assert exchanges("head", work) == head
+    (segment,) = layer_segments(
+        model, "head", Share.whole(model), rows, seq=seq, size=4, work=Work(Kind.FORWARD, members=members)
+    )
+    assert segment.chunks == 4  # quarters of the tokens
+    assert segment.chunk_bytes == 8 * 12  # fp32, three numbers a token
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "chunk"),
+    [(4096, 256, 1024), (4096, 32_000, 131), (3, 10, 1), (8, 2**23, 1), (64, 0, 16)],
+)
+def test_logits_are_held_for_a_quarter_of_the_tokens_at_most(tokens: int, vocab: int, chunk: int) -> None:
+    assert logit_chunk_tokens(tokens, vocab) == chunk
 
 
 def test_an_operator_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
@@ -95,13 +182,13 @@ def test_an_operator_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
     assert embedding[0] == embedding[1]
 
 
-def test_a_ring_takes_twice_its_members_less_one_steps_over_the_slowest_hop() -> None:
+def test_a_ring_passes_shards_on_over_the_slowest_hop() -> None:
     graph = CostGraph(three_speeds())
-    size = 3e6
-    assert all_reduce_seconds(graph, [0], size) == 0
-    assert all_reduce_seconds(graph, [0, 1], size) == pytest.approx(2 * graph.path(0, 1).seconds(size / 2))
-    slowest = graph.path(1, 4).seconds(size / 3)
-    assert all_reduce_seconds(graph, [0, 1, 4], size) == pytest.approx(4 * slowest)
+    shard = 1e6
+    assert exchange_seconds(graph, [0], shard) == 0
+    assert exchange_seconds(graph, [0, 1], shard) == pytest.approx(graph.path(0, 1).seconds(shard))
+    slowest = graph.path(1, 4).seconds(shard)
+    assert exchange_seconds(graph, [0, 1, 4], shard) == pytest.approx(2 * slowest)
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,6 +206,41 @@ def test_a_group_takes_its_slowest_member_segment_by_segment(plan: Plan) -> None
                 else:
                     slowest = sum(max(s.member_seconds) for s in price.segments)
                     assert price.seconds > slowest
+
+
+def test_a_group_makes_weight_gradients_each_member_for_itself() -> None:
+    """Only the sum over the layers meets the others again: the slowest member's, not every layer's slowest."""
+    plan = NAMED_PLANS["heads 6 + 2"]("fp32")
+    compute = compute_model(plan)
+    ((stage,),) = (p.stages for p in lay_out(plan).pipelines)
+    ranks = stage.replicas[0].ranks
+    price = compute.group_price(ranks, stage.layers, 2, Kind.BACKWARD_WEIGHT)
+    assert price.seconds == max(price.busy_seconds) > min(price.busy_seconds) > 0
+    assert len(price.segments) == 1 and price.segments[0].collective_seconds == 0
+    for member, busy in enumerate(price.busy_seconds):
+        own = price.alone(member)
+        assert (own.seconds, own.busy_seconds) == (busy, (busy,))
+    whole, inputs = (
+        compute.group_price(ranks, stage.layers, 2, kind) for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+    )
+    assert sum(s.collective_seconds for s in inputs.segments) == pytest.approx(
+        sum(s.collective_seconds for s in whole.segments)
+    )
+    for member in range(2):
+        parts = inputs.busy_seconds[member] + price.busy_seconds[member]
+        assert parts == pytest.approx(whole.busy_seconds[member])
+
+
+def test_an_evaluation_is_priced_without_the_heads_gradients() -> None:
+    plan = NAMED_PLANS["single device"]("fp32")
+    train, evaluate = (compile_plan(plan, training=training) for training in (True, False))
+    assert (0, 0, Kind.BACKWARD, -1) not in evaluate.prices
+    seconds = [program.prices[0, 0, Kind.FORWARD, -1].price.seconds for program in (train, evaluate)]
+    assert seconds[1] < seconds[0]
+    compute = compute_model(plan)
+    ((stage,),) = (p.stages for p in lay_out(plan).pipelines)
+    price = compute.group_price(stage.replicas[0].ranks, stage.layers, 2, Kind.FORWARD, training=False)
+    assert seconds[1] == price.seconds
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
 from hethub.launch.beacon import Beacon
+from hethub.launch.faults import plan_faults
+from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
 from hethub.launch.worker import Task, Worker, WorkerSetup, assemble
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
-from hethub.specs.job import OptimizerSettings
+from hethub.specs.job import Fault, OptimizerSettings
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline, TimelineInfo
@@ -144,8 +146,11 @@ class Pool:
         held_out_rows: int = 10,
         time_scale: float | None = None,
         seeds: Sequence[int] = (1,),
+        faults: Sequence[Fault] = (),
+        history: HistorySettings | None = None,
     ) -> Trained:
-        """Train a plan from the first step on all its devices; `time_scale` emulates them."""
+        """Train a plan from the first step on all its devices; `time_scale` emulates them, `faults` are interruptions
+        on purpose, whose predicted actions take a second."""
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
         program = compile_program(lay_out(plan), compute)
@@ -166,6 +171,8 @@ class Pool:
             held_out=0.2,
             links_file=None if time_scale is None else self.folder / "links",
             beacon_file=self.folder / "beacon",
+            faults=plan_faults(faults, program, lambda device, action: 1.0),
+            history=history,
         )
         self.call("load", task)
         self.call("start_clock", time.monotonic(), time_scale or 1.0)

@@ -76,8 +76,8 @@ def test_bytes_are_those_of_the_cost_model(model, degree, rows, held, recompute,
     decoders = model.layers if all(place) else data.draw(st.integers(1, model.layers))
     start = 0 if first else model.layers + 1 - decoders if last else 1
     layers = (start, model.layers + 2 if last else decoders + 1)
-    rank = RankPlace(0, even_shares(model, degree)[0])
-    stage = StagePlace(0, layers, recompute, held, (ReplicaPlace((0, rows), (rank,)),))
+    ranks = tuple(RankPlace(d, share) for d, share in enumerate(even_shares(model, degree)))
+    stage = StagePlace(0, layers, recompute, held, (ReplicaPlace((0, rows), ranks),))
     layout = Layout(model, (PipelinePlace(0, "1f1b", held, rows, 0, (stage,)),))
     expected = device_memory(problem.compute, layout)[0].total
     assert cost.bytes(place, decoders, held, 1, full=recompute == "full") == pytest.approx(expected)

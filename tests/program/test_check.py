@@ -105,7 +105,7 @@ CHANGES = {
         "stands in two pipelines",
     ),
     "too few devices": ("single device", (*RANK, "count"), 2, "1 devices are named"),
-    "an unknown schedule": ("pipeline of 2", (0, "schedule"), "zero-bubble", "Use one of: 1f1b, gpipe"),
+    "an unknown schedule": ("pipeline of 2", (0, "schedule"), "zb-1", 'Did you mean "zb-h1"? Known: 1f1b, '),
     "gpipe with little memory": ("gpipe", (0, "stages", 1, "in_flight"), 3, "Set in_flight to 4"),
     "more in flight than there is": ("pipeline of 2", (0, "stages", 0, "in_flight"), 5, "Use at most 4"),
     "selective recomputation": ("pipeline of 2", (0, "stages", 0, "recompute"), "selective", "not run yet"),

@@ -1,47 +1,69 @@
 """What a program says: who gets which rows, what happens after the pipeline, what it costs."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 
 from hethub.cost.compute import gradient_bytes
-from hethub.program.actions import What
+from hethub.program.actions import Program, What
 from hethub.program.compile import compile_program, pipeline_shape
-from hethub.program.ownership import own
-from hethub.specs.layout import lay_out
+from hethub.specs.layout import RankPlace, ReplicaPlace, StagePlace, lay_out, sequence_span
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind, Lane
 from tests.plan_strategies import NAMED_PLANS, SEQUENCE, compile_plan, compute_model, plans
 
 
-@settings(max_examples=100, deadline=None)
-@given(plan=plans())
-def test_every_rank_gets_each_of_its_rows_once(plan: Plan) -> None:
-    program = compile_plan(plan)
+def places(program: Program) -> Iterator[tuple[StagePlace, ReplicaPlace, int, RankPlace, int]]:
+    """Every rank: its stage, replica, place in the group, itself, and the number of the last stage."""
     for pipeline in program.layout.pipelines:
-        last = len(pipeline.stages) - 1
         for stage in pipeline.stages:
             for replica in stage.replicas:
-                for rank in replica.ranks:
-                    for what, absent in (
-                        (What.ACTIVATION, stage.index == 0),
-                        (What.GRADIENT, stage.index == last),
-                    ):
-                        numbers = program.inbound.get((rank.device, stage.index, what), ())
-                        spans = [program.transfers[n].rows for n in numbers]
-                        rows = [row for start, stop in spans for row in range(start, stop)]
-                        assert rows == ([] if absent else list(range(*replica.rows)))
+                for member, rank in enumerate(replica.ranks):
+                    yield stage, replica, member, rank, len(pipeline.stages) - 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans())
+def test_every_rank_gets_each_row_and_token_of_its_own_once(plan: Plan) -> None:
+    program = compile_plan(plan)
+    for stage, replica, member, rank, last in places(program):
+        for what, absent in ((What.ACTIVATION, stage.index == 0), (What.GRADIENT, stage.index == last)):
+            numbers = program.inbound.get((rank.device, stage.index, what), ())
+            transfers = [program.transfers[n] for n in numbers]
+            got = [(r, t) for x in transfers for r in range(*x.rows) for t in range(*x.tokens)]
+            tokens = range(*sequence_span(SEQUENCE, len(replica.ranks), member))
+            assert sorted(got) == ([] if absent else [(r, t) for r in range(*replica.rows) for t in tokens])
+
+
+@settings(max_examples=50, deadline=None)
+@given(plan=plans())
+def test_every_byte_between_two_replicas_travels_once(plan: Plan) -> None:
+    """So the fan-out to a group's members is inside the group, whatever link lies between the stages."""
+    program = compile_plan(plan)
+    sent: Counter[tuple[int, What, int, int, tuple[int, int]]] = Counter()
+    pipeline_of = {d: p.index for p in program.layout.pipelines for s in p.stages for d in s.devices()}
+    for transfer in program.transfers:
+        if transfer.what in (What.ACTIVATION, What.GRADIENT):
+            for row in range(*transfer.rows):
+                for token in range(*transfer.tokens):
+                    here = (pipeline_of[transfer.source], transfer.what, transfer.stage)
+                    sent[(*here, row, (token, token))] += 1
+    assert set(sent.values()) <= {1}
 
 
 @settings(max_examples=50, deadline=None)
 @given(plan=plans())
 def test_a_message_carries_the_bytes_of_its_rows_or_slices(plan: Plan) -> None:
     program = compile_plan(plan)
-    table = own(program.layout)
+    table = program.ownership
     for transfer in program.transfers:
         if transfer.what in (What.ACTIVATION, What.GRADIENT):
-            elements = (transfer.rows[1] - transfer.rows[0]) * SEQUENCE * plan.workload.model.hidden_size
+            rows, tokens = (span[1] - span[0] for span in (transfer.rows, transfer.tokens))
+            elements = rows * tokens * plan.workload.model.hidden_size
             assert transfer.lane == Lane.ACTIVATIONS
         elif transfer.what in (What.REDUCE, What.WEIGHTS):
             elements = sum(table.slices[n].elements for n in transfer.slices)
@@ -52,14 +74,33 @@ def test_a_message_carries_the_bytes_of_its_rows_or_slices(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED_PLANS)
-def test_a_step_ends_with_reduce_norm_update_gather_on_every_rank(name: str) -> None:
+def test_after_the_pipeline_come_reduce_norm_and_update(name: str) -> None:
     program = compile_plan(NAMED_PLANS[name]("fp32"))
     for device in program.layout.used:
-        after = [a.kind for a in program.devices[device] if a.stage < 0]
+        after = [a.kind for a in program.devices[device] if a.stage < 0 and not program.carried(a)]
         own_work = [kind for kind in after if kind not in (Kind.SEND, Kind.RECEIVE)]
-        assert own_work == [Kind.REDUCE, Kind.NORM, Kind.UPDATE, Kind.GATHER]
+        assert own_work == sorted(own_work)
+        assert own_work.count(Kind.NORM) == 1
+        assert own_work.count(Kind.UPDATE) == max(1, len(program.buckets[device]))
     unused = set(range(len(program.devices))) - set(program.layout.used)
     assert all(program.devices[device] == () for device in unused)
+
+
+def test_gradients_leave_between_the_parts_of_the_last_backward() -> None:
+    """And new weights are put into place part by part before the first forward."""
+    program = compile_plan(NAMED_PLANS["replicas that reduce in parts"]("fp32"))
+    for device in program.layout.used:
+        assert len(program.parts[device, 0]) > 2
+        actions = program.devices[device]
+        parts = [n for n, a in enumerate(actions) if a.kind == Kind.BACKWARD and a.part >= 0]
+        sends = [
+            n
+            for n, a in enumerate(actions)
+            if a.kind == Kind.SEND and program.transfer(a.message).what == What.REDUCE
+        ]
+        assert all(any(part < n < after for n in sends) for part, after in pairwise(parts))
+        kinds = [a.kind for a in actions[: 3 * len(program.parts[device, 0])] if a.kind != Kind.RECEIVE]
+        assert kinds[:4] == [Kind.GATHER, Kind.FORWARD] * 2
 
 
 def test_evaluation_goes_forward_and_sums_the_loss_only() -> None:
@@ -74,7 +115,8 @@ def test_a_stage_that_recomputes_does_so_before_each_backward() -> None:
     actions = program.devices[program.layout.used[0]]
     for at, action in enumerate(actions):
         if action.kind == Kind.BACKWARD:
-            assert actions[at - 1] == action._replace(kind=Kind.RECOMPUTE)
+            before = [a for a in actions[:at] if a.kind not in (Kind.RECEIVE, Kind.SEND)]
+            assert before[-1] == action._replace(kind=Kind.RECOMPUTE)
 
 
 def test_stages_that_share_devices_are_one_resource() -> None:

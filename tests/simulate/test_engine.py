@@ -44,7 +44,7 @@ def test_two_stages_and_one_micro_batch_by_hand() -> None:
     path = compute_model(plan).graph.path(front, back)
 
     def seconds(device: int, stage: int, kind: Kind) -> float:
-        return program.prices[device, stage, kind].price.seconds
+        return program.prices[device, stage, kind, 0 if kind == Kind.UPDATE else -1].price.seconds
 
     hop = path.seconds(2 * 16 * 16 * 4)  # rows x sequence x hidden x bytes
     turn = (
@@ -67,8 +67,8 @@ def test_two_stages_and_two_micro_batches_by_hand() -> None:
     program, _, timeline = run(plan)
     front, back = program.layout.used
     hop = compute_model(plan).graph.path(front, back).seconds(2 * 16 * 16 * 4)
-    f0, b0 = (program.prices[front, 0, kind].price.seconds for kind in (Kind.FORWARD, Kind.BACKWARD))
-    f1, b1 = (program.prices[back, 1, kind].price.seconds for kind in (Kind.FORWARD, Kind.BACKWARD))
+    f0, b0 = (program.prices[front, 0, kind, -1].price.seconds for kind in (Kind.FORWARD, Kind.BACKWARD))
+    f1, b1 = (program.prices[back, 1, kind, -1].price.seconds for kind in (Kind.FORWARD, Kind.BACKWARD))
     first = f0 + hop + f1 + b1
     second = max(first, 2 * f0 + hop) + f1 + b1
     home = max(first + hop + b0, 2 * f0 + b0)
@@ -84,7 +84,7 @@ def test_a_step_is_no_shorter_than_any_device_is_busy(plan: Plan) -> None:
     for device in program.layout.used:
         busy = records["busy"][records["device"] == device].sum()
         assert busy <= step * (1 + 1e-9)
-    assert timeline.records["end"].max() == pytest.approx(step)
+    assert timeline.records["end"].max() <= step * (1 + 1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,8 +96,10 @@ def test_a_device_does_one_thing_at_a_time_in_its_own_order(plan: Plan) -> None:
             (timeline.records["device"] == device) & (timeline.records["kind"] != Kind.COLLECTIVE)
         ]
         own = own[np.argsort(own["action"])]
-        assert own["action"].tolist() == list(range(len(program.devices[device])))
-        assert own["kind"].tolist() == [int(action.kind) for action in program.devices[device]]
+        # The only step has no new weights of a step before to take.
+        done = [(n, a) for n, a in enumerate(program.devices[device]) if not program.carried(a)]
+        assert own["action"].tolist() == [number for number, _ in done]
+        assert own["kind"].tolist() == [int(action.kind) for _, action in done]
         assert (own["start"][1:] >= own["end"][:-1] - 1e-15).all()
 
 
@@ -124,6 +126,7 @@ def test_messages_of_a_channel_arrive_in_the_order_of_their_sends(plan: Plan) ->
     program, _, timeline = run(plan)
     receives = {int(r["message"]): r for r in timeline.records if r["kind"] == Kind.RECEIVE}
     for messages in program.order.values():
+        messages = tuple(m for m in messages if m in receives)  # new weights are received by the next step
         waited = [m for m in messages if receives[m]["end"] > receives[m]["start"]]
         arrivals = [float(receives[m]["end"]) for m in waited]
         assert arrivals == sorted(arrivals)
@@ -137,9 +140,9 @@ def test_a_group_starts_and_ends_its_actions_together(plan: Plan) -> None:
     program, _, timeline = run(plan)
     ends: dict[tuple[object, ...], set[float]] = defaultdict(set)
     for record in timeline.records:
-        if record["kind"] in (Kind.FORWARD, Kind.BACKWARD, Kind.RECOMPUTE):
-            group = program.groups[int(record["device"]), int(record["stage"])]
-            key = (group, int(record["kind"]), int(record["stage"]), int(record["micro_batch"]))
+        if record["kind"] in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.RECOMPUTE):
+            action = program.devices[int(record["device"])][int(record["action"])]
+            key = (program.group(int(record["device"]), action), action)
             ends[key].add(float(record["end"]))
     assert all(len(found) == 1 for found in ends.values())
 
@@ -164,8 +167,8 @@ def test_collectives_are_sub_events_of_a_groups_actions() -> None:
         parent = parents[int(record["device"]), int(record["action"])]
         assert parent["start"] <= record["start"] <= record["end"] <= parent["end"] + 1e-15
         assert record["busy"] == 0
-    for (device, action), parent in parents.items():
-        price = program.prices[device, 0, Kind(int(parent["kind"]))].price
+    for device, action in parents:
+        price = program.price(device, program.devices[device][action]).price
         spent = sum(s.collective_seconds for s in price.segments)
         own = inside[(inside["device"] == device) & (inside["action"] == action)]
         assert (own["end"] - own["start"]).sum() == pytest.approx(spent)
@@ -178,6 +181,23 @@ def test_the_middle_of_three_steps_of_one_device_is_like_a_single_one() -> None:
     assert middle == pytest.approx(alone)
     assert sorted(set(timeline.records["step"].tolist())) == [-1, 0, 1]
     assert len(timeline.records) == 3 * len(program.devices[program.layout.used[0]])
+
+
+@settings(max_examples=50, deadline=None)
+@given(plan=plans())
+def test_new_weights_are_received_one_step_later(plan: Plan) -> None:
+    program, _, timeline = run(plan, steps=3)
+    weights = [
+        i for i, m in enumerate(program.messages) if program.transfers[m.transfer].what == What.WEIGHTS
+    ]
+    r = timeline.records[np.isin(timeline.records["message"], weights)]
+    for message in weights:
+        sends, receives = (
+            np.sort(r["step"][(r["message"] == message) & (r["kind"] == kind)])
+            for kind in (Kind.SEND, Kind.RECEIVE)
+        )
+        assert sends.tolist() == [-1, 0, 1]
+        assert receives.tolist() == [0, 1]
 
 
 @settings(max_examples=50, deadline=None)

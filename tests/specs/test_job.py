@@ -169,6 +169,55 @@ def test_a_fault_of_the_cluster_file_names_the_cluster_file(folder):
         load(folder, JOB)
 
 
+FAULT = "fault: {device: a/0/1, step: 2, action: 17, phase: after, do: kill}\n"
+
+
+def test_a_job_has_no_fault_unless_it_asks_for_one(folder):
+    assert load(folder, JOB).faults == ()
+    assert load(folder, JOB).digest_every == 50
+    assert load(folder, JOB + "history: {digest_every: 5}\n").digest_every == 5
+
+
+def test_one_fault_or_a_list_is_taken(folder):
+    (one,) = load(folder, JOB + FAULT).faults
+    assert (one.device, one.step, one.action, one.phase, one.do) == (1, 2, 17, "after", "kill")
+    assert one.place == f"{folder}/job.yaml:9:33 fault.action"
+    more = "fault:\n  - {device: a/0/0, action: join, do: hang}\n"
+    more += "  - {device: a/0/1, action: update, do: slow, factor: 3.5}\n"
+    first, second = load(folder, JOB + more).faults
+    assert (first.device, first.step, first.action, first.phase) == (0, 0, "join", "before")
+    assert (second.action, second.factor) == ("update", 3.5)
+    assert second.place == f"{folder}/job.yaml:11:21 fault[1].action"
+
+
+WRONG_FAULTS = {
+    "unknown device": ("a/0/1", "a/0/2", 'fault.device: there is no device "a/0/2". Did you mean "a/0/'),
+    "step past the end": ("step: 2", "step: 200", "fault.step: 200 is past the last step of the job, 199"),
+    "unknown deed": ("kill", "kil", 'fault.do: "kil" is not known here. Did you mean "kill"?'),
+    "unknown phase": ("after", "later", 'fault.phase: "later" is not known here.'),
+    "unknown key": ("do: kill", "do: kill, faktor: 2", 'fault.faktor: unknown key. Did you mean "factor"?'),
+    "faster": ("do: kill", "do: slow, factor: 1", "fault.factor: 1 is not more than 1"),
+    "join late": ("17, phase: after", "join", "fault.action: join comes once, before step 0"),
+    "slow join": (
+        "step: 2, action: 17, phase: after, do: kill",
+        "action: join, do: nan",
+        "fault.do: a worker",
+    ),
+    "no action": ("action: 17, ", "", "fault.action: required key is missing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FAULTS)
+def test_a_wrong_fault_is_refused_with_its_line_and_key(folder, case):
+    old, new, text = WRONG_FAULTS[case]
+    assert old in FAULT
+    with pytest.raises(InputError) as caught:
+        load(folder, JOB + FAULT.replace(old, new))
+    told = [one for one in caught.value.message.splitlines() if text in one]
+    assert told, caught.value.message
+    assert told[0].startswith(f"{folder}/job.yaml:9:")
+
+
 def test_the_example_job_loads():
     job = load_job(Path("cluster_specs/laptop-job.yaml"))
     assert job.cluster.name == "laptop"

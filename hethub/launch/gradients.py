@@ -1,0 +1,93 @@
+"""Where weight gradients go: wide buffers that backward adds into, at once or later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Deferred", "Packed", "WeightGradients", "wide_dtype"]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over weights of `dtype` are taken in: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Packed(Protocol):
+    """A stage: its weights by name, and which of them lie one after the other in one storage."""
+
+    parameters: dict[str, Tensor]
+    packs: Sequence[tuple[str, ...]]
+
+
+class Deferred(NamedTuple):
+    """A weight gradient still to be taken: of a product, `gradient` (T, outputs) and `inputs` (T, inputs); of a
+    table's rows, `gradient` (T, D) and the row numbers `inputs` (T,)."""
+
+    names: tuple[str, ...]
+    gradient: Tensor
+    inputs: Tensor
+
+
+class WeightGradients:
+    """A sink for the weight gradients of some stages of one device.
+
+    `buffers` holds one accumulation buffer a parameter, shaped like this device's shard, in fp32 (fp64 where weights
+    are fp64); set to zero by whoever reads them. With `stage.sink` set to a sink, backward adds into the buffers and
+    leaves `.grad` alone: no temporary of a weight's size, no second pass to accumulate it. While `deferred` is a list,
+    the products of weight gradients are appended to it instead, so that backward yields input gradients only; `settle`
+    takes them later. Norm weights' gradients fall out of the input gradient's work and are never deferred.
+    """
+
+    def __init__(self, stages: Iterable[Packed]) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self.deferred: list[Deferred] | None = None
+        self._packs: dict[tuple[str, ...], Tensor] = {}
+        for stage in stages:
+            for names in stage.packs:
+                if names not in self._packs:
+                    self._add_pack(names, stage.parameters)
+
+    def _add_pack(self, names: tuple[str, ...], parameters: Mapping[str, Tensor]) -> None:
+        weights = [parameters[name].detach() for name in names]
+        rows = [len(weight) for weight in weights]
+        shape, wide = (sum(rows), *weights[0].shape[1:]), wide_dtype(weights[0].dtype)
+        buffer = torch.zeros(shape, dtype=wide, device=weights[0].device)
+        self._packs[names] = buffer
+        self.buffers.update(zip(names, buffer.split(rows), strict=True))
+
+    def product(self, names: tuple[str, ...], gradient: Tensor, inputs: Tensor) -> None:
+        """Take gradient^T x inputs as the gradient of a pack (outputs, inputs), or note it for later."""
+        self._take(Deferred(names, gradient, inputs))
+
+    def rows(self, name: str, gradient: Tensor, rows: Tensor) -> None:
+        """Add gradient (T, D) to the rows (T,) of a table, or note it for later."""
+        self._take(Deferred((name,), gradient, rows))
+
+    def vector(self, name: str, gradient: Tensor) -> None:
+        """Add a norm weight's gradient."""
+        self.buffers[name].add_(gradient)
+
+    def settle(self, deferred: list[Deferred]) -> None:
+        """Take every noted gradient in its order. The list is emptied as it goes, so each item's tensors are freed."""
+        deferred.reverse()
+        while deferred:
+            self._settle(deferred.pop())
+
+    def _take(self, item: Deferred) -> None:
+        if self.deferred is None:
+            self._settle(item)
+        else:
+            self.deferred.append(item)
+
+    def _settle(self, item: Deferred) -> None:
+        buffer = self._packs[item.names]
+        if not item.inputs.is_floating_point():
+            buffer.index_add_(0, item.inputs, item.gradient.to(buffer.dtype))
+        elif item.gradient.dtype == buffer.dtype:
+            buffer.addmm_(item.gradient.t(), item.inputs)
+        else:
+            buffer.add_(item.gradient.t() @ item.inputs)

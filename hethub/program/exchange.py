@@ -1,0 +1,201 @@
+"""What is exchanged around the pipeline: gradient slices to their updaters, new weights to their holders, and when.
+
+A device's own list decides: a gradient may leave behind the last action that adds to it, a new weight must be there
+before the first action that uses it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hethub.cost.shapes import layer_parameters
+from hethub.program.actions import Action
+from hethub.program.ownership import Ownership
+from hethub.program.parts import Parts
+from hethub.specs.layout import Layout, Span
+from hethub.timeline.record import Kind
+
+__all__ = [
+    "GRADIENT_KINDS",
+    "Exchange",
+    "GradientSend",
+    "Reduction",
+    "WeightSend",
+    "plan_exchange",
+    "touches",
+]
+
+GRADIENT_KINDS = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)  # the last one of a stage completes its gradients
+
+
+class GradientSend(NamedTuple):
+    """Slices whose gradient is complete on `source` behind an action, for one updater."""
+
+    source: int
+    destination: int
+    behind: Action
+    slices: tuple[int, ...]
+
+
+class Reduction(NamedTuple):
+    """One bucket of an updater: `needs` are the gradient sends (by number) to wait for before it, none twice over all
+    buckets; `slices` the incoming ones that it adds, once for every sender."""
+
+    bucket: int
+    needs: tuple[int, ...]
+    slices: tuple[int, ...]
+
+
+class WeightSend(NamedTuple):
+    """New weights of an updater's bucket for one holder, which first uses them in `first_use`."""
+
+    bucket: int
+    destination: int
+    first_use: Action
+    slices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Everything that goes over the parameter lane but norms.
+
+    `gradients` stand in the order of each source's list; `reductions[d]`, `weights[d]` and `buckets[d]` are an
+    updater's, buckets in the order of first use, reductions in that of the backward.
+    """
+
+    gradients: tuple[GradientSend, ...]
+    reductions: Mapping[int, tuple[Reduction, ...]]
+    weights: Mapping[int, tuple[WeightSend, ...]]
+    buckets: Mapping[int, tuple[tuple[int, ...], ...]]
+
+
+class _Uses(NamedTuple):
+    """Per parameter (number) of one device: indices of the first action that uses it and the last that adds to its
+    gradient."""
+
+    first: dict[int, int]
+    last: dict[int, int]
+
+
+def touches(
+    layout: Layout, spans: Mapping[int, Sequence[Span]], actions: Sequence[Action], numbers: Mapping[str, int]
+) -> _Uses:
+    """Where a device's list uses and completes each of its parameters.
+
+    `spans[stage]` are the layer ranges of the stage's parts, `numbers` parameters' places in the ownership table.
+    """
+    first_of: dict[tuple[int, int], int] = {}
+    last_of: dict[tuple[int, int], int] = {}
+    for index, action in enumerate(actions):
+        if action.kind == Kind.FORWARD:
+            first_of.setdefault((action.stage, action.part), index)
+        elif action.kind in GRADIENT_KINDS:
+            last_of[action.stage, action.part] = index
+    found = _Uses({}, {})
+    for places, kept, choose in ((first_of, found.first, min), (last_of, found.last, max)):
+        for (stage, part), index in places.items():
+            layers = spans[stage][part] if part >= 0 else (spans[stage][0][0], spans[stage][-1][1])
+            for layer in range(*layers):
+                for parameter in layer_parameters(layout.model, layer):
+                    number = numbers[parameter.name]
+                    kept[number] = choose(kept.get(number, index), index)
+    return found
+
+
+def plan_exchange(
+    ownership: Ownership, parts: Parts, layout: Layout, lists: Sequence[Sequence[Action]]
+) -> Exchange:
+    """Decide the exchange from the pipelines' finished lists (one a device)."""
+    numbers = {parameter.name: n for n, parameter in enumerate(ownership.parameters)}
+    spans: dict[int, dict[int, Sequence[Span]]] = defaultdict(dict)
+    for pipeline in layout.pipelines:
+        for stage in pipeline.stages:
+            for device in stage.devices():
+                spans[device][stage.index] = parts[pipeline.index, stage.index]
+    uses = {d: touches(layout, spans[d], lists[d], numbers) for d in layout.used}
+    buckets = {d: _buckets(ownership, d, uses[d]) for d in layout.used}
+    gradients = _gradients(ownership, uses, lists)
+    return Exchange(
+        gradients,
+        _reductions(ownership, gradients, buckets),
+        {d: _weights(ownership, d, buckets[d], uses, lists) for d in layout.used},
+        buckets,
+    )
+
+
+def _buckets(ownership: Ownership, device: int, uses: _Uses) -> tuple[tuple[int, ...], ...]:
+    """A device's own slices by the action that first uses them."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for number in ownership.by_updater.get(device, ()):
+        found[uses.first[ownership.slices[number].parameter]].append(number)
+    return tuple(tuple(numbers) for _, numbers in sorted(found.items()))
+
+
+def _gradients(
+    ownership: Ownership, uses: Mapping[int, _Uses], lists: Sequence[Sequence[Action]]
+) -> tuple[GradientSend, ...]:
+    """A device sends to all, neighbours in turn, what each action completes."""
+    found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+    count = len(lists)
+    for (source, updater), numbers in ownership.gradient_routes.items():
+        for number in numbers:
+            behind = uses[source].last[ownership.slices[number].parameter]
+            found[source, behind, (updater - source) % count, updater].append(number)
+    return tuple(
+        GradientSend(source, updater, lists[source][behind], tuple(slices))
+        for (source, behind, _, updater), slices in sorted(found.items())
+    )
+
+
+def _reductions(
+    ownership: Ownership,
+    gradients: Sequence[GradientSend],
+    buckets: Mapping[int, tuple[tuple[int, ...], ...]],
+) -> dict[int, tuple[Reduction, ...]]:
+    """Buckets from the last used on, which is the first whose gradients come."""
+    carriers: dict[int, list[int]] = defaultdict(list)  # slice -> numbers of the sends that carry it
+    for number, send in enumerate(gradients):
+        for entry in send.slices:
+            carriers[entry].append(number)
+    found: dict[int, tuple[Reduction, ...]] = {}
+    for device, own in buckets.items():
+        taken: set[int] = set()
+        entries = []
+        for bucket in reversed(range(len(own))):
+            # in the order in which the senders complete them, all senders side by side
+            needs = [
+                n
+                for n in dict.fromkeys(n for s in own[bucket] for n in carriers.get(s, ()))
+                if n not in taken
+            ]
+            taken.update(needs)
+            slices = tuple(s for s in own[bucket] for _ in carriers.get(s, ()))
+            if slices:
+                entries.append(Reduction(bucket, tuple(needs), slices))
+        found[device] = tuple(entries)
+    return found
+
+
+def _weights(
+    ownership: Ownership,
+    device: int,
+    buckets: Sequence[Sequence[int]],
+    uses: Mapping[int, _Uses],
+    lists: Sequence[Sequence[Action]],
+) -> tuple[WeightSend, ...]:
+    """Each bucket goes to all holders, neighbours in turn."""
+    count = len(lists)
+    sends = []
+    for bucket, numbers in enumerate(buckets):
+        found: dict[int, list[int]] = defaultdict(list)
+        for number in numbers:
+            for holder in ownership.slices[number].holders:
+                if holder != device:
+                    found[holder].append(number)
+        for holder, slices in sorted(found.items(), key=lambda entry: (entry[0] - device) % count):
+            first = min(uses[holder].first[ownership.slices[n].parameter] for n in slices)
+            sends.append(WeightSend(bucket, holder, lists[holder][first], tuple(slices)))
+    return tuple(sends)

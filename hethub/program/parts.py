@@ -1,0 +1,92 @@
+"""Parts: a stage cut into layer ranges, so that gradients leave and new weights come while other layers compute."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from hethub.cost.compute import ComputeModel, gradient_bytes
+from hethub.program.ownership import Ownership
+from hethub.specs.layout import Layout, Span, StagePlace
+from hethub.timeline.record import Kind
+
+__all__ = ["Parts", "cut_stages"]
+
+Parts = Mapping[tuple[int, int], tuple[Span, ...]]  # (pipeline, stage) -> layer ranges
+
+_LATENCIES = 4  # a bucket's transfer is at least so many latencies of its path, so that few are wasted
+_LEAST_SECONDS = 5e-4  # of a part's backward: what starting an action may cost
+_MOST_PARTS = 32
+
+
+class _Traffic:
+    """Per device: bytes of gradients that each layer sends or takes, and the slowest way that they go."""
+
+    def __init__(self, layout: Layout, compute: ComputeModel, ownership: Ownership) -> None:
+        width = gradient_bytes(compute.workload.precision)
+        self.bytes: dict[tuple[int, int], int] = defaultdict(int)  # (device, layer)
+        for entry in ownership.slices:
+            layer = ownership.parameters[entry.parameter].layers[0]
+            if len(entry.holders) > 1:
+                for device in entry.holders:
+                    others = len(entry.holders) - 1 if device == entry.updater else 1
+                    self.bytes[device, layer] += entry.elements * width * others
+        self.least: dict[int, float] = defaultdict(float)  # device -> bytes of a bucket worth sending
+        for source, destination in ownership.gradient_routes:
+            path = compute.graph.path(source, destination)
+            worth = _LATENCIES * path.latency_seconds * path.bandwidth_bytes_per_second
+            for device in (source, destination):
+                self.least[device] = max(self.least[device], worth)
+
+
+def cut_stages(layout: Layout, compute: ComputeModel, ownership: Ownership) -> Parts:
+    """Cut every stage whose gradients others need into parts, each worth a message and an action of its own.
+
+    Buckets are filled from the last layer on, in the order of backward; what is left at the front joins the last one.
+    """
+    traffic = _Traffic(layout, compute, ownership)
+    return {
+        (pipeline.index, stage.index): _cut(stage, compute, traffic)
+        for pipeline in layout.pipelines
+        for stage in pipeline.stages
+    }
+
+
+def _cut(stage: StagePlace, compute: ComputeModel, traffic: _Traffic) -> tuple[Span, ...]:
+    devices = list(stage.devices())
+    if not any(traffic.bytes.get((d, layer)) for d in devices for layer in range(*stage.layers)):
+        return (stage.layers,)
+    # A layer's weight: the share of a worthwhile bucket and of a worthwhile action that it fills.
+    fills = [_fill(stage, layer, devices, compute, traffic) for layer in range(*stage.layers)]
+    least = 1.0
+    while len(spans := _merge(stage.layers, fills, least)) > _MOST_PARTS:
+        least *= 1.25
+    return spans
+
+
+def _fill(
+    stage: StagePlace, layer: int, devices: Sequence[int], compute: ComputeModel, traffic: _Traffic
+) -> float:
+    sent = min(
+        traffic.bytes.get((d, layer), 0) / traffic.least[d] if traffic.least[d] else 1.0 for d in devices
+    )
+    replica = stage.replicas[0]
+    rows = replica.rows[1] - replica.rows[0]
+    backward = compute.group_price(replica.ranks, (layer, layer + 1), rows, Kind.BACKWARD).seconds
+    return min(sent, backward / _LEAST_SECONDS)
+
+
+def _merge(layers: Span, fills: Sequence[float], least: float) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    stop, filled = layers[1], 0.0
+    for layer in range(layers[1] - 1, layers[0] - 1, -1):
+        filled += fills[layer - layers[0]]
+        if filled >= least:
+            spans.append((layer, stop))
+            stop, filled = layer, 0.0
+    if stop > layers[0]:
+        if spans:
+            spans[-1] = (layers[0], spans[-1][1])
+        else:
+            spans.append((layers[0], stop))
+    return tuple(reversed(spans))
