@@ -57,8 +57,8 @@ def adamw(
 class AdamW:
     """torch's AdamW function, fused into one kernel a group, with its state held here.
 
-    `torch.optim.AdamW` imports torch's compiler when it is made: a second of CPU in the start of every worker. Fused is 3
-    times as fast on a CPU as tensor by tensor; torch 2.13's takes contiguous tensors only, and computes wrongly on
+    `torch.optim.AdamW` imports torch's compiler when it is made: a second of CPU in the start of every worker. Fused is
+    3 times as fast on a CPU as tensor by tensor; torch 2.13's takes contiguous tensors only, and computes wrongly on
     others without a word.
     """
 
@@ -134,7 +134,7 @@ class Updater:
             master = view if alike else view.to(gradient.dtype, copy=True).contiguous()
             master.grad = gradient
             self.masters[number] = master
-<<<<<<< HEAD
+
         self.optimizers = [self._optimizer(bucket) for bucket in buckets]
 
     def _optimizer(self, bucket: Sequence[int]) -> AdamW:
