@@ -440,7 +440,7 @@ def trained_losses(dtype: torch.dtype, steps: int) -> list[float]:
         for weight in part.parameters.values():
             weight.mul_(0.2 if weight.dim() > 1 else 1.0)  # the usual size of initial weights again
     masters = {name: weight.detach().float() for name, weight in part.parameters.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=2e-3)
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
     tokens, targets, weights = batch()
     losses = []
     for _ in range(steps):
