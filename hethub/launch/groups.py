@@ -87,13 +87,27 @@ class _Timed:
         return events
 
 
+# torch 2.13 renamed them; older ones know the second name only.
+_all_gather_whole: Callable[..., object] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+_reduce_scatter_whole: Callable[..., object] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+
 class NativeGroup(_Timed):
-    """A tensor-parallel group inside one island: the vendor library's own collectives."""
+    """A tensor-parallel group inside one island: the vendor library's own collectives.
+
+    `whole_tensors` turns false when the library says that it lacks the collectives of one tensor; the group then
+    gathers lists and takes its part of an all-reduce.
+    """
 
     def __init__(self, ranks: Sequence[int], backend: str) -> None:
         super().__init__()
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
+        self.whole_tensors = True
         self._group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
     def _call(self, collective: Callable[[], object]) -> None:
@@ -115,8 +129,12 @@ class NativeGroup(_Timed):
         equal = -(-length // self.size)
         if held < equal:
             shard = torch.cat([shard, shard.new_zeros(rows, equal - held, *rest)], 1)
+        shard = shard.contiguous()
         found = shard.new_empty(self.size, rows, equal, *rest)
-        self._call(lambda: dist.all_gather_into_tensor(found, shard.contiguous(), group=self._group))
+        self._try(
+            lambda: _all_gather_whole(found.view(-1), shard.view(-1), group=self._group),
+            lambda: dist.all_gather(list(found.unbind(0)), shard, group=self._group),
+        )
         whole: Tensor = found.transpose(0, 1).flatten(1, 2)[:, :length].contiguous()
         return whole
 
@@ -129,10 +147,31 @@ class NativeGroup(_Timed):
             whole = torch.cat([whole, whole.new_zeros(rows, padding, *rest)], 1)
         given = whole.unflatten(1, (self.size, equal)).transpose(0, 1).contiguous()
         found = given.new_empty(rows, equal, *rest)
-        self._call(lambda: dist.reduce_scatter_tensor(found, given, group=self._group))
+
+        def by_sum() -> None:
+            dist.all_reduce(given, dist.ReduceOp.SUM, group=self._group)
+            found.copy_(given[self.member])
+
+        self._try(lambda: _reduce_scatter_whole(found.view(-1), given.view(-1), group=self._group), by_sum)
         start, stop = sequence_span(length, self.size, self.member)
         shard: Tensor = found[:, : stop - start].contiguous()
         return shard
+
+    def _try(self, whole: Callable[[], object], otherwise: Callable[[], object]) -> None:
+        """A library that lacks a collective says so before it sends anything, so all members turn to the other."""
+
+        def call() -> None:
+            if self.whole_tensors:
+                try:
+                    whole()
+                    return
+                except (NotImplementedError, RuntimeError) as error:
+                    if "support" not in str(error) and not isinstance(error, NotImplementedError):
+                        raise
+                    self.whole_tensors = False
+            otherwise()
+
+        self._call(call)
 
 
 class ExchangeGroup(_Timed):

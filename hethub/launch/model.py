@@ -77,6 +77,18 @@ class StageModel:
 
     In a group of n members, member m's activations are (B, s, D), the tokens `sequence_span(S, n, m)` of every row.
     Tokens, targets and weights are always whole. Backward is taken once per forward.
+
+    What autograd keeps, in elements of the stage's dtype unless said (W query columns, KW key columns, F feed-forward
+    columns, V vocabulary rows of this rank; "wide" is fp32, or fp64 in an fp64 stage):
+    - a decoder, per token of the shard: 2 D (the inputs of its halves) and 2 wide scales; per token of the whole
+      sequence: W + 2 KW (packed queries, keys and values) + 2 F (gate and up), in a group also 2 D (gathered inputs of
+      the columns); and unless recompute is selective, W (the core's result) and one wide log-sum a query head;
+    - the embedding: 8 bytes a token of the whole sequence;
+    - the head: D per token of the shard (the input's gradient, there from forward on), nothing else when a sink and
+      a loss_scale are given; else the weights' gradients too.
+    While a backward's products are deferred, each decoder holds per token of the whole sequence its products' operands:
+    4 D + 2 W + 2 KW + 3 F. The head's forward holds, for a moment, 2 D per token of the whole sequence and
+    `logit_chunk_tokens` x V logits, in the stage's dtype and, where that is not wide, wide.
     """
 
     def __init__(

@@ -427,6 +427,47 @@ def test_the_core_is_done_twice_only_when_recomputed():
         assert calls == times * model.layers
 
 
+# -- 16 bits ------------------------------------------------------------------------------------------------
+
+
+def trained_losses(dtype: torch.dtype, steps: int) -> list[float]:
+    """Of AdamW on fp32 masters, gradients added up in fp32 by the sink, over two micro-batches a step."""
+    model = tiny_model(heads=8, kv_heads=2)
+    part = stage(model, dtype=dtype)
+    sink = with_sink(part)
+    assert all(buffer.dtype == torch.float32 for buffer in sink.buffers.values())
+    with torch.no_grad():
+        for weight in part.parameters.values():
+            weight.mul_(0.2 if weight.dim() > 1 else 1.0)  # the usual size of initial weights again
+    masters = {name: weight.detach().float() for name, weight in part.parameters.items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
+    tokens, targets, weights = batch()
+    losses = []
+    for _ in range(steps):
+        loss = 0.0
+        for rows in (slice(0, 1), slice(1, ROWS)):
+            found = part.forward_layers(
+                part.layers, tokens[rows], targets[rows], weights[rows], loss_scale=1 / 32
+            )
+            found.backward()
+            loss += float(found.detach()) / 32
+        losses.append(loss)
+        for name, master in masters.items():
+            master.grad = sink.buffers[name].clone()
+            sink.buffers[name].zero_()
+        optimizer.step()
+        with torch.no_grad():
+            for name, weight in part.parameters.items():
+                weight.copy_(masters[name])
+    return losses
+
+
+def test_twenty_steps_in_bf16_have_the_losses_of_fp32():
+    exact, found = trained_losses(torch.float32, 20), trained_losses(torch.bfloat16, 20)
+    assert exact[-1] < exact[0] - 0.3  # it learns
+    assert max(abs(a - b) / a for a, b in zip(exact, found, strict=True)) < 2e-2
+
+
 # -- shares -------------------------------------------------------------------------------------------------
 
 
