@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hethub.launch.tally import StorageTally
 from hethub.program.actions import Channel, Program
 from hethub.timeline.record import Lane
 
@@ -57,17 +58,24 @@ class Communicator:
     """The channels of one device while it runs one program.
 
     `rank_of` maps device indices to ranks of the job's process group. With `reserve` given, links are emulated: the
-    sender reserves the path and the message carries its arrival time. The library's own threads move the bytes while
-    the device computes; buffers are kept and used again.
+    sender reserves the path and the message carries its arrival time. A `tally` counts the buffers. The library's own
+    threads move the bytes while the device computes. Buffers of activations are kept and used again; those of
+    parameters, which come once a step, give their memory to activations meanwhile.
     """
 
     def __init__(
-        self, program: Program, device: int, rank_of: Mapping[int, int], reserve: Reserve | None = None
+        self,
+        program: Program,
+        device: int,
+        rank_of: Mapping[int, int],
+        reserve: Reserve | None = None,
+        tally: StorageTally | None = None,
     ) -> None:
         self.program = program
         self.device = device
         self.rank_of = rank_of
         self.reserve = reserve
+        self.tally = tally
         self._extra = 0 if reserve is None else _TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
         self._sending: deque[tuple[dist.Work, Tensor, bool]] = (
@@ -86,19 +94,27 @@ class Communicator:
                 for _ in range(inbox.depth):
                     self._post(channel, inbox)
 
-    def _buffer(self, size: int) -> Tensor:
-        spare = self._spare.get(size)
-        return spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
+    def _buffer(self, size: int, lane: Lane) -> Tensor:
+        spare = self._spare.get(size) if lane == Lane.ACTIVATIONS else None
+        if spare:
+            return spare.pop()
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self.tally is not None:
+            self.tally.add(buffer)
+        return buffer
 
-    def release(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor, lane: Lane) -> None:
         """Give a received message's buffer back."""
-        self._spare.setdefault(buffer.numel(), []).append(buffer)
+        if lane == Lane.ACTIVATIONS:
+            self._spare.setdefault(buffer.numel(), []).append(buffer)
+        elif self.tally is not None:
+            self.tally.drop(buffer.data_ptr())
 
     def _post(self, channel: Channel, inbox: _Inbox) -> None:
         if inbox.posted == len(inbox.messages):
             return
         message = inbox.messages[inbox.posted]
-        buffer = self._buffer(self._size[message])
+        buffer = self._buffer(self._size[message], channel[2])
         work = guard(lambda: dist.irecv(buffer, self.rank_of[channel[0]], tag=int(channel[2])), channel[0])
         assert work is not None
         inbox.waiting[message] = (work, buffer)
@@ -122,7 +138,7 @@ class Communicator:
             or first.device.type != "cpu"
         )
         payload = (
-            self._packed(parts, self._size[message]) if own else first.detach().view(-1).view(torch.uint8)
+            self._packed(parts, self._size[message], transfer.lane) if own else first.detach().view(-1).view(torch.uint8)
         )
         if self.reserve is not None:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)
@@ -130,11 +146,11 @@ class Communicator:
         rank = self.rank_of[transfer.destination]
         work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
         assert work is not None
-        self._sending.append((work, payload, own))
+        self._sending.append((work, payload, transfer.lane if own else None))
 
-    def _packed(self, parts: Sequence[Tensor], size: int) -> Tensor:
+    def _packed(self, parts: Sequence[Tensor], size: int, lane: Lane) -> Tensor:
         """A buffer of `size` bytes that begins with the parts' elements."""
-        buffer = self._buffer(size)
+        buffer = self._buffer(size, lane)
         at = 0
         for part in parts:
             stop = at + part.numel() * part.element_size()
@@ -161,13 +177,13 @@ class Communicator:
     def drain(self) -> None:
         """Wait until every send has left."""
         while self._sending:
-            work, payload, own = self._sending.popleft()
+            work, payload, lane = self._sending.popleft()
             guard(work.wait, self.device)
-            self._reclaim(payload, own)
+            self._reclaim(payload, lane)
 
-    def _reclaim(self, payload: Tensor, own: bool) -> None:
-        if own:
-            self.release(payload)
+    def _reclaim(self, payload: Tensor, lane: Lane | None) -> None:
+        if lane is not None:
+            self.release(payload, lane)
 
 
 def guard(call: Callable[[], T], peer: int) -> T:

@@ -80,10 +80,13 @@ class EmulatedDevice:
     an earlier deadline, and ends at start + predicted seconds.
     """
 
-    def __init__(self, clock: Clock, memory_bytes: int, name: str) -> None:
+    def __init__(
+        self, clock: Clock, memory_bytes: int, name: str, predicted_bytes: int | None = None
+    ) -> None:
+        """`predicted_bytes` is the peak that the cost model expects, for the error where memory runs out."""
         self.clock = clock
         self.torch_device = torch.device("cpu")
-        self.tally: StorageTally | None = StorageTally(memory_bytes, name)
+        self.tally: StorageTally | None = StorageTally(memory_bytes, name, predicted_bytes)
 
     def compute(self, price: Price, group: TensorGroup, work: Callable[[], None]) -> Timing:
         """Run, then wait for the deadline; real work past it is an overrun."""

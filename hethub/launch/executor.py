@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,7 @@ from hethub.launch.groups import SoloGroup
 from hethub.launch.model import StageModel
 from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
+from hethub.launch.tally import DeviceMemoryError, Held
 from hethub.program.actions import Action, Program, Transfer, What
 from hethub.program.memory import opens_parameters
 from hethub.specs.job import OptimizerSettings
@@ -111,6 +111,15 @@ def held_out_rows(batches: Batches, turn: int, rows: int, global_batch: int, seq
     return Rows(get, rows * sequence_length)
 
 
+@dataclass(slots=True)
+class _Leaving:
+    """A stage's result until the last of its sends; a tally counts it as long."""
+
+    value: Tensor
+    sends: int
+    counted: Held | None
+
+
 class Executor:
     """Runs a program's steps on one device.
 
@@ -161,6 +170,8 @@ class Executor:
         self._carried = [
             (number, action) for number, action in enumerate(self.actions) if program.carried(action)
         ]
+        tally = compute.tally
+        self._counted = None if tally is None else tally.hold(self._lasting())
         self._handlers: dict[Kind, Callable[[Action], Timing]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -174,6 +185,15 @@ class Executor:
             Kind.UPDATE: self._update,
             Kind.GATHER: self._gather,
         }
+
+    def _lasting(self) -> list[Tensor]:
+        """What the device keeps from step to step."""
+        updater = self.lane.updater
+        moments = [
+            m for o in updater.optimizers for ms in (o.first_moments, o.second_moments) for m in ms.values()
+        ]
+        own = [t for m in updater.masters.values() for t in (m, m.grad) if t is not None]
+        return [*self.weights.values(), *self.sink.buffers.values(), *own, *moments]
 
     def _cut_flights(self) -> dict[tuple[int, int], tuple[Span, ...]]:
         """The pieces of each micro-batch that some action runs part by part; the others go whole."""
@@ -192,7 +212,7 @@ class Executor:
         self._rows = rows
         self._flights: dict[tuple[int, int], Flight] = {}
         self._parts: dict[tuple[What, int, int], dict[int, tuple[Tensor, Tensor | None]]] = defaultdict(dict)
-        self._outgoing: dict[tuple[What, int, int], list[Tensor | int]] = {}
+        self._outgoing: dict[tuple[What, int, int], _Leaving] = {}
         self.lane.begin()
         self.communicator.begin(Lane.ACTIVATIONS)
         for number, action in enumerate(self.actions):
@@ -224,6 +244,10 @@ class Executor:
             timing = self._handlers[action.kind](action)
             if self.hook is not None:
                 self.hook(self._step, number, Phase.AFTER)
+        except DeviceMemoryError as error:
+            recompute = self.places[action.stage].stage.recompute if action.stage >= 0 else "none"
+            told = error.in_stage(action.stage, recompute)
+            raise ActionError(self.program.describe(self.device, number), str(told)) from told
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ActionError(self.program.describe(self.device, number), text) from error
@@ -251,10 +275,6 @@ class Executor:
             return [action.part]
         return list(range(len(flight.pieces)))
 
-    def _saving(self) -> AbstractContextManager[object] | None:
-        tally = self.compute.tally
-        return tally.saving() if tally is not None else None
-
     def _flight(self, action: Action) -> Flight:
         """A new micro-batch: tokens where the stage begins the model, else the rows received."""
         key = (action.stage, action.micro_batch)
@@ -275,7 +295,9 @@ class Executor:
         entry, held = (tokens, []) if tokens is not None else self._assemble(What.ACTIVATION, action)
         pieces = self._pieces.get(key, (place.stage.layers,))
         scale = 1.0 / self._rows.tokens
-        flight = self._flights[key] = Flight(stage, pieces, entry, targets, weights, scale, held)
+        flight = self._flights[key] = Flight(
+            stage, pieces, entry, targets, weights, scale, self.compute.tally, held
+        )
         return flight
 
     def _forward(self, action: Action) -> Timing:
@@ -283,8 +305,7 @@ class Executor:
         flight = self._flights.get(key) or self._flight(action)
         pieces = self._run_pieces(action, flight)
         keep = self.program.training and self.places[action.stage].stage.recompute != "full"
-        saving = self._saving()
-        timing = self._run_math(action, lambda: flight.forward(pieces, keep=keep, saving=saving))
+        timing = self._run_math(action, lambda: flight.forward(pieces, keep=keep))
         if pieces[-1] == len(flight.pieces) - 1:
             self._finish_forward(action, flight)
         return timing
@@ -303,13 +324,13 @@ class Executor:
     def _land(self, action: Action) -> None:
         """The micro-batch is done with the stage: its message buffers are free."""
         flight = self._flights.pop((action.stage, action.micro_batch))
+        flight.land()
         for buffer in flight.held:
-            self.communicator.release(buffer)
+            self.communicator.release(buffer, Lane.ACTIVATIONS)
 
     def _recompute(self, action: Action) -> Timing:
         flight = self._flights[action.stage, action.micro_batch]
-        saving = self._saving()
-        return self._run_math(action, lambda: flight.recompute(saving=saving))
+        return self._run_math(action, flight.recompute)
 
     def _backward(self, action: Action) -> Timing:
         flight = self._flights[action.stage, action.micro_batch]
@@ -361,7 +382,9 @@ class Executor:
             else:
                 sends += 1
         if sends:
-            self._outgoing[what, action.stage, action.micro_batch] = [value, sends]
+            tally = self.compute.tally
+            counted = None if tally is None else tally.hold([value])
+            self._outgoing[what, action.stage, action.micro_batch] = _Leaving(value, sends, counted)
 
     def _origin(self, stage: int) -> tuple[int, int]:
         """First row (of the micro-batch) and first token (of the row) that this device holds in a stage."""
@@ -398,7 +421,7 @@ class Executor:
             value, buffer = parts[number]
             self._place(whole, transfer, row, token).copy_(value)
             if buffer is not None:
-                self.communicator.release(buffer)
+                self.communicator.release(buffer, Lane.ACTIVATIONS)
         return whole, []
 
     @staticmethod
@@ -421,12 +444,10 @@ class Executor:
         step = -1 if transfer.what == What.ACTIVATION else 1
         key = (transfer.what, transfer.stage + step, action.micro_batch)
         entry = self._outgoing[key]
-        value = entry[0]
-        assert isinstance(value, Tensor) and isinstance(entry[1], int)
-        entry[1] -= 1
-        if entry[1] == 0:
+        entry.sends -= 1
+        if entry.sends == 0:
             del self._outgoing[key]
-        return self._cut(transfer, key[1], value)
+        return self._cut(transfer, key[1], entry.value)
 
     def _receive(self, action: Action) -> Timing:
         transfer = self.program.transfer(action.message)
@@ -449,7 +470,7 @@ class Executor:
         on_host = self.compute.torch_device.type == "cpu"
         if not on_host:
             value = value.to(self.compute.torch_device)
-            self.communicator.release(delivery.buffer)
+            self.communicator.release(delivery.buffer, transfer.lane)
         buffer = delivery.buffer if on_host else None
         self._parts[transfer.what, transfer.stage, action.micro_batch][number] = (value, buffer)
 
@@ -458,10 +479,10 @@ class Executor:
         payload = delivery.payload
         if transfer.what in (What.NORM, What.TOTAL):
             payload = payload.clone()
-            self.communicator.release(delivery.buffer)
+            self.communicator.release(delivery.buffer, transfer.lane)
         elif self.compute.torch_device.type != "cpu":
             payload = payload.to(self.compute.torch_device)
-            self.communicator.release(delivery.buffer)
+            self.communicator.release(delivery.buffer, transfer.lane)
         else:
             self._letters.append(delivery.buffer)
         self.lane.keep(transfer, payload)
@@ -491,5 +512,5 @@ class Executor:
     def _read_mail(self) -> None:
         """All mail so far has been read: its buffers are free."""
         for buffer in self._letters:
-            self.communicator.release(buffer)
+            self.communicator.release(buffer, Lane.PARAMETERS)
         self._letters.clear()

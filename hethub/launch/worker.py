@@ -262,7 +262,9 @@ class Worker:
             stages=stages,
             sink=sink,
             compute=self.compute,
-            communicator=Communicator(program, self.setup.device, self.setup.rank_of, reserve),
+            communicator=Communicator(
+                program, self.setup.device, self.setup.rank_of, reserve, self.compute.tally
+            ),
             recorder=recorder,
             settings=task.settings,
             total_steps=task.total_steps,
