@@ -167,7 +167,7 @@ def test_the_head_holds_a_chunk_of_logits_and_no_more() -> None:
     shape = RankShape(replace(workload, model=model), Share.whole(model), 2, 4)
     found = layer_bytes(shape, "head")
     assert found.kept == shape.tokens * model.hidden_size * 4
-    assert 16e6 <= found.forward_workspace - 2 * found.kept <= 2**22 * 4
+    assert 32e6 <= found.forward_workspace <= 2 * 2**22 * 4 + 10_000  # one is used, the next made
 
 
 def test_the_reserve_is_not_for_plans() -> None:
