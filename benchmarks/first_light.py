@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from bench.results import ROOT, print_figures, write_result
+
 MOST_OF_PREDICTION = 1.05
 KEPT = (
     "loss_first",
@@ -68,32 +65,11 @@ def main() -> int:
         }.items()
         if not fine
     ]
-    for name, value in figures.items():
-        print(f"{name:32} {value:.6g}{'   NOT VALID' if name in problems else ''}")
+    print_figures(figures, problems)
     if problems:
         return 1
-    _write(figures, summary)
+    write_result("first_light", figures, summary["devices"], emulated=summary["emulated"])
     return 0
-
-
-def _write(figures: dict[str, float], summary: dict[str, object]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    result = {
-        "name": "first_light",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("hethub", "torch", "ray", "numpy")},
-        "emulated": summary["emulated"],
-        "figures": figures,
-        "raw": summary["devices"],
-    }
-    path = ROOT / "benchmarks" / "results" / "first_light.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.schedules import SCHEDULES
 from hethub.specs.cluster import Cluster, DeviceType, GroupLink, Link, NodeGroup
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
@@ -33,8 +34,6 @@ __all__ = [
 SEQUENCE = 16
 VOCABULARY = 64
 _FFN = 24
-
-Schedule = Literal["1f1b", "gpipe"]
 
 
 # -- building blocks ---------------------------------------------------------------------------------------
@@ -84,10 +83,12 @@ def _device_type(name: str, gflops: float, mebibytes: int = 64) -> DeviceType:
     )
 
 
-def three_speeds(*, emulated: bool = False) -> Cluster:
-    """Six devices: a/0/0-1 fast, b/0-1/0 middle (a node each), c/0/0-1 slow; c is in another zone."""
-    types = {"fast": 4.0, "middle": 2.5, "slow": 1.2}
-    inside, outside = _link(400, 0.05), _link(100, 0.2)
+def three_speeds(*, emulated: bool = False, slower: float = 1.0) -> Cluster:
+    """Six devices: a/0/0-1 fast, b/0-1/0 middle (a node each), c/0/0-1 slow; c is in another zone.
+
+    With devices `slower` and latencies as much shorter, stages are cut into parts."""
+    types = {"fast": 4.0 / slower, "middle": 2.5 / slower, "slow": 1.2 / slower}
+    inside, outside = _link(400, 0.05 / slower), _link(100, 0.2 / slower)
     shapes = (("a", "fast", 1, 2, "east"), ("b", "middle", 2, 1, "east"), ("c", "slow", 1, 2, "west"))
     return Cluster(
         name="three-speeds",
@@ -105,7 +106,9 @@ def three_speeds(*, emulated: bool = False) -> Cluster:
             for name, device_type, nodes, each, zone in shapes
         ),
         links=(
-            GroupLink(between=("east", "west"), link=_link(50, 0.5), total_bandwidth_bytes_per_second=None),
+            GroupLink(
+                between=("east", "west"), link=_link(50, 0.5 / slower), total_bandwidth_bytes_per_second=None
+            ),
         ),
         emulated_time_scale=1.0 if emulated else None,
     )
@@ -146,7 +149,7 @@ class _Shapes:
         groups: Sequence[tuple[int, list[Member]]],
         *,
         in_flight: int = 2,
-        recompute: Literal["none", "full"] = "none",
+        recompute: Literal["none", "selective", "full"] = "none",
     ) -> Stage:
         """`groups` are (rows, members) of each replica."""
         replicas = [Replica(rows=rows, ranks=[self.rank(m, layers) for m in ms]) for rows, ms in groups]
@@ -159,13 +162,14 @@ class _Shapes:
         rows: int = 2,
         micro_batches: int = 4,
         in_flight: int = 3,
+        schedule: str = "1f1b",
     ) -> Pipeline:
         """A pipeline of single devices: stage i holds layers [cuts[i], cuts[i + 1])."""
         stages = [
             self.stage((a, b), [(rows, alone(d))], in_flight=min(in_flight, micro_batches))
             for a, b, d in zip(cuts, cuts[1:], devices, strict=False)
         ]
-        return Pipeline(micro_batches=micro_batches, micro_batch_rows=rows, stages=stages)
+        return Pipeline(schedule=schedule, micro_batches=micro_batches, micro_batch_rows=rows, stages=stages)
 
 
 def _plan(
@@ -198,7 +202,7 @@ _Build = Callable[[_Shapes], list[Pipeline]]
 
 
 def _named(
-    name: str, *, layers: int = 3, heads: int = 4, kv_heads: int = 4, tied: bool = False
+    name: str, *, layers: int = 3, heads: int = 4, kv_heads: int = 4, tied: bool = False, slower: float = 1.0
 ) -> Callable[[_Build], _Build]:
     """Add a plan to the table; the function gives its pipelines for a model of these sizes."""
 
@@ -206,7 +210,7 @@ def _named(
         model = tiny_model(layers=layers, heads=heads, kv_heads=kv_heads, tied=tied)
 
         def make(precision: str = "fp32") -> Plan:
-            return _plan(name, model, build(_Shapes(model)), precision)
+            return _plan(name, model, build(_Shapes(model)), precision, three_speeds(slower=slower))
 
         NAMED_PLANS[name] = make
         return build
@@ -316,8 +320,41 @@ def _recompute(x: _Shapes) -> list[Pipeline]:
 
 @_named("gpipe")
 def _gpipe(x: _Shapes) -> list[Pipeline]:
-    chain = x.chain((0, 2, 4, 5), [FAST, MIDDLE, SLOW], in_flight=4)
-    return [chain.model_copy(update={"schedule": "gpipe"})]
+    return [x.chain((0, 2, 4, 5), [FAST, MIDDLE, SLOW], in_flight=4, schedule="gpipe")]
+
+
+@_named("interleaved: unequal chunks in a loop over 2 devices", layers=4)
+def _interleaved(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 2, 3, 5, 6), [FAST, SLOW, FAST, SLOW], schedule="interleaved")]
+
+
+@_named("interleaved: a V over 2 devices with little memory", layers=5)
+def _interleaved_v(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 3, 4, 5, 7), [FAST, SLOW, SLOW, FAST], in_flight=2, schedule="interleaved")]
+
+
+@_named("zb-h1", layers=4)
+def _zero_bubble(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 3, 5, 6), [FAST, MIDDLE, SLOW], schedule="zb-h1")]
+
+
+@_named("zb-h1 with rows, shares and recomputation")
+def _zero_bubble_uneven(x: _Shapes) -> list[Pipeline]:
+    stages = [
+        x.stage((0, 2), [(3, alone(FAST)), (1, alone(SLOW))], recompute="full"),
+        x.stage((2, 5), [(4, [(MIDDLE, 3, 20, 40), (MIDDLE2, 1, 4, 24)])]),
+    ]
+    return [Pipeline(schedule="zb-h1", micro_batches=2, micro_batch_rows=4, stages=stages)]
+
+
+@_named("list", layers=4)
+def _list(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 1, 4, 6), [SLOW, FAST, MIDDLE], rows=1, micro_batches=8, schedule="list")]
+
+
+@_named("list: chunks in a loop and a tied table", layers=4, tied=True)
+def _list_chunks(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 1, 3, 4, 6), [FAST, SLOW, FAST, SLOW], schedule="list")]
 
 
 @_named("chunks: one device in stages 0 and 2", layers=4)
@@ -354,6 +391,51 @@ def _deep(x: _Shapes) -> list[Pipeline]:
     return [x.chain((0, 1, 2, 3, 4, 5, 6), order, rows=1, micro_batches=8, in_flight=6)]
 
 
+@_named("replicas that reduce in parts", slower=20)
+def _in_parts(x: _Shapes) -> list[Pipeline]:
+    stage = x.stage((0, 5), [(2, alone(FAST)), (1, alone(MIDDLE)), (1, alone(SLOW))])
+    return [Pipeline(micro_batches=2, micro_batch_rows=4, stages=[stage])]
+
+
+@_named("one micro-batch in parts", layers=4, slower=20)
+def _one_in_parts(x: _Shapes) -> list[Pipeline]:
+    """Forward and backward of the same micro-batch are cut."""
+    stage = x.stage((0, 6), [(5, alone(FAST)), (3, alone(SLOW))], in_flight=1)
+    return [Pipeline(micro_batches=1, micro_batch_rows=8, stages=[stage])]
+
+
+@_named("parts of everything uneven", layers=4, heads=8, kv_heads=4, tied=True, slower=20)
+def _parts_everything(x: _Shapes) -> list[Pipeline]:
+    return _everything(x)
+
+
+@_named("parts, split backward and recomputation", layers=4, slower=20)
+def _parts_split(x: _Shapes) -> list[Pipeline]:
+    """Both pipelines hold the same layers, cut differently."""
+    chains = [
+        x.chain((0, 3, 6), [FAST, MIDDLE], rows=1, micro_batches=4),
+        x.chain((0, 4, 6), [SLOW, MIDDLE2], rows=1, micro_batches=4),
+    ]
+    modes: tuple[Literal["selective", "full"], ...] = ("selective", "full")
+    stages = [
+        [s.model_copy(update={"recompute": mode}) for s, mode in zip(c.stages, modes, strict=True)]
+        for c in chains
+    ]
+    return [
+        c.model_copy(update={"schedule": "zb-h1", "stages": own})
+        for c, own in zip(chains, stages, strict=True)
+    ]
+
+
+@_named("selective recomputation in a group", heads=8, kv_heads=2)
+def _selective(x: _Shapes) -> list[Pipeline]:
+    stages = [
+        x.stage((0, 3), [(2, [(FAST, 4, 15, 40), (MIDDLE, 4, 9, 24)])], recompute="selective"),
+        x.stage((3, 5), [(2, alone(SLOW))], recompute="selective", in_flight=1),
+    ]
+    return [Pipeline(micro_batches=4, micro_batch_rows=2, stages=stages)]
+
+
 # -- random plans ------------------------------------------------------------------------------------------
 
 
@@ -374,8 +456,8 @@ def clusters(draw: st.DrawFn) -> Cluster:
     if sum(nodes * each for nodes, each in sizes) < 2:
         sizes = [(1, 2)]
     apart = draw(st.booleans())
-    speed = st.sampled_from([1.0, 2.5, 4.0])
-    link = st.builds(_link, st.sampled_from([10.0, 100.0]), st.sampled_from([0.1, 1.0]))
+    speed = st.sampled_from([0.1, 1.0, 2.5, 4.0])  # 0.1: slow enough for parts
+    link = st.builds(_link, st.sampled_from([10.0, 100.0]), st.sampled_from([0.01, 0.1, 1.0]))
     groups = tuple(
         NodeGroup(
             name=f"g{i}",
@@ -443,7 +525,11 @@ def _groups(
 
 
 def _places(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> list[list[str]]:
-    """Devices of each stage; sometimes a device stands in one stage more (a chunk)."""
+    """Devices of each stage; sometimes one stands in one stage more (a chunk), or all in two (a loop or a V)."""
+    form = draw(st.sampled_from(["chain", "chain", "loop", "v"]))
+    if form != "chain":
+        once = [[device] for device in devices[: (model.layers + 2) // 2]]
+        return once + (once if form == "loop" else once[::-1])
     stages = draw(st.integers(1, min(len(devices), model.layers + 2)))
     places = []
     at = 0
@@ -458,7 +544,7 @@ def _places(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> list[list[
 
 def _pipeline(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> Pipeline:
     micro_batches, rows = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    schedule = draw(st.sampled_from(["1f1b", "gpipe"]))
+    schedule = draw(st.sampled_from(sorted(SCHEDULES)))
     shapes = _Shapes(model)
     stages = []
     start = 0
@@ -469,7 +555,7 @@ def _pipeline(draw: st.DrawFn, model: Model, devices: Sequence[str]) -> Pipeline
                 (start, start + layers),
                 _groups(draw, model, names, rows),
                 in_flight=micro_batches if schedule == "gpipe" else draw(st.integers(1, micro_batches)),
-                recompute=draw(st.sampled_from(["none", "full"])),
+                recompute=draw(st.sampled_from(["none", "selective", "full"])),
             )
         )
         start += layers

@@ -15,6 +15,7 @@ from hethub.errors import InputError
 if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
     from hethub.timeline.record import Timeline
     from hethub.timeline.summary import DeviceSummary, TypeSummary
+    from hethub.timeline.waterfall import Waterfall
 
     _Summary = DeviceSummary | TypeSummary
 
@@ -50,6 +51,8 @@ class _Comparison:
     measured_step_seconds: float
     predicted_devices: list[DeviceSummary]
     measured_devices: list[DeviceSummary]
+    predicted_waterfall: Waterfall
+    measured_waterfall: Waterfall
 
     @property
     def emulated(self) -> bool:
@@ -62,6 +65,9 @@ def timeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the Gantt chart of one step here.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
+    waterfall: Annotated[
+        bool, typer.Option("--waterfall", help="Show what took the time of all devices together, by cause.")
+    ] = False,
 ) -> None:
     """Show where every device's time went, predicted beside measured.
 
@@ -71,6 +77,10 @@ def timeline(
     _write_pictures(comparison, run, html, trace)
     if as_json:
         typer.echo(json.dumps(_as_object(comparison, run), indent=2))
+    elif waterfall and sys.stdout.isatty():
+        _print_waterfall(comparison, run)
+    elif waterfall:
+        typer.echo(_waterfall_text(comparison))
     elif sys.stdout.isatty():
         _print_table(comparison, run)
     else:
@@ -86,6 +96,7 @@ def _compare(run: Path, step: int | None) -> _Comparison:
     import numpy as np
 
     from hethub.timeline.summary import step_numbers, step_seconds, summarize
+    from hethub.timeline.waterfall import waterfall
 
     predicted, measured = _load(run, "predicted"), _load(run, "measured")
     if predicted.info.devices != measured.info.devices:
@@ -99,6 +110,7 @@ def _compare(run: Path, step: int | None) -> _Comparison:
     chosen = (numbers >= first) & (numbers <= last)
     median = float(np.median(durations[chosen]))
     steady = int(np.flatnonzero(step_numbers(predicted) == 0)[0])
+    speeds = _speeds(run, measured)
     return _Comparison(
         predicted=predicted,
         measured=measured,
@@ -109,7 +121,24 @@ def _compare(run: Path, step: int | None) -> _Comparison:
         measured_step_seconds=median,
         predicted_devices=summarize(predicted, 0, 0),
         measured_devices=measured_devices,
+        predicted_waterfall=waterfall(predicted, 0, 0, speeds),
+        measured_waterfall=waterfall(measured, first, last, speeds),
     )
+
+
+def _speeds(run: Path, measured: Timeline) -> list[float] | None:
+    """The devices' relative speeds by the run's plan; None where the folder has no plan.yaml."""
+    if not (run / "plan.yaml").is_file():
+        return None
+    from hethub.cost.bounds import physical_bound
+    from hethub.cost.compute import ComputeModel
+    from hethub.cost.graph import CostGraph
+    from hethub.specs.plan import load_plan
+
+    plan, _ = load_plan(run / "plan.yaml")
+    shares = physical_bound(ComputeModel(CostGraph(plan.cluster), plan.workload)).shares
+    types = measured.info.device_types
+    return [shares[name] / types.count(name) for name in types]
 
 
 def _load(run: Path, origin: str) -> Timeline:
@@ -162,18 +191,27 @@ def _as_object(comparison: _Comparison, run: Path) -> dict[str, Any]:
         "last_step": comparison.last,
         "predicted": side(comparison.predicted_step_seconds, comparison.predicted_devices),
         "measured": side(comparison.measured_step_seconds, comparison.measured_devices),
+        "waterfall": {
+            "predicted": comparison.predicted_waterfall.as_dict(),
+            "measured": comparison.measured_waterfall.as_dict(),
+        },
     }
 
 
-def _as_text(comparison: _Comparison) -> str:
-    """Return tab-separated lines: facts after `#`, a header, one line a device."""
+def _facts(comparison: _Comparison) -> list[str]:
+    """Return what is true of the whole run, a line each, after `#`."""
     kind = "emulated" if comparison.emulated else "real"
-    lines = [
+    return [
         f"# {kind}\ttime_scale\t{comparison.measured.info.time_scale:g}",
         f"# steps\t{comparison.first}\t{comparison.last}",
         f"# predicted_step_seconds\t{comparison.predicted_step_seconds:.6g}",
         f"# measured_step_seconds\t{comparison.measured_step_seconds:.6g}",
     ]
+
+
+def _as_text(comparison: _Comparison) -> str:
+    """Return tab-separated lines: facts after `#`, a header, one line a device."""
+    lines = _facts(comparison)
     header = ["device", "device_type"]
     header += [f"{origin}_{share}" for share, _ in _SHARES for origin in ("predicted", "measured")]
     lines.append("\t".join(header))
@@ -181,6 +219,42 @@ def _as_text(comparison: _Comparison) -> str:
         shares = [f"{getattr(one, share):.4f}" for share, _ in _SHARES for one in (predicted, measured)]
         lines.append("\t".join([measured.device, measured.device_type, *shares]))
     return "\n".join(lines)
+
+
+def _waterfall_text(comparison: _Comparison) -> str:
+    """Return tab-separated lines: facts after `#`, a header, one line a cause."""
+    lines = [*_facts(comparison), "cause\tpredicted\tmeasured\tmeaning"]
+    for cause, (predicted, measured, meaning) in _causes(comparison).items():
+        lines.append(f"{cause}\t{predicted:.4f}\t{measured:.4f}\t{meaning}")
+    return "\n".join(lines)
+
+
+def _causes(comparison: _Comparison) -> dict[str, tuple[float, float, str]]:
+    """Return the predicted and the measured share and the meaning of every cause."""
+    from hethub.timeline.waterfall import CAUSES
+
+    before, after = comparison.predicted_waterfall.total, comparison.measured_waterfall.total
+    return {cause: (before[cause], after[cause], meaning) for cause, meaning in CAUSES.items()}
+
+
+def _print_waterfall(comparison: _Comparison, run: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("cause")
+    for origin in ("predicted", "measured"):
+        table.add_column(origin, justify="right", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for cause, (predicted, measured, meaning) in _causes(comparison).items():
+        if max(predicted, measured) >= 5e-5:  # what would show as 0.00 in both columns
+            table.add_row(cause, f"{100 * predicted:.2f}", f"{100 * measured:.2f}", Text(meaning))
+    console = Console()
+    console.print(Text(_heading(comparison, run)))
+    console.print(table)
+    console.print("Shares in % of what all devices together could have done, weighed by their speed.")
 
 
 def _pairs(comparison: _Comparison) -> list[tuple[DeviceSummary, DeviceSummary]]:

@@ -21,6 +21,10 @@ class Beacon:
         """Make the file; (-1, -1) is "not started"."""
         np.full((count, 2), -1, dtype=np.int64).tofile(file)
 
+    def clear(self) -> None:
+        """Nobody has started."""
+        self._at[:] = -1
+
     def set(self, device: int, step: int, action: int) -> None:
         """Called before each action."""
         self._at[device, 0] = step

@@ -5,6 +5,7 @@ All of Ray is here. Actors answer with values or with a `Failure`; the driver de
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hethub.specs.cluster import Cluster
 
 __all__ = ["Crew", "Failure", "resource_name"]
 
+_NO_RESULTS = 1 << 60  # past every step, so that the answer is empty
 _PLACEMENT_TIMEOUT_SECONDS = 60.0
 _GATHER_FAILURES_SECONDS = (
     1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
@@ -57,6 +59,12 @@ class _Actor:
         self._results: list[tuple[int, float, float]] = []
         print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}", flush=True)  # noqa: T201
 
+    def prepare(self) -> int:
+        """Import what a worker needs, which takes most of a start; returns the process id."""
+        import hethub.launch.worker  # noqa: F401
+
+        return os.getpid()
+
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker; anything raised becomes a Failure."""
         from hethub.launch.communicator import PeerLostError
@@ -66,7 +74,7 @@ class _Actor:
         try:
             if method == "join":
                 self._worker = Worker(*arguments)
-                return os.getpid()
+                return None
             if method == "train":
                 self._results = []
                 self._worker.train(*arguments, report=self._report)
@@ -79,6 +87,8 @@ class _Actor:
             cause = error.__cause__ if isinstance(error, ActionError) else error
             action = error.action if isinstance(error, ActionError) else method
             reason = error.reason if isinstance(error, ActionError) else f"{type(error).__name__}: {error}"
+            if self._worker is not None and cause is not None:
+                reason = self._worker.memory_words(cause) or reason
             return Failure(self._device, action, reason.splitlines()[0], isinstance(cause, PeerLostError))
 
     def _report(self, step: int, result: Any) -> None:
@@ -102,6 +112,7 @@ class Crew:
         self.address = address
         self.actors: dict[int, Any] = {}
         self._groups: list[Any] = []
+        self._processes: list[int] = []  # descriptors of the workers' processes, on this machine only
         self._folder: Path | None = None
         self.explain: Callable[[int], str] = lambda device: "before its first action"
 
@@ -116,6 +127,12 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         import ray
 
+        # Ray asks a worker to end itself, which a stopped one cannot.
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            os.close(process)
+        self._processes.clear()
         for actor in self.actors.values():
             ray.kill(actor, no_restart=True)
         self.actors.clear()
@@ -148,7 +165,7 @@ class Crew:
                 counts[name] = counts.get(name, 0) + 1
             self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
             ray.init(
-                num_cpus=len(self.devices) + 1,
+                num_cpus=len(self.devices),  # as many processes as Ray starts ahead
                 resources=counts,
                 include_dashboard=False,
                 _temp_dir=str(self._folder),
@@ -200,6 +217,19 @@ class Crew:
             needs["GPU"] = 1.0
         return needs
 
+    def prepare(self) -> None:
+        """Let every worker import what it needs. Raises RunError naming one that cannot."""
+        asked = {device: actor.prepare.remote() for device, actor in self.actors.items()}
+        import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
+
+        for device, reference in asked.items():
+            found = self._answer(device, reference)
+            if isinstance(found, Failure):
+                raise self.failed(found.device, found.action, found.reason)
+            if self.address is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._processes.append(os.pidfd_open(found))
+
     def host(self) -> str:
         """An address of this machine that the workers reach."""
         import ray
@@ -212,20 +242,22 @@ class Crew:
         arguments: Mapping[int, tuple[Any, ...]] | tuple[Any, ...] = (),
         *,
         devices: Sequence[int] | None = None,
-        watch: Callable[[], None] | None = None,
+        watch: Callable[[Collection[int]], None] | None = None,
         poll_seconds: float = 0.2,
     ) -> dict[int, Any]:
         """Call a worker method on every device (or on `devices`) and wait for all answers, by device.
 
-        `arguments` are the same for all or by device; `watch` is called while waiting. Raises RunError naming rank,
-        device, action and reason as soon as any worker fails or dies.
+        `arguments` are the same for all or by device; `watch` is called while waiting, with the devices waited for, and
+        may raise. Raises RunError naming rank, device, action and reason as soon as any worker fails or dies.
         """
         import ray
 
         pending = {}
+        # What is the same for all is pickled once: a big plan's programs take long.
+        same = () if isinstance(arguments, Mapping) else tuple(_shared(a) for a in arguments)
         for device in self.devices if devices is None else devices:
             actor = self.actors[device]
-            chosen = arguments[device] if isinstance(arguments, Mapping) else arguments
+            chosen = arguments[device] if isinstance(arguments, Mapping) else same
             pending[actor.call.remote(method, *chosen)] = device
         answers: dict[int, Any] = {}
         while pending:
@@ -240,7 +272,7 @@ class Crew:
             if failures:
                 raise self._failed(failures, pending)
             if watch is not None:
-                watch()
+                watch(tuple(pending.values()))
         return answers
 
     def _answer(self, device: int, reference: Any) -> Any:
@@ -249,7 +281,11 @@ class Crew:
         try:
             return ray.get(reference)
         except ray.exceptions.RayActorError:
-            return Failure(device, self.explain(device), "the worker process died", False)
+            reason = (
+                "the worker process died. Look into its log; if that says nothing and no one killed it, into the "
+                "kernel's for its out-of-memory killer"
+            )
+            return Failure(device, self.explain(device), reason, False)
         except ray.exceptions.RayError as error:
             return Failure(device, self.explain(device), str(error).splitlines()[0], False)
 
@@ -265,23 +301,44 @@ class Crew:
                 if isinstance(answer, Failure):
                     failures.append(answer)
         first = next((f for f in failures if not f.secondary), failures[0])
-        device = self.cluster.devices()[first.device]
+        return self.failed(first.device, first.action, first.reason)
+
+    def failed(self, number: int, action: str, reason: str) -> RunError:
+        """The error that names a device, what it was at and why it ends the run."""
+        device = self.cluster.devices()[number]
         return RunError(
-            f"rank {self.devices.index(first.device)}, device {device.name} ({device.type.name}), {first.action}: "
-            f"{first.reason}. Its log: {self.logs / (device.name.replace('/', '-') + '.log')}"
+            f"rank {self.devices.index(number)}, device {device.name} ({device.type.name}), {action}: "
+            f"{reason}. Its log: {self.logs / (device.name.replace('/', '-') + '.log')}"
         )
 
-    def results(self, device: int, since: int) -> list[tuple[int, float, float]]:
+    def silent(self, devices: Collection[int], seconds: float) -> list[int]:
+        """Those of `devices` whose processes do not answer within `seconds`: stopped, hung, or starved."""
+        import ray
+
+        asked = {self.actors[device].results.remote(_NO_RESULTS): device for device in devices}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        return [device for reference, device in asked.items() if reference not in done]
+
+    def results(
+        self, device: int, since: int, timeout_seconds: float = 0.5
+    ) -> list[tuple[int, float, float]]:
         """(step, loss, norm) that a device has finished since the last look; [] when it does not answer in time."""
         import ray
 
         try:
             found: list[tuple[int, float, float]] = ray.get(
-                self.actors[device].results.remote(since), timeout=2.0
+                self.actors[device].results.remote(since), timeout=timeout_seconds
             )
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return []
         return found
+
+
+def _shared(argument: Any) -> Any:
+    """A number or text as it is, anything larger by a reference into Ray's store."""
+    import ray
+
+    return argument if isinstance(argument, int | float | str) else ray.put(argument)
 
 
 def _set_environment(*, local: bool) -> None:

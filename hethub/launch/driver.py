@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 from hethub import __version__
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
+from hethub.cost.memory import device_memory
 from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
@@ -24,9 +28,12 @@ from hethub.data.unigram import unigram_loss
 from hethub.errors import InputError
 from hethub.launch.beacon import Beacon
 from hethub.launch.crew import Crew
+from hethub.launch.faults import join_faults, plan_faults
+from hethub.launch.history import HistorySettings, check_history, read_history
 from hethub.launch.links import LinkTable
 from hethub.launch.progress import Progress
 from hethub.launch.run_folder import RunFolder, write_json
+from hethub.launch.stall import StallWatch, where
 from hethub.planners.answer import answer
 from hethub.planners.even import EvenPlanner
 from hethub.planners.interface import Problem
@@ -40,7 +47,7 @@ from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, save_plan
 from hethub.timeline.gantt import write_gantt
-from hethub.timeline.record import Timeline
+from hethub.timeline.record import Kind, Timeline
 from hethub.timeline.summary import DeviceSummary, step_seconds, summarize
 from hethub.timeline.trace import write_chrome_trace
 
@@ -50,10 +57,21 @@ REAL_MATH_SHARE = 0.04  # of the fastest device's padded time, which `time_scale
 _STEADY_ACTIONS = 50_000  # up to this many per step, the step between two others is predicted
 _REHEARSAL_STEPS = 4
 _WARM_STEPS = 3  # not counted in the median step
-_JOIN_TIMEOUT_SECONDS = 600.0  # how long a silent peer is waited for inside a step
+HISTORY = "history"  # folder of the run folder: what every worker trained on
+_PEER_TIMEOUT_SECONDS = 600.0  # of the transports; who is stuck is told long before
+_JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they need, and for each of them
+_JOIN_SECONDS_PER_WORKER = 0.1
+_SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
+_PING_SECONDS = 1.0
+# Parts of a start, in order. `plan` is all before the workers: tokens, plan, program, prediction. `rehearsal` is there
+# for `time_scale: auto` alone, so it is no part of `start_seconds`, as the first step itself is none.
+_LAPS = ("plan", "ray", "import", "join", "rehearsal")
+_START = ("plan", "ray", "import", "join", "load")
+_SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
+_STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Compiled:
     """A plan, its programs, and what the simulator says of it."""
 
@@ -63,6 +81,32 @@ class _Compiled:
     predicted: Timeline
     predicted_step_seconds: float
     figures: dict[str, Any]
+
+    @cached_property
+    def action_seconds(self) -> Mapping[tuple[int, int], float]:
+        """(device, action) -> predicted seconds; of a receive: from the message's sending to its arrival."""
+        records = self.predicted.records
+        records = records[(records["step"] == 0) & (records["kind"] != Kind.COLLECTIVE)]
+        since = np.where(np.isnan(records["sent"]), records["start"], records["sent"])
+        keys = zip(records["device"].tolist(), records["action"].tolist(), strict=True)
+        return dict(zip(keys, (records["end"] - since).tolist(), strict=True))
+
+    def seconds(self, device: int, action: int) -> float:
+        """Predicted seconds of an action of the training program."""
+        return self.action_seconds.get((device, action), 0.0)
+
+    def longest_seconds(self, device: int, action: int) -> float:
+        """Predicted seconds of any action, at most: for evaluation, which has no prediction of its own."""
+        return max(self.action_seconds.values())
+
+    @cached_property
+    def peak_bytes(self) -> Mapping[int, int]:
+        """Predicted peak memory by device."""
+        owned, incoming = self.program.ownership.owned_elements, self.program.ownership.incoming_elements
+        compute = ComputeModel(CostGraph(self.plan.cluster), self.plan.workload)
+        return {
+            d: use.total for d, use in device_memory(compute, self.program.layout, owned, incoming).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +209,11 @@ class _Run:
         self.folder = folder
         self.tokens = tokens
         self.emulated = job.cluster.emulated_time_scale is not None
+        self.start: dict[str, float] = {}  # seconds by part of the start
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
         Beacon.create(self.beacon_file, len(job.cluster.devices()))
+        self.beacon = Beacon(self.beacon_file, len(job.cluster.devices()))
 
     def clean(self) -> None:
         """Remove what only a running job needs."""
@@ -175,31 +221,104 @@ class _Run:
         self.links_file.unlink(missing_ok=True)
 
     def join(self) -> None:
-        """Start the one store and let every worker join it."""
+        """Start the one store and let every worker join it. Raises RunError naming those that do not."""
         import torch.distributed as dist
 
         from hethub.launch.worker import WorkerSetup
 
+        on_join = join_faults(self.job.faults)
         rank_of = {device: rank for rank, device in enumerate(self.crew.devices)}
         host = self.crew.host()
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         setups = {
             device: (
-                "join",
                 WorkerSetup(
                     device=device,
                     rank_of=rank_of,
                     store_host=host,
                     store_port=self.store.port,
-                    timeout_seconds=_JOIN_TIMEOUT_SECONDS,
+                    timeout_seconds=_PEER_TIMEOUT_SECONDS,
+                    on_join=on_join.get(device),
                 ),
             )
             for device in self.crew.devices
         }
-        self.crew.call("join", {device: setup[1:] for device, setup in setups.items()})
+        self.crew.call("join", setups, watch=self._join_watch(rank_of))
 
-    def load(self, compiled: _Compiled, total_steps: int) -> None:
-        """Give every worker its part of a plan, from the initial weights on."""
+    def _join_watch(self, rank_of: Mapping[int, int]) -> Callable[[Collection[int]], None]:
+        from hethub.launch.worker import HERE
+
+        limit = _JOIN_SECONDS + _JOIN_SECONDS_PER_WORKER * len(rank_of)
+        begin = time.monotonic()
+
+        def watch(pending: Collection[int]) -> None:
+            if not pending or time.monotonic() - begin < limit:
+                return
+            absent = [d for d in pending if not self.store.check([HERE.format(rank_of[d])])]
+            absent = absent or self.crew.silent(pending, _PING_SECONDS) or list(pending)
+            names = self.job.cluster.devices()
+            others = ", ".join(f"rank {rank_of[d]} ({names[d].name})" for d in absent[1:])
+            raise self.crew.failed(
+                absent[0],
+                "join",
+                f"did not join the other {len(rank_of) - len(absent)} workers within {limit:.1f} s"
+                + (f", nor did {others}" if others else "")
+                + ". Look into its log, and whether its host reaches "
+                f"{self.crew.host()} (GLOO_SOCKET_IFNAME names the interface)",
+            )
+
+        return watch
+
+    def _load_watch(self) -> Callable[[Collection[int]], None]:
+        """Loading takes as long as the model is large, so only a process that answers nothing is given up."""
+        next_look = time.monotonic() + _PING_SECONDS
+
+        def watch(pending: Collection[int]) -> None:
+            nonlocal next_look
+            if not pending or time.monotonic() < next_look:
+                return
+            silent = self.crew.silent(pending, _PING_SECONDS)
+            silent = self.crew.silent(silent, _SILENT_SECONDS - _PING_SECONDS) if silent else []
+            if silent:
+                raise self.crew.failed(
+                    silent[0],
+                    "load",
+                    f"the process has answered nothing for {_SILENT_SECONDS:.0f} s{_SILENT_WORDS}",
+                )
+            next_look = time.monotonic() + _PING_SECONDS
+
+        return watch
+
+    def _stall_watch(
+        self, program: Program, seconds: Callable[[int, int], float], scale: float
+    ) -> Callable[[Collection[int]], None]:
+        """Ends the run when a device keeps the others for far longer than predicted."""
+        self.beacon.clear()
+        watcher = StallWatch(program, self.beacon, lambda d, a: seconds(d, a) * scale, emulated=self.emulated)
+        self.crew.explain = lambda device: where(program, device, self.beacon.get(device))
+
+        def watch(pending: Collection[int]) -> None:
+            stall = watcher.look(pending)
+            if stall is None:
+                return
+            silent = self.crew.silent(stall.members or (stall.device,), _PING_SECONDS)
+            device = silent[0] if silent else stall.device
+            names = self.job.cluster.devices()
+            waiting = ", ".join(names[d].name for d in stall.waiting if d != device) or "nobody"
+            raise self.crew.failed(
+                device,
+                self.crew.explain(device),
+                f"no progress for {stall.seconds:.1f} s where {stall.predicted_seconds:.3g} s are predicted "
+                f"(waiting: {waiting})" + (_SILENT_WORDS if silent else _STUCK_WORDS),
+            )
+
+        return watch
+
+    def load(self, compiled: _Compiled, total_steps: int, history: HistorySettings | None = None) -> None:
+        """Give every worker its part of a plan, from the initial weights on.
+
+        With `history` this is the training that the job asks for: it is recorded, and the job's faults are done in it.
+        """
         from hethub.launch.worker import Task
 
         job = self.job
@@ -217,10 +336,12 @@ class _Run:
             held_out=job.held_out,
             links_file=self.links_file if self.emulated else None,
             beacon_file=self.beacon_file,
+            history=history,
+            peak_bytes=compiled.peak_bytes,
+            faults=() if history is None else plan_faults(job.faults, compiled.program, compiled.seconds),
         )
-        beacon = Beacon(self.beacon_file, len(job.cluster.devices()))
-        self.crew.explain = lambda device: _where(compiled.program, beacon, device)
-        self.crew.call("load", (task,))
+        self.crew.explain = lambda device: "load"
+        self.crew.call("load", (task,), watch=self._load_watch())
 
     def time_scale(self, plans: Sequence[_Compiled]) -> float:
         """Wall seconds per modelled second: 1 on real devices; where it is `auto`, the smallest at which every device's
@@ -245,20 +366,31 @@ class _Run:
         The median of a few steps, so that a passing load of something else does not slow the whole run.
         """
         self.crew.call("start_clock", (time.monotonic(), scale))
-        self.crew.call("train", (0, _REHEARSAL_STEPS))
+        watch = self._stall_watch(compiled.program, compiled.seconds, scale)
+        self.crew.call("train", (0, _REHEARSAL_STEPS), watch=watch)
         timeline = self._timeline(compiled, scale)
         shares = [max(d.real_ratio for d in summarize(timeline, n, n)) for n in range(1, _REHEARSAL_STEPS)]
         return scale * max(1.0, statistics.median(shares) / REAL_MATH_SHARE)
 
     def train(
-        self, compiled: _Compiled, steps: int, total_steps: int, scale: float, title: str
+        self,
+        compiled: _Compiled,
+        steps: int,
+        total_steps: int,
+        scale: float,
+        title: str,
+        *,
+        recorded: bool = False,
     ) -> RunOutcome:
         """Train `steps` steps of a run of `total_steps`, evaluating as the job says where that is the whole run.
+        The one that is `recorded` is the training that the job asks for: it has the history, and the job's faults.
 
         Evaluation stands outside the timeline: the clock goes on where the last training step ended.
         """
-        self.load(compiled, total_steps)
         whole = steps == total_steps
+        begin = time.monotonic()
+        self.load(compiled, total_steps, self._history() if recorded else None)
+        self.start.setdefault("load_seconds", time.monotonic() - begin)
         workload = compiled.plan.workload
         root = compiled.program.layout.used[0]
         tokens = workload.global_batch * workload.sequence_length
@@ -267,13 +399,24 @@ class _Run:
         held_out: list[tuple[int, float]] = []
         modelled = 0.0
         for first, last in _segments(steps, self.job.evaluate_every if whole else 0):
-            modelled = self._train_segment(first, last, modelled, scale, root, reports, progress)
+            stall = self._stall_watch(compiled.program, compiled.seconds, scale)
+            modelled = self._train_segment(first, last, modelled, scale, root, reports, progress, stall)
             if self.job.evaluate_rows and whole:
-                held_out.append((last, float(self.crew.call("evaluate", (self.job.evaluate_rows,))[root])))
+                stall = self._stall_watch(compiled.evaluation, compiled.longest_seconds, scale)
+                means = self.crew.call("evaluate", (self.job.evaluate_rows,), watch=stall)
+                held_out.append((last, float(means[root])))
         timeline = self._timeline(compiled, scale)
         losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
         return RunOutcome(
             tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out)
+        )
+
+    def _history(self) -> HistorySettings:
+        folder = self.folder / HISTORY
+        folder.mkdir()
+        plan = hashlib.sha256((self.folder / "plan.yaml").read_bytes()).hexdigest()
+        return HistorySettings(
+            folder=folder, run=self.job.output.name, attempt=1, plan=plan, digest_every=self.job.digest_every
         )
 
     def _train_segment(
@@ -285,6 +428,7 @@ class _Run:
         root: int,
         reports: list[tuple[int, float, float]],
         progress: Progress,
+        stall: Callable[[Collection[int]], None],
     ) -> float:
         """Steps [first, last), the clock starting at `modelled` seconds; returns what it shows at the end."""
         if self.emulated:
@@ -292,14 +436,21 @@ class _Run:
         self.crew.call("start_clock", (time.monotonic() - modelled * scale, scale))
         progress.start()
         before = len(reports)
+        begin = time.monotonic()
 
-        def watch() -> None:
-            fresh = self.crew.results(root, len(reports) - before)
+        def look(timeout_seconds: float) -> None:
+            fresh = self.crew.results(root, len(reports) - before, timeout_seconds)
             reports.extend(fresh)
             progress.update(fresh)
+            if reports:
+                self.start.setdefault("first_step_seconds", time.monotonic() - begin)
+
+        def watch(pending: Collection[int]) -> None:
+            look(_PING_SECONDS / 2)
+            stall(pending)
 
         ends = self.crew.call("train", (first, last), watch=watch)
-        watch()
+        look(_SILENT_SECONDS)
         return float(max(ends.values()))
 
     def _timeline(self, compiled: _Compiled, scale: float) -> Timeline:
@@ -318,13 +469,6 @@ class _Run:
         temporary = path.with_name(path.name + ".tmp")
         save_file(whole, str(temporary), metadata={"format": "pt"})
         temporary.rename(path)
-
-
-def _where(program: Program, beacon: Beacon, device: int) -> str:
-    step, action = beacon.get(device)
-    if step < 0:
-        return "before its first action"
-    return f"step {step}, {program.describe(device, action)}"
 
 
 def _segments(steps: int, every: int) -> list[tuple[int, int]]:
@@ -400,6 +544,7 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
     measured.npz, trace.json, timeline.html, model.safetensors and last of all summary.json. Raises InputError,
     InfeasibleError, MachineError, or RunError when a worker fails.
     """
+    begin = time.monotonic()
     _refuse_precision(job)
     folder = RunFolder(job.output)
     folder.check()
@@ -409,10 +554,12 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
         plan, even_plan = choose_plans(job)
         compiled = _compile(plan)
         even = None if even_plan is None else _compile(even_plan.model_copy(update={"bounds": plan.bounds}))
+        # Faults that the plan has no place for are told before anything is written.
+        plan_faults(job.faults, compiled.program, compiled.seconds)
         folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
         tokens = _moved(tokens, Path(scratch), folder.path)
     try:
-        return _run(job, folder.path, compiled, even, tokens, batches, say)
+        return _run(job, folder.path, compiled, even, tokens, batches, say, begin)
     finally:
         folder.close()
 
@@ -444,6 +591,7 @@ def _run(
     tokens: TokenFile,
     batches: Batches,
     say: Callable[[str], None],
+    begin: float,
 ) -> Finished:
     unigram = unigram_loss(batches, job.evaluate_rows) if job.evaluate_rows else None
     save_plan(compiled.plan, folder / "plan.yaml")
@@ -451,15 +599,21 @@ def _run(
     plans = [compiled] if even is None else [compiled, even]
     devices = sorted({device for c in plans for device in c.program.layout.used})
     say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
-    begin = time.monotonic()
+    laps = [begin, time.monotonic()]
     with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
         run = _Run(job, crew, folder, tokens)
         try:
+            laps.append(time.monotonic())
+            crew.prepare()
+            laps.append(time.monotonic())
             run.join()
+            laps.append(time.monotonic())
             scale = run.time_scale(plans)
-            start_seconds = time.monotonic() - begin
-            say(f"workers ready after {start_seconds:.1f} s" + _scale_words(run.emulated, scale))
-            outcome = run.train(compiled, job.steps, job.steps, scale, "uneven" if even else "train")
+            laps.append(time.monotonic())
+            run.start = {f"{part}_seconds": b - a for part, (a, b) in zip(_LAPS, pairwise(laps), strict=True)}
+            say(f"workers ready after {laps[-1] - laps[1]:.1f} s" + _scale_words(run.emulated, scale))
+            title = "uneven" if even else "train"
+            outcome = run.train(compiled, job.steps, job.steps, scale, title, recorded=True)
             run.save_weights(compiled, folder / "model.safetensors")
             outcome.timeline.save(folder / "measured.npz")
             even_outcome = None
@@ -470,7 +624,9 @@ def _run(
         finally:
             run.clean()
     summary = _summary(outcome, compiled, scale, unigram, job.steps)
-    summary["start_seconds"] = start_seconds
+    summary["start_seconds"] = sum(run.start[f"{part}_seconds"] for part in _START)
+    summary["start"] = run.start
+    summary["history_problems"] = _history_problems(folder / HISTORY, job.steps)
     summary["even_split_tokens_per_second"] = None
     _write_metrics(folder / "metrics.jsonl", outcome)
     even_summary = differ = None
@@ -484,6 +640,11 @@ def _run(
     _draw(folder, compiled, outcome)
     write_json(folder / "summary.json", summary)
     return Finished(folder, summary, even_summary, differ)
+
+
+def _history_problems(folder: Path, steps: int) -> list[str]:
+    entries, problems = read_history(folder)
+    return problems + check_history(entries, steps)
 
 
 def _scale_words(emulated: bool, scale: float) -> str:

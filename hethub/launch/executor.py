@@ -28,6 +28,7 @@ from hethub.launch.model import StageModel
 from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
 from hethub.program.actions import Action, Program, Transfer, What
+from hethub.program.memory import opens_parameters
 from hethub.specs.job import OptimizerSettings
 from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace, sequence_span
 from hethub.timeline.record import Kind, Lane
@@ -110,9 +111,6 @@ def held_out_rows(batches: Batches, turn: int, rows: int, global_batch: int, seq
     return Rows(get, rows * sequence_length)
 
 
-_BACKWARD_KINDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-
-
 class Executor:
     """Runs a program's steps on one device.
 
@@ -157,7 +155,7 @@ class Executor:
                     first[parameter.name] = parameter_span(parameter, share)[0]
         self.lane = ParameterLane(program, device, self.weights, sink.buffers, first, settings)
         self._pieces = self._cut_flights()
-        self._opening = self._opens_parameters()
+        self._opening = opens_parameters(program, device)
         self._letters: list[Tensor] = []  # buffers of parameter mail that has not been read yet
         self._owes = False  # new weights of the last step have not been received yet
         self._carried = [
@@ -185,20 +183,6 @@ class Executor:
             if a.stage >= 0 and a.part >= 0
         }
 
-    def _opens_parameters(self) -> int:
-        """The action at which receives of the parameter lane are posted: before the gradients of others can come, not
-        earlier, since until then their buffers would only take memory."""
-        for number, action in enumerate(self.actions):
-            if (action.part >= 0 and action.kind in _BACKWARD_KINDS) or action.kind in (
-                Kind.REDUCE,
-                Kind.NORM,
-            ):
-                return number
-            sent = action.message >= 0 and not self.program.carried(action)
-            if sent and self.program.transfer(action.message).lane == Lane.PARAMETERS:
-                return number
-        raise AssertionError(f"rank {self.device} has no work")
-
     def run(self, step: int, rows: Rows) -> StepResult:
         """Execute the whole list once. Raises ActionError naming the action that failed.
 
@@ -212,7 +196,7 @@ class Executor:
         self.lane.begin()
         self.communicator.begin(Lane.ACTIVATIONS)
         for number, action in enumerate(self.actions):
-            if number == self._opening:
+            if number == self._opening:  # earlier its buffers would only take memory
                 self.communicator.begin(Lane.PARAMETERS)
             if self._owes or not self.program.carried(action):
                 timing = self._do(number, action)
@@ -398,8 +382,8 @@ class Executor:
     def _assemble(self, what: What, action: Action) -> tuple[Tensor, list[Tensor]]:
         """A stage's input or output gradient (rows, tokens, D) from its rectangles, and the message buffers that it
         lies in: a single one is used where it arrived."""
-        parts = self._parts.pop((what, action.stage, action.micro_batch))
-        numbers = self.program.inbound[self.device, action.stage, what]
+        parts = self._parts.pop((what, action.stage, action.micro_batch), {})
+        numbers = self.program.inbound.get((self.device, action.stage, what), ())
         if len(numbers) == 1:
             value, buffer = parts[numbers[0]]
             return value, [] if buffer is None else [buffer]
@@ -407,8 +391,9 @@ class Executor:
         replica = self.places[action.stage].replica
         row, token = self._origin(action.stage)
         tokens = max((t.tokens[1] for t in transfers), default=token) - token
-        first = parts[numbers[0]][0]
-        whole = first.new_empty(replica.rows[1] - replica.rows[0], tokens, first.shape[-1])
+        stage, rows = self.stages[action.stage], replica.rows[1] - replica.rows[0]
+        device = self.compute.torch_device
+        whole = torch.empty(rows, tokens, stage.model.hidden_size, dtype=stage.dtype, device=device)
         for number, transfer in zip(numbers, transfers, strict=True):
             value, buffer = parts[number]
             self._place(whole, transfer, row, token).copy_(value)

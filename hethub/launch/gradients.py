@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Deferred", "Packed", "WeightGradients", "wide_dtype"]
+__all__ = ["Deferred", "Packed", "WeightGradients", "add_product", "wide_dtype"]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,11 +16,21 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def add_product(buffer: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """buffer (outputs, inputs) += gradient (T, outputs)^T x inputs (T, inputs), in one go where dtypes allow."""
+    if gradient.dtype == buffer.dtype:
+        buffer.addmm_(gradient.t(), inputs)
+    else:
+        buffer.add_(gradient.t() @ inputs)
+
+
 class Packed(Protocol):
     """A stage: its weights by name, and which of them lie one after the other in one storage."""
 
-    parameters: dict[str, Tensor]
-    packs: Sequence[tuple[str, ...]]
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def packs(self) -> Sequence[tuple[str, ...]]: ...  # noqa: D102
 
 
 class Deferred(NamedTuple):
@@ -77,6 +87,10 @@ class WeightGradients:
         while deferred:
             self._settle(deferred.pop())
 
+    def clear(self) -> None:
+        """Set all buffers to zero."""
+        torch._foreach_zero_(list(self._packs.values()))
+
     def _take(self, item: Deferred) -> None:
         if self.deferred is None:
             self._settle(item)
@@ -87,7 +101,5 @@ class WeightGradients:
         buffer = self._packs[item.names]
         if not item.inputs.is_floating_point():
             buffer.index_add_(0, item.inputs, item.gradient.to(buffer.dtype))
-        elif item.gradient.dtype == buffer.dtype:
-            buffer.addmm_(item.gradient.t(), item.inputs)
         else:
-            buffer.add_(item.gradient.t() @ item.inputs)
+            add_product(buffer, item.gradient, item.inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from hethub.data.batches import Batches
 from hethub.data.token_file import open_token_file
 from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
-from hethub.launch.clock import Clock
+from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
@@ -34,6 +34,7 @@ from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
+from hethub.launch.tally import DeviceMemoryError
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster
@@ -44,6 +45,7 @@ from hethub.timeline.record import Kind
 
 __all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
 
+HERE = "hethub/here/{}"  # key of the job's store that a rank sets when it begins to join
 _TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,7 +72,7 @@ class Task:
     `evaluation` is the forward-only program, None without held-out rows. With `links_file` the devices are emulated
     and that file holds their links; without it they are real. `beacon_file` is where workers say where they are.
     `history` is where they record what they trained on, None where that is not kept; `faults` are interruptions on
-    purpose in training.
+    purpose in training. `peak_bytes` is the predicted peak memory by device.
     """
 
     cluster: Cluster
@@ -86,6 +88,7 @@ class Task:
     beacon_file: Path | None = None
     history: HistorySettings | None = None
     faults: tuple[PlannedFault, ...] = ()
+    peak_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 def make_batches(task: Task) -> Batches:
@@ -111,6 +114,7 @@ class Worker:
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
         store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=limit)
+        store.set(HERE.format(self.rank), "")
         # Host memory is what any two vendors can exchange, so this group carries everything between islands. All
         # connections are made here: with the library's connections on first use, two ends that connect at once were
         # seen to hang now and then (torch 2.13).
@@ -169,6 +173,7 @@ class Worker:
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
             return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+        wake_punctually()
         return EmulatedDevice(
             clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)"
         )
@@ -233,7 +238,13 @@ class Worker:
             raise MachineError(
                 f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there."
             )
-        return NativeGroup(ranks, vendor.backend)
+        try:
+            return NativeGroup(ranks, vendor.backend)
+        except (RuntimeError, ValueError) as error:
+            raise MachineError(
+                f"the group of ranks {', '.join(map(str, ranks))} cannot be formed with {vendor.backend}: "
+                f"{str(error).splitlines()[0]} Install a torch with {vendor.backend}, or use tensor_parallel 1 there"
+            ) from error
 
     def _executor(
         self,
@@ -308,9 +319,10 @@ class Worker:
         """The step's line of the history."""
         if self.history is None:
             return
+        assert self.training is not None
+        self.training.mark(step, len(self.training.actions))
         digests = None
         if self.history.digests_due(step, self.task.total_steps):
-            assert self.training is not None
             self.training.settle()
             view, weights = self.training.lane.updater.view, self.training.weights
             digests = {n: digest(_to_numpy(view(n, weights).detach()).tobytes()) for n in self.history.held}
@@ -338,6 +350,21 @@ class Worker:
         if self.training is None or self.compute.tally is None:
             return None
         return self.compute.tally.peak_bytes
+
+    def memory_words(self, error: BaseException) -> str | None:
+        """Why an action failed, if it was for want of memory: what was asked, what was predicted, what to change."""
+        full = isinstance(error, DeviceMemoryError | MemoryError | torch.OutOfMemoryError)
+        if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+            return None
+        words = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if "out of memory" not in words.lower():
+            words = f"out of memory: {words}"
+        device_type = self.task.cluster.devices()[self.setup.device].type
+        predicted = self.task.peak_bytes.get(self.setup.device)
+        if predicted is not None:
+            sizes = f"{predicted / 2**20:.2f} MiB of {usable_bytes(device_type) / 2**20:.2f}"
+            words += f"; the plan predicts a peak of {sizes}"
+        return f"{words}. Use recompute: full, fewer in_flight or fewer rows here, or plan with more memory_reserve"
 
     def owned_weights(self) -> dict[int, npt.NDArray[np.generic]]:
         """Slice number -> values, of the slices that this device updates."""

@@ -21,6 +21,7 @@ from hethub.specs.cluster import Cluster, Device, GroupLink
 from hethub.specs.devices import parse_devices
 from hethub.specs.document import Document, key_path
 from hethub.specs.layout import lay_out
+from hethub.specs.nearest import unknown_name
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
 from hethub.specs.workload import Model
 
@@ -82,10 +83,8 @@ def _check_batch(plan: Plan) -> Iterator[Problem]:
 
 def _check_pipeline(pipeline: Pipeline, model: Model, keys: Keys) -> Iterator[Problem]:
     if pipeline.schedule not in SCHEDULES:
-        known = ", ".join(sorted(SCHEDULES))
-        yield Problem(
-            (*keys, "schedule"), f"no schedule is called {pipeline.schedule!r}. Use one of: {known}."
-        )
+        text = unknown_name(f"no schedule is called {pipeline.schedule!r}", pipeline.schedule, SCHEDULES)
+        yield Problem((*keys, "schedule"), text)
     yield from _check_layers(pipeline.stages, model, (*keys, "stages"))
     for number, stage in enumerate(pipeline.stages):
         at = (*keys, "stages", number)
@@ -138,8 +137,6 @@ def _check_stage(stage: Stage, pipeline: Pipeline, keys: Keys) -> Iterator[Probl
             f"the rows of the replicas add up to {rows}, micro_batch_rows is {pipeline.micro_batch_rows}. "
             "Change the rows until they are equal.",
         )
-    if stage.recompute == "selective":
-        yield Problem((*keys, "recompute"), "selective recomputation is not run yet. Use none or full.")
     count = pipeline.micro_batches
     if stage.in_flight > count:
         yield Problem(

@@ -76,14 +76,14 @@ def _prove_work(program: Program) -> None:
             if action.kind in _WORK:
                 for part in _parts_of(program, device, action):
                     done[device, action.kind, action.stage, action.micro_batch, part] += 1
-    split = {key[1:4] for key in done if key[1] == Kind.BACKWARD_INPUT}
+    split = {(d, stage, m) for d, kind, stage, m, _ in done if kind == Kind.BACKWARD_INPUT}
     expected = {
         (device, kind, stage.index, micro_batch, part)
         for pipeline in program.layout.pipelines
         for stage in pipeline.stages
         for device in stage.devices()
         for micro_batch in range(pipeline.micro_batches)
-        for kind in _kinds(program, stage.recompute, (Kind.BACKWARD_INPUT, stage.index, micro_batch) in split)
+        for kind in _kinds(program, stage.recompute, (device, stage.index, micro_batch) in split)
         for part in range(len(program.parts[device, stage.index]))
     }
     if set(done) != expected or any(count != 1 for count in done.values()):

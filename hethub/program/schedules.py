@@ -1,21 +1,24 @@
 """Schedules: functions from (stage times, memory limits, micro-batches) to an order of work.
 
-A schedule returns ONE total order of all (forward | backward) x stage x micro-batch of a pipeline that
-respects every dependence. Each device executes the part of that order that concerns its own stages; since all
-follow one order, no plan can deadlock, tensor-parallel groups meet in the same order, and a device may stand
-in several stages. Nothing else knows schedules by name.
+A schedule returns ONE total order of all work x stage x micro-batch of a pipeline that respects every dependence:
+forward, and either the whole backward or its input part and later its weight part. Each device executes the part of
+that order that concerns its own stages; since all follow one order, no plan can deadlock, tensor-parallel groups
+meet in the same order, and a device may stand in several stages. Nothing else knows schedules by name.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from hethub.timeline.record import Kind
 
-__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only"]
+__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only", "makespan", "timed"]
 
 
 class Task(NamedTuple):
@@ -47,106 +50,510 @@ class Shape:
     in_flight: tuple[int, ...]
     resources: tuple[int, ...]
 
+    def seconds(self, kind: Kind) -> tuple[float, ...]:
+        """Seconds of this kind of work on each stage."""
+        return {
+            Kind.FORWARD: self.forward_seconds,
+            Kind.BACKWARD: self.backward_seconds,
+            Kind.BACKWARD_INPUT: self.input_seconds,
+            Kind.BACKWARD_WEIGHT: self.weight_seconds,
+        }[kind]
+
+    def hops(self) -> tuple[float, ...]:
+        """`hop_seconds`, but 0 between stages of one resource."""
+        pairs = pairwise(self.resources)
+        return tuple(0.0 if a == b else hop for hop, (a, b) in zip(self.hop_seconds, pairs, strict=True))
+
+    def stages_of(self) -> dict[int, list[int]]:
+        """The stages of every resource, in order."""
+        members: dict[int, list[int]] = {}
+        for stage, resource in enumerate(self.resources):
+            members.setdefault(resource, []).append(stage)
+        return members
+
 
 Schedule = Callable[[Shape], list[Task]]
 
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+
+
+# -- an order in predicted time ------------------------------------------------------------------------------
+
+
+def timed(order: Iterable[Task], shape: Shape) -> list[tuple[float, float]]:
+    """Start and end in seconds of every task of an order (or of a forward-only one), begun at 0.
+
+    A resource does its tasks one by one in the order's sequence, each once its input is there. Raises ValueError
+    where a task stands before one that it needs.
+    """
+    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
+    hops, last = shape.hops(), len(shape.resources) - 1
+    free = dict.fromkeys(shape.resources, 0.0)
+    forward: dict[tuple[int, int], float] = {}  # (stage, micro-batch) -> end
+    backward: dict[tuple[int, int], float] = {}  # the same for whole backwards and input parts
+    times = []
+    for kind, stage, micro_batch in order:
+        try:
+            if kind == Kind.FORWARD:
+                ready = forward[stage - 1, micro_batch] + hops[stage - 1] if stage else 0.0
+            elif kind == Kind.BACKWARD_WEIGHT:
+                ready = backward[stage, micro_batch]
+            else:
+                ready = forward[stage, micro_batch]
+                if stage < last:
+                    ready = max(ready, backward[stage + 1, micro_batch] + hops[stage])
+        except KeyError:
+            raise ValueError(
+                f"{kind.name} of stage {stage}, micro-batch {micro_batch} stands before what it needs"
+            ) from None
+        start = max(free[shape.resources[stage]], ready)
+        end = free[shape.resources[stage]] = start + seconds[kind][stage]
+        if kind == Kind.FORWARD:
+            forward[stage, micro_batch] = end
+        elif kind != Kind.BACKWARD_WEIGHT:
+            backward[stage, micro_batch] = end
+        times.append((start, end))
+    return times
+
+
+def makespan(order: Iterable[Task], shape: Shape) -> float:
+    """Seconds from the first task's start to the last one's end, executed as `timed` says."""
+    return max((end for _, end in timed(order, shape)), default=0.0)
+
+
+# -- greedy: priority rules ----------------------------------------------------------------------------------
+
+_Rank = list[list[float]]  # [stage][micro-batch] -> smaller goes first
+_Option = tuple[float, float, float, Kind | None, int]  # start, end, rank, kind (None: wait for it), stage
+
+
+class _Rule(NamedTuple):
+    """How a resource chooses among tasks whose inputs are known to come.
+
+    Stage s splits its backwards from micro-batch `split_from[s]` on (default: all, or none where `weight` is None).
+    `patience` is how far a resource waits for better work, as a share of the time until its first choice would be done:
+    at 0 it takes what starts first; near 1 every active schedule is possible (Giffler and Thompson, 1960).
+    `ahead[s]` is how many forwards stage s may be ahead of its backwards (their input parts), besides the limit.
+    """
+
+    forward: _Rank
+    backward: _Rank
+    weight: _Rank | None
+    patience: float = 0.0
+    split_from: Sequence[int] | None = None
+    ahead: Sequence[int] | None = None
+
 
 class _Run:
-    """A pipeline executed in predicted time, greedily: a device that is free takes the best ready task."""
+    """A pipeline executed in predicted time: every resource that is free does its best task, under the limits.
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        stages = len(shape.forward_seconds)
-        self.next_forward = [0] * stages
-        self.next_backward = [0] * stages
+    It always ends: stages take micro-batches in order, so the oldest unfinished one is never kept waiting by a limit.
+    """
+
+    def __init__(self, shape: Shape, rule: _Rule) -> None:
+        self.shape, self.rule = shape, rule
+        self.hops = shape.hops()
+        stages = len(shape.resources)
+        self.split_from = rule.split_from or [shape.micro_batches if rule.weight is None else 0] * stages
+        self.ahead = shape.in_flight if rule.ahead is None else rule.ahead
+        self.forwards, self.backwards, self.freed = [0] * stages, [0] * stages, [0] * stages  # done so far
         # When the inputs of the n-th forward or backward of a stage are there; they come in order.
         self.forward_ready: list[list[float]] = [[] for _ in range(stages)]
         self.backward_ready: list[list[float]] = [[] for _ in range(stages)]
         self.forward_ready[0] = [0.0] * shape.micro_batches
-        self.members: dict[int, list[int]] = {}
-        for stage, resource in enumerate(shape.resources):
-            self.members.setdefault(resource, []).append(stage)
+        self.members = shape.stages_of()
         self.free_at = dict.fromkeys(self.members, 0.0)
         self.order: list[Task] = []
+        # When the n-th backward of a stage may start at best, and how long after its forward that is.
+        self.expected: list[list[float]] = [[] for _ in range(stages)]
+        self.round_trip = [0.0] * stages
+        back = shape.backward_seconds if rule.weight is None else shape.input_seconds
+        for stage in reversed(range(stages - 1)):
+            there_and_back = shape.forward_seconds[stage + 1] + 2 * self.hops[stage] + back[stage + 1]
+            self.round_trip[stage] = self.round_trip[stage + 1] + there_and_back
 
-    def candidates(self, resource: int) -> list[tuple[float, int, int, Task]]:
-        """Tasks whose inputs are known to come: (start, preference, micro-batch, task)."""
-        found = []
+    def options(self, resource: int) -> list[_Option]:
+        """The tasks whose inputs are known to come, and with patience the backwards that may come back soon."""
+        shape, rule = self.shape, self.rule
+        found: list[_Option] = []
+        free = self.free_at[resource]
         for stage in self.members[resource]:
-            micro_batch = self.next_backward[stage]
-            if micro_batch < len(self.backward_ready[stage]):
-                start = max(self.free_at[resource], self.backward_ready[stage][micro_batch])
-                found.append((start, 0, micro_batch, Task(Kind.BACKWARD, stage, micro_batch)))
-            micro_batch = self.next_forward[stage]
-            held = micro_batch - self.next_backward[stage]
-            if micro_batch < len(self.forward_ready[stage]) and held < self.shape.in_flight[stage]:
-                start = max(self.free_at[resource], self.forward_ready[stage][micro_batch])
-                found.append((start, 1, micro_batch, Task(Kind.FORWARD, stage, micro_batch)))
+            at = self.backwards[stage]
+            if at < len(self.backward_ready[stage]):
+                start = max(free, self.backward_ready[stage][at])
+                split = at >= self.split_from[stage]
+                end = start + (shape.input_seconds if split else shape.backward_seconds)[stage]
+                kind = Kind.BACKWARD_INPUT if split else Kind.BACKWARD
+                found.append((start, end, rule.backward[stage][at], kind, stage))
+            elif rule.patience and at < self.forwards[stage] and self.expected[stage][at] > free:
+                found.append((self.expected[stage][at], math.inf, rule.backward[stage][at], None, stage))
+            freed = self.freed[stage]
+            if rule.weight is not None and freed < at:
+                end = free + shape.weight_seconds[stage]
+                found.append((free, end, rule.weight[stage][freed], Kind.BACKWARD_WEIGHT, stage))
+            ahead = self.forwards[stage] - at < self.ahead[stage]
+            at = self.forwards[stage]
+            if ahead and at - freed < shape.in_flight[stage] and at < len(self.forward_ready[stage]):
+                start = max(free, self.forward_ready[stage][at])
+                end = start + shape.forward_seconds[stage]
+                found.append((start, end, rule.forward[stage][at], Kind.FORWARD, stage))
         return found
 
-    def finish(self, task: Task, start: float) -> list[int]:
-        """Do a task; returns the resources that may have new work."""
-        shape, stage, last = self.shape, task.stage, len(self.shape.forward_seconds) - 1
-        forward = task.kind == Kind.FORWARD
-        end = start + (shape.forward_seconds if forward else shape.backward_seconds)[stage]
-        self.free_at[shape.resources[stage]] = end
-        touched = [shape.resources[stage]]
-        if forward:
-            self.next_forward[stage] += 1
-            target, ready = (stage, self.backward_ready) if stage == last else (stage + 1, self.forward_ready)
-        else:
-            self.next_backward[stage] += 1
-            target, ready = stage - 1, self.backward_ready
-        if target >= 0:
-            same = shape.resources[target] == shape.resources[stage]
-            hop = 0.0 if target == stage or same else shape.hop_seconds[min(stage, target)]
-            ready[target].append(end + hop)
-            touched.append(shape.resources[target])
-        self.order.append(task)
-        return touched
+    def choice(self, resource: int) -> _Option | None:
+        """What the resource does next, as far as is known: the best rank of all that start early enough."""
+        options = self.options(resource)
+        if len(options) < 2:
+            return options[0] if options else None
+        horizon = min(options)[0]
+        if self.rule.patience:
+            horizon += self.rule.patience * (min([option[1] for option in options]) - horizon)
+        best = None
+        for option in options:
+            if option[0] <= horizon and (best is None or option[2] < best[2]):
+                best = option
+        return best
+
+    def finish(self, kind: Kind, stage: int, end: float) -> int:
+        """Do a task; returns the stage that its result goes to, or -1."""
+        last = len(self.hops)
+        if kind == Kind.FORWARD:
+            self.order.append(Task(kind, stage, self.forwards[stage]))
+            self.expected[stage].append(end + self.round_trip[stage])
+            self.forwards[stage] += 1
+            if stage == last:
+                self.backward_ready[stage].append(end)
+                return -1
+            self.forward_ready[stage + 1].append(end + self.hops[stage])
+            return stage + 1
+        if kind == Kind.BACKWARD_WEIGHT:
+            self.order.append(Task(kind, stage, self.freed[stage]))
+            self.freed[stage] += 1
+            return -1
+        self.order.append(Task(kind, stage, self.backwards[stage]))
+        self.backwards[stage] += 1
+        if kind == Kind.BACKWARD:
+            self.freed[stage] += 1
+        if stage:
+            self.backward_ready[stage - 1].append(end + self.hops[stage - 1])
+        return stage - 1
 
     def run(self) -> list[Task]:
         queue: list[tuple[float, int]] = []
-        planned: dict[int, tuple[float, Task]] = {}
+        planned: dict[int, _Option | None] = {}
+        resources = self.shape.resources
 
         def plan(resource: int) -> None:
-            options = self.candidates(resource)
-            if options:
-                start, _, _, task = min(options)
-                planned[resource] = (start, task)
-                heapq.heappush(queue, (start, resource))
-            else:
-                planned.pop(resource, None)
+            choice = planned[resource] = self.choice(resource)
+            if choice is not None:
+                heapq.heappush(queue, (choice[0], resource))
 
         for resource in self.members:
             plan(resource)
         while queue:
             start, resource = heapq.heappop(queue)
-            if resource not in planned or planned[resource][0] != start:
+            choice = planned[resource]
+            if choice is None or choice[0] != start:
                 continue  # superseded by a better plan
-            task = planned.pop(resource)[1]
-            for touched in dict.fromkeys(self.finish(task, start)):
-                plan(touched)
+            _, end, _, kind, stage = choice
+            planned[resource] = None
+            if kind is None:  # it did not come as soon as it might have: wait no longer
+                self.free_at[resource] = start
+                plan(resource)
+                continue
+            self.free_at[resource] = end
+            target = self.finish(kind, stage, end)
+            plan(resource)
+            if target >= 0 and resources[target] != resource:
+                plan(resources[target])
         return self.order
 
 
+def _by_kind(shape: Shape, first: float) -> _Rank:
+    """Micro-batches in order, all of this kind after those of a smaller `first`."""
+    row = [first * shape.micro_batches + m for m in range(shape.micro_batches)]
+    return [row] * len(shape.resources)
+
+
 def one_forward_one_backward(shape: Shape) -> list[Task]:
-    """1F1B (Narayanan et al., PipeDream-Flush): backward first, forward while the in-flight limit allows."""
-    return _Run(shape).run()
+    """1F1B (PipeDream-Flush; Narayanan et al., arXiv 2006.09503): backward first, forward while the limit allows."""
+    return _Run(shape, _Rule(_by_kind(shape, 1), _by_kind(shape, 0), None)).run()
+
+
+def zero_bubble_h1(shape: Shape) -> list[Task]:
+    """ZB-H1 (Qi et al., arXiv 2401.10241): 1F1B with split backwards, weight parts where nothing else can start.
+
+    So the gradient reaches the first stage without waiting for weight parts, and those fill the bubble at the end.
+    The limit holds until the weight part; where every stage may hold as many micro-batches as there are stages, 1F1B's
+    own peak, the bubble of p equal stages is (p - 1)(F + B - W) instead of 1F1B's (p - 1)(F + B + W).
+    """
+    ahead = range(len(shape.resources), 0, -1)
+    # Forwards first, as far as `ahead` allows: backwards first would do two in a row and starve the next stage.
+    rule = _Rule(_by_kind(shape, 0), _by_kind(shape, 1), _by_kind(shape, 2), ahead=ahead)
+    return _Run(shape, rule).run()
+
+
+# -- interleaved ---------------------------------------------------------------------------------------------
+
+
+def interleaved(shape: Shape) -> list[Task]:
+    """Interleaved 1F1B (Narayanan et al., arXiv 2104.04473, as Megatron-LM orders it) for any placing of stages.
+
+    A device takes a group of as many micro-batches as there are devices through the first of its stages (chunks),
+    then the group through its next one, and comes back in reverse. It goes ahead by the forwards that lead to the first
+    one of its last stage and by two for each stage behind that, then alternates. For p devices in a loop with v
+    equal stages each, the bubble is (p - 1) / (m v) of the work. Tighter in-flight limits make groups smaller.
+    """
+    stages, members = len(shape.resources), shape.stages_of()
+    size = min(len(members), *shape.in_flight)
+    steps_apart = 2 if len(members) < stages else 1  # without chunks it is plain 1F1B
+    queues = []
+    for own in members.values():
+        ahead = (len(own) - 1) * size + 1 + steps_apart * (stages - 1 - own[-1])
+        queues.append(_alternating(own, ahead, size, shape))
+    return _merged(queues, shape)
+
+
+def _alternating(own: list[int], ahead: int, size: int, shape: Shape) -> list[Task]:
+    """One device's order: `ahead` forwards more than backwards, then one backward, one forward in turn."""
+    count = shape.micro_batches
+    groups = [range(at, min(at + size, count)) for at in range(0, count, size)]
+    forwards = deque(Task(Kind.FORWARD, s, m) for group in groups for s in own for m in group)
+    backwards = deque(Task(Kind.BACKWARD, s, m) for group in groups for s in reversed(own) for m in group)
+    held = dict.fromkeys(own, 0)
+    order = []
+    while backwards:
+        forth = bool(forwards) and len(backwards) - len(forwards) < ahead
+        if forth and held[forwards[0].stage] < shape.in_flight[forwards[0].stage]:
+            task = forwards.popleft()
+            held[task.stage] += 1
+        else:
+            task = backwards.popleft()
+            held[task.stage] -= 1
+        order.append(task)
+    return order
+
+
+def _merged(queues: list[list[Task]], shape: Shape) -> list[Task]:
+    """One total order of the devices' orders; where all of them wait for each other, the first that can go does."""
+    waiting = [deque(queue) for queue in queues]
+    held = [0] * len(shape.resources)
+    done: set[Task] = set()
+    order: list[Task] = []
+
+    def can_go(task: Task) -> bool:
+        kind, stage, micro_batch = task
+        if kind == Kind.FORWARD:
+            there = stage == 0 or Task(kind, stage - 1, micro_batch) in done
+            return there and held[stage] < shape.in_flight[stage]
+        last = stage == len(held) - 1
+        return Task(Kind.FORWARD, stage, micro_batch) in done and (
+            last or Task(kind, stage + 1, micro_batch) in done
+        )
+
+    def go(task: Task) -> None:
+        held[task.stage] += 1 if task.kind == Kind.FORWARD else -1
+        done.add(task)
+        order.append(task)
+
+    while any(waiting):
+        before = len(order)
+        for queue in waiting:
+            while queue and can_go(queue[0]):
+                go(queue.popleft())
+        if len(order) == before:
+            queue, task = next((queue, task) for queue in waiting for task in queue if can_go(task))
+            queue.remove(task)
+            go(task)
+    return order
+
+
+# -- list scheduling -----------------------------------------------------------------------------------------
+
+
+class _CriticalPath:
+    """Priorities by what must still follow a task: the longest path first, older micro-batches before younger ones."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        stages, hops = len(shape.resources), shape.hops()
+        # Seconds from the start of a backward, or of a forward, to the end of all that follows it.
+        self.backward, self.forward = [0.0] * stages, [0.0] * stages
+        for s in range(stages):
+            before = hops[s - 1] + self.backward[s - 1] if s else 0.0
+            self.backward[s] = shape.input_seconds[s] + max(shape.weight_seconds[s], before)
+        for s in reversed(range(stages)):
+            after = hops[s] + self.forward[s + 1] if s + 1 < stages else self.backward[s]
+            self.forward[s] = shape.forward_seconds[s] + after
+        self.period = self._period()
+
+    def _period(self) -> float:
+        """Seconds that a further micro-batch costs at least: the busiest resource's work, or a full limit's turn."""
+        shape = self.shape
+        stages = range(len(shape.resources))
+        load = dict.fromkeys(shape.resources, 0.0)
+        for s in stages:
+            load[shape.resources[s]] += shape.forward_seconds[s] + shape.backward_seconds[s]
+        below = [0.0, *self.backward]  # of stage s: what follows its backward
+        turn = [(self.forward[s] - below[s]) / shape.in_flight[s] for s in stages]
+        return max(*load.values(), *turn)
+
+    def ranks(self, after: Sequence[float], age: float) -> _Rank:
+        """What follows on each stage, less `age` periods for each micro-batch that goes before."""
+        turns = [age * self.period * m for m in range(self.shape.micro_batches)]
+        return [[turn - seconds for turn in turns] for seconds in after]
+
+    def gating(self, age: float) -> _Rank:
+        """Ranks of weight parts: each as urgent as the forward that waits for its in-flight slot, if one does."""
+        shape = self.shape
+        waiting = zip(self.ranks(self.forward, age), shape.weight_seconds, shape.in_flight, strict=True)
+        return [[rank - seconds for rank in row[limit:]] + [_LAST] * limit for row, seconds, limit in waiting]
+
+    def rule(self, number: int, whole: frozenset[int] = frozenset()) -> _Rule:
+        """A rule of `_RULES`, with no backward of the stages `whole` split."""
+        age, weight, patience, tail = _RULES[number]
+        count, stages = self.shape.micro_batches, len(self.shape.resources)
+        weights = {
+            "gating": self.gating(age),
+            "now": [[-_LAST] * count] * stages,
+            "lazy": [[_LAST] * count] * stages,
+        }[weight]
+        first = max(0, count - tail * stages) if tail else 0
+        split_from = [count if stage in whole else first for stage in range(stages)]
+        return _Rule(
+            self.ranks(self.forward, age), self.ranks(self.backward, age), weights, patience, split_from
+        )
+
+
+# (age, weight parts, patience, split only so many times the number of stages at the end, 0 for all). Of a larger grid
+# these took the least makespans on random shapes; which of them wins differs from shape to shape.
+_RULES = (
+    (0.25, "gating", 0.0, 0),
+    (0.5, "gating", 0.0, 0),
+    (0.5, "gating", 0.5, 0),
+    (0.5, "gating", 0.99, 0),
+    (1.0, "gating", 0.0, 0),
+    (1.0, "gating", 0.99, 0),
+    (0.5, "lazy", 0.0, 0),
+    (0.5, "lazy", 0.5, 0),
+    (0.5, "lazy", 0.99, 0),
+    (0.25, "now", 0.5, 0),
+    (0.5, "now", 0.0, 0),
+    (0.5, "now", 0.99, 0),
+    (1.0, "now", 0.99, 0),
+    (0.25, "gating", 0.0, 1),
+    (1.0, "gating", 0.0, 1),
+    (0.5, "gating", 0.0, 2),
+    (1.0, "gating", 0.0, 2),
+)
+_LAST = 1e300  # a rank after all others
+
+
+def _joined(order: list[Task], shape: Shape) -> list[Task]:
+    """The order with backwards left whole where their parts are neighbours and splitting gains nothing.
+
+    Joining makes the stage before wait for the weight part too. That is free where that stage may start so late in a
+    schedule of the same length that does everything as late as possible: all such joins hold in it together.
+    """
+    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
+    hops, last = shape.hops(), len(shape.resources) - 1
+    late = dict.fromkeys(shape.resources, makespan(order, shape))  # start of what the resource does next
+    following: dict[int, Task] = {}  # what that is
+    needed: dict[
+        tuple[bool, int, int], float
+    ] = {}  # (forward?, stage, micro-batch) -> latest end of that work
+    whole: set[tuple[int, int]] = set()
+    for task in reversed(order):
+        kind, stage, micro_batch = task
+        resource = shape.resources[stage]
+        end = late[resource]
+        if kind == Kind.BACKWARD_WEIGHT:
+            late[resource], following[resource] = end - seconds[kind][stage], task
+            continue
+        deadline = needed.pop((kind == Kind.FORWARD, stage, micro_batch), math.inf)
+        start = min(end, deadline) - seconds[kind][stage]
+        if following.get(resource) == Task(Kind.BACKWARD_WEIGHT, stage, micro_batch):
+            end += shape.weight_seconds[stage]
+            if end <= deadline and end - shape.backward_seconds[stage] >= start:
+                start = end - shape.backward_seconds[stage]
+                whole.add((stage, micro_batch))
+        late[resource], following[resource] = start, task
+        if kind == Kind.FORWARD and stage > 0:
+            needed[True, stage - 1, micro_batch] = start - hops[stage - 1]
+        elif kind != Kind.FORWARD and stage < last:
+            needed[False, stage + 1, micro_batch] = start - hops[stage]
+    return [
+        Task(Kind.BACKWARD, stage, m)
+        if kind == Kind.BACKWARD_INPUT and (stage, m) in whole
+        else Task(kind, stage, m)
+        for kind, stage, m in order
+        if kind != Kind.BACKWARD_WEIGHT or (stage, m) not in whole
+    ]
+
+
+def list_scheduling(shape: Shape) -> list[Task]:
+    """List scheduling (Graham, 1966) by critical path, for unequal stages under their own in-flight limits.
+
+    Rules of priority are tried on a few micro-batches, the best of them on all, and of these, of 1F1B and of ZB-H1
+    the shortest order wins; of equally long ones that with the fewest split backwards. So it is never longer than
+    those two. Weight parts fill bubbles, or come early to free the in-flight slot that a forward waits for.
+    """
+
+    few = min(shape.micro_batches, _TRIAL_MICRO_BATCHES)
+    trial = replace(shape, micro_batches=few, in_flight=tuple(min(few, limit) for limit in shape.in_flight))
+    orders = [_by_rule(shape, number, _better_whole(trial, number)) for number in _promising(trial)]
+    known = [one_forward_one_backward(shape), _joined(zero_bubble_h1(shape), shape)]
+    return min([*known, *orders], key=lambda order: (makespan(order, shape), len(order)))
+
+
+_TRIAL_MICRO_BATCHES = 16
+
+
+def _by_rule(shape: Shape, number: int, whole: frozenset[int] = frozenset()) -> list[Task]:
+    return _joined(_Run(shape, _CriticalPath(shape).rule(number, whole)).run(), shape)
+
+
+def _promising(trial: Shape) -> list[int]:
+    """Numbers of the rules that do best; splitting at the end only costs less the more micro-batches there are, so
+    both ways are kept."""
+    seconds = [makespan(_by_rule(trial, number), trial) for number in range(len(_RULES))]
+    ranked = sorted(range(len(_RULES)), key=seconds.__getitem__)
+    everywhere = [number for number in ranked if not _RULES[number][-1]]
+    at_the_end = [number for number in ranked if _RULES[number][-1]]
+    return everywhere[:3] + at_the_end[:2]
+
+
+def _better_whole(trial: Shape, number: int) -> frozenset[int]:
+    """Stages that had better not split: each is added where that shortens the order by this rule."""
+    whole: frozenset[int] = frozenset()
+    least = makespan(_by_rule(trial, number), trial)
+    for stage in range(len(trial.resources)):
+        seconds = makespan(_by_rule(trial, number, whole | {stage}), trial)
+        if seconds < least:
+            whole, least = whole | {stage}, seconds
+    return whole
+
+
+def forward_only(shape: Shape) -> list[Task]:
+    """Evaluation: every micro-batch forward, none kept."""
+    stages = range(len(shape.resources))
+    return [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
 
 
 def gpipe(shape: Shape) -> list[Task]:
-    """GPipe (Huang et al.): all forwards, then all backwards; needs in_flight = micro_batches everywhere."""
-    stages = range(len(shape.forward_seconds))
+    """GPipe (Huang et al., arXiv 1811.06965): all forwards, then all backwards.
+
+    It needs in_flight = micro_batches on every stage, which the plan's checker demands.
+    """
+    stages = range(len(shape.resources))
     forwards = [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
     backwards = [Task(Kind.BACKWARD, s, m) for m in range(shape.micro_batches) for s in reversed(stages)]
     return forwards + backwards
 
 
-def forward_only(shape: Shape) -> list[Task]:
-    """Evaluation: every micro-batch forward, none kept."""
-    stages = range(len(shape.forward_seconds))
-    return [Task(Kind.FORWARD, s, m) for m in range(shape.micro_batches) for s in stages]
-
-
-SCHEDULES: Mapping[str, Schedule] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
+SCHEDULES: Mapping[str, Schedule] = {
+    "1f1b": one_forward_one_backward,
+    "gpipe": gpipe,
+    "interleaved": interleaved,
+    "list": list_scheduling,
+    "zb-h1": zero_bubble_h1,
+}

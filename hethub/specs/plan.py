@@ -93,7 +93,10 @@ class Pipeline(Spec):
     """One model replica as a chain of stages; `repeat` alike ones stand side by side."""
 
     repeat: int = Field(1, ge=1, description="Alike pipelines on further devices.")
-    schedule: str = Field("1f1b", description="Name of a schedule: 1f1b or gpipe.")
+    schedule: str = Field(
+        "1f1b",
+        description="Name of a schedule: 1f1b, gpipe, interleaved, zb-h1 or list (made for unequal stages).",
+    )
     micro_batches: int = Field(ge=1, description="Micro-batches of each step.")
     micro_batch_rows: int = Field(ge=1, description="Rows (sequences) of each micro-batch.")
     stages: list[Stage] = Field(min_length=1, description="Stages in layer order.")

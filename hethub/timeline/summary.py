@@ -19,10 +19,16 @@ from hethub.timeline.record import COMPUTE_KINDS, USEFUL_KINDS, Kind, Timeline
 
 __all__ = [
     "DeviceSummary",
+    "StepClock",
     "TypeSummary",
     "before_last_backward",
     "by_type",
+    "gap_seconds",
+    "is_kind",
+    "overlap_seconds",
+    "reached_ends",
     "sent_seconds",
+    "sorted_actions",
     "step_numbers",
     "step_seconds",
     "step_window",
@@ -99,12 +105,15 @@ def summarize(timeline: Timeline, first: int, last: int) -> list[DeviceSummary]:
 
     Raises InputError when a step at either end is not in the timeline or the window has no length.
     """
-    actions = _sorted_actions(timeline.records)
-    clock = _StepClock.of(actions)
+    actions = sorted_actions(timeline.records)
+    clock = StepClock.of(actions)
     window = clock.window(first, last)
     devices = len(timeline.info.devices)
     seconds = window[1] - window[0]
-    shares = _gaps(actions, clock, window, devices) + _actions(actions, clock, window, devices)
+    shares = _actions(actions, clock, window, devices)
+    idle, unaccounted = gap_seconds(actions, clock, window, devices)
+    shares[_IDLE] += idle
+    shares[_UNACCOUNTED] += unaccounted
     shares /= seconds
     counts, overruns, reals = _quality(actions, first, last, devices, timeline.info.time_scale)
     return [
@@ -155,19 +164,20 @@ def step_seconds(timeline: Timeline) -> Floats:
 
     The first counts from the timeline's earliest start. shape: (steps,)
     """
-    clock = _StepClock.of(_without_collectives(timeline.records))
+    clock = StepClock.of(_without_collectives(timeline.records))
     return np.diff(clock.ends, prepend=clock.origin)
 
 
 def step_window(timeline: Timeline, first: int, last: int) -> tuple[float, float]:
     """Return start and end in seconds of steps `first` to `last`. Raises InputError as `summarize` does."""
-    return _StepClock.of(_without_collectives(timeline.records)).window(first, last)
+    return StepClock.of(_without_collectives(timeline.records)).window(first, last)
 
 
 def sent_seconds(records: Records) -> Floats:
     """Return for every record the second at which its message was sent; NaN where that is not known.
 
-    A receive that does not say takes the start of the send with the same (step, message). shape: (records,)
+    A receive that does not say takes the start of the send with the same (step, message), or, where that came after
+    it, of the step before: new weights are received by the step after the one that sends them. shape: (records,)
     """
     sent: Floats = records["sent"].astype(np.float64)
     asking = np.flatnonzero((records["kind"] == Kind.RECEIVE) & np.isnan(sent) & (records["message"] >= 0))
@@ -176,10 +186,16 @@ def sent_seconds(records: Records) -> Floats:
         return sent
     keys = _pair(sends["step"], sends["message"])
     order = np.argsort(keys, kind="stable")
-    wanted = _pair(records["step"][asking], records["message"][asking])
-    place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
-    match = order[place]
-    sent[asking] = np.where(keys[match] == wanted, sends["start"][match], np.nan)
+
+    def starts(step: npt.NDArray[np.int32]) -> Floats:
+        """Of the sends of the asking records' messages in these steps, NaN where there is none."""
+        wanted = _pair(step, records["message"][asking])
+        match = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
+        return np.where(keys[match] == wanted, sends["start"][match], np.nan)
+
+    same, before = starts(records["step"][asking]), starts(records["step"][asking] - 1)
+    late = same > records["end"][asking]
+    sent[asking] = np.where(late, before, same)
     return sent
 
 
@@ -199,7 +215,7 @@ def before_last_backward(records: Records) -> Bools:
 
 
 @dataclass(frozen=True, slots=True)
-class _StepClock:
+class StepClock:
     """When each step ended: `numbers` ascending, `ends` in seconds, `origin` the start of the first."""
 
     numbers: npt.NDArray[np.int64]
@@ -207,7 +223,8 @@ class _StepClock:
     origin: float
 
     @classmethod
-    def of(cls, actions: Records) -> _StepClock:
+    def of(cls, actions: Records) -> StepClock:
+        """Read it from actions. Raises InputError when there is none."""
         if not len(actions):
             raise InputError("timeline: holds no action. Give the folder of a run that finished a step.")
         numbers, index = np.unique(actions["step"], return_inverse=True)
@@ -221,6 +238,7 @@ class _StepClock:
         return np.asarray(np.concatenate(([self.origin], self.ends))[np.searchsorted(self.numbers, step)])
 
     def window(self, first: int, last: int) -> tuple[float, float]:
+        """Start and end of steps `first` to `last`. Raises InputError as `summarize` does."""
         for step in (first, last):
             if step not in self.numbers:
                 low, high = self.numbers[0], self.numbers[-1]
@@ -237,7 +255,7 @@ def _without_collectives(records: Records) -> Records:
     return np.asarray(records[records["kind"] != Kind.COLLECTIVE])
 
 
-def _sorted_actions(records: Records) -> Records:
+def sorted_actions(records: Records) -> Records:
     """Return the actions by device, then start, then end."""
     actions = _without_collectives(records)
     return actions[np.lexsort((actions["end"], actions["start"], actions["device"]))]
@@ -248,19 +266,21 @@ def _sorted_actions(records: Records) -> Records:
 _BUSY, _RECOMPUTE, _EXPOSED, _BUBBLE, _IDLE, _UNACCOUNTED = range(6)
 
 
-def _actions(actions: Records, clock: _StepClock, window: tuple[float, float], devices: int) -> Floats:
+def _actions(actions: Records, clock: StepClock, window: tuple[float, float], devices: int) -> Floats:
     """Seconds of the window inside actions. shape: (6 shares, devices)"""
     device = actions["device"]
     start, end = actions["start"], actions["end"]
-    begin = np.clip(_reached(actions), start, end)  # where two actions overlap, the earlier one has the time
-    inside = _overlap(begin, end, window)
+    begin = np.clip(
+        reached_ends(actions), start, end
+    )  # where two actions overlap, the earlier one has the time
+    inside = overlap_seconds(begin, end, window)
     shares = np.zeros((6, devices))
 
     length = end - start
     own = inside * np.clip(_over(actions["busy"], length), 0.0, 1.0)
-    useful, compute = _is(actions, USEFUL_KINDS), _is(actions, COMPUTE_KINDS)
-    again = _is(actions, {Kind.RECOMPUTE})
-    send, wait = _is(actions, {Kind.SEND}), _is(actions, {Kind.RECEIVE})
+    useful, compute = is_kind(actions, USEFUL_KINDS), is_kind(actions, COMPUTE_KINDS)
+    again = is_kind(actions, {Kind.RECOMPUTE})
+    send, wait = is_kind(actions, {Kind.SEND}), is_kind(actions, {Kind.RECEIVE})
     _add(shares[_BUSY], device[useful], own[useful])
     _add(shares[_RECOMPUTE], device[again], own[again])
     _add(shares[_EXPOSED], device[compute], (inside - own)[compute])
@@ -273,16 +293,18 @@ def _actions(actions: Records, clock: _StepClock, window: tuple[float, float], d
     early = np.clip(clock.end_before(actions["step"]), begin, arrive)
     filling = wait & before_last_backward(actions)
     draining = wait & ~filling
-    unsent = _overlap(early, arrive, window)
-    _add(shares[_EXPOSED], device[wait], _overlap(arrive, end, window)[wait])
-    _add(shares[_IDLE], device[wait], _overlap(begin, early, window)[wait])
+    unsent = overlap_seconds(early, arrive, window)
+    _add(shares[_EXPOSED], device[wait], overlap_seconds(arrive, end, window)[wait])
+    _add(shares[_IDLE], device[wait], overlap_seconds(begin, early, window)[wait])
     _add(shares[_BUBBLE], device[filling], unsent[filling])
     _add(shares[_IDLE], device[draining], unsent[draining])
     return shares
 
 
-def _gaps(actions: Records, clock: _StepClock, window: tuple[float, float], devices: int) -> Floats:
-    """Seconds of the window inside no action. shape: (6 shares, devices)
+def gap_seconds(
+    actions: Records, clock: StepClock, window: tuple[float, float], devices: int
+) -> tuple[Floats, Floats]:
+    """Idle and unaccounted seconds of the window inside none of the sorted `actions`. shapes: (devices,)
 
     Before a device's first action and after its last, and between its part of a step and the end of that
     step, it is idle. What remains is unaccounted.
@@ -291,25 +313,24 @@ def _gaps(actions: Records, clock: _StepClock, window: tuple[float, float], devi
     opens = np.flatnonzero(np.diff(device, prepend=-1))
     same_step = np.diff(step, prepend=-1) == 0
     same_step[opens] = False
-    reached = _reached(actions)
+    reached = reached_ends(actions)
     idle_until = np.where(same_step, reached, clock.end_before(step))
     idle_until[opens] = start[opens]
     idle_until = np.clip(idle_until, reached, np.maximum(start, reached))
 
-    shares = np.zeros((6, devices))
-    shares[_IDLE] = window[1] - window[0]
+    idle = np.full(devices, window[1] - window[0])
+    unaccounted = np.zeros(devices)
     if len(opens):
         ends = np.maximum.reduceat(actions["end"], opens)
-        outside = device[opens]
-        shares[_IDLE, outside] -= _overlap(start[opens], ends, window)
-    idle, lost = _overlap(reached, idle_until, window), _overlap(idle_until, start, window)
-    idle[opens] = 0.0  # counted already: from the window's start to the device's first action
-    _add(shares[_IDLE], device, idle)
-    _add(shares[_UNACCOUNTED], device, lost)
-    return shares
+        idle[device[opens]] -= overlap_seconds(start[opens], ends, window)
+    between = overlap_seconds(reached, idle_until, window)
+    between[opens] = 0.0  # counted already: from the window's start to the device's first action
+    _add(idle, device, between)
+    _add(unaccounted, device, overlap_seconds(idle_until, start, window))
+    return idle, unaccounted
 
 
-def _reached(actions: Records) -> Floats:
+def reached_ends(actions: Records) -> Floats:
     """For every sorted action, the latest end among the device's earlier ones (its own start for the first).
 
     shape: (actions,)
@@ -330,7 +351,7 @@ def _quality(
     """Return per device the number of actions and the shares of overruns and of real math in these steps."""
     chosen = actions[(actions["step"] >= first) & (actions["step"] <= last)]
     counts = np.bincount(chosen["device"], minlength=devices)
-    compute = chosen[_is(chosen, COMPUTE_KINDS)]
+    compute = chosen[is_kind(chosen, COMPUTE_KINDS)]
     device = compute["device"]
     number = np.bincount(device, minlength=devices)
     overruns = np.bincount(device, weights=compute["overrun"] > 0, minlength=devices)
@@ -350,7 +371,8 @@ def _over(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
     return quotient
 
 
-def _is(records: Records, kinds: Iterable[Kind]) -> Bools:
+def is_kind(records: Records, kinds: Iterable[Kind]) -> Bools:
+    """Which records are of one of these kinds. shape: (records,)"""
     table = np.zeros(256, dtype=np.bool_)
     table[[int(kind) for kind in kinds]] = True
     return np.asarray(table[records["kind"]])
@@ -360,7 +382,7 @@ def _add(total: Floats, device: npt.NDArray[np.int32], seconds: Floats) -> None:
     total += np.bincount(device, weights=seconds, minlength=len(total))
 
 
-def _overlap(start: Floats, end: Floats, window: tuple[float, float]) -> Floats:
+def overlap_seconds(start: Floats, end: Floats, window: tuple[float, float]) -> Floats:
     """Seconds of each [start, end] inside the window."""
     inside: Floats = np.maximum(np.minimum(end, window[1]) - np.maximum(start, window[0]), 0.0)
     return inside
@@ -374,6 +396,6 @@ def _pair(high: npt.NDArray[np.int32], low: npt.NDArray[np.int32]) -> npt.NDArra
 def _last_end(records: Records, group: npt.NDArray[np.intp], groups: int, kinds: frozenset[Kind]) -> Floats:
     """Return the latest end among the records of `kinds` in each group, -inf where there is none."""
     ends = np.full(groups, -np.inf)
-    chosen = _is(records, kinds)
+    chosen = is_kind(records, kinds)
     np.maximum.at(ends, group[chosen], records["end"][chosen])
     return ends

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.small_job import edit, launched, write_job
+from tests.launch.small_job import Result, edit, launched, write_job
+
+END_SECONDS = 10.0  # after a fault, everywhere
 
 
 @pytest.fixture
@@ -68,3 +71,96 @@ def test_a_signal_ends_the_job_and_all_its_processes(folder: Path, number: int, 
     assert result.exit_code == code, result.err
     assert result.err.splitlines()[-1] == f"hethub: {word}"
     assert "Traceback" not in result.err
+
+
+def ended_by(folder: Path, fault: str) -> Result:
+    """Launch with a fault; the job has ended everywhere in time once the fault was done."""
+    edit(folder / "job.yaml", ("output: run", f"output: run\nfault: {{{fault}}}"))
+    with launched(folder) as launch:
+        if "join" not in fault:
+            launch.training()
+            begin = time.monotonic()  # step 1 is done, and faults below are in step 1, counted from 0
+        result = launch.end()
+        if "join" not in fault:
+            assert time.monotonic() - begin < END_SECONDS + SLACK_SECONDS
+        assert launch.left() == []
+    assert result.exit_code == 1, result.err
+    assert "Traceback" not in result.err
+    return result
+
+
+SLACK_SECONDS = 20.0  # for a machine that others use at the same time
+FORWARD = "step: 1, action: forward stage 1 micro-batch 0"
+
+
+@pytest.mark.parametrize("phase", ["before", "during"])
+@pytest.mark.parametrize("do", ["stop", "hang"])
+def test_a_worker_that_stands_still_is_named_and_not_the_one_that_waits(
+    folder: Path, do: str, phase: str
+) -> None:
+    result = ended_by(folder, f"device: b/0/0, {FORWARD}, phase: {phase}, do: {do}")
+    last = result.err.splitlines()[-1]
+    found = re.match(
+        r"hethub: rank 1, device b/0/0 \(slow\), step 1, forward stage 1 micro-batch 0: no progress for "
+        r"([\d.]+) s where ([\d.e-]+) s are predicted \(waiting: a/0/0\); the process (\w+)",
+        last,
+    )
+    assert found, last
+    assert float(found[1]) > 5 > float(found[2])
+    assert found[3] == ("is" if do == "stop" else "answers")
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["send stage 1 micro-batch 0 activation to rank 1", "receive stage 0 micro-batch 0 gradient from rank 1"],
+)
+def test_a_peer_that_disappears_in_a_transfer_is_named(folder: Path, action: str) -> None:
+    """The activation of a boundary; its receiver only loses a connection, which is no cause."""
+    result = ended_by(folder, f"device: a/0/0, step: 1, action: {action}, phase: during, do: kill")
+    last = result.err.splitlines()[-1]
+    assert re.match(
+        rf"hethub: rank 0, device a/0/0 \(fast\), step 1, {action}: the worker process died", last
+    ), last
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_device_out_of_memory_tells_need_and_prediction(folder: Path, emulated: bool) -> None:
+    if not emulated:
+        edit(folder / "cluster.yaml", ("emulated: {time_scale: 20}\n", ""))
+    result = ended_by(folder, f"device: b/0/0, {FORWARD}, do: oom")
+    last = result.err.splitlines()[-1]
+    assert re.match(
+        r"hethub: rank 1, device b/0/0 \(slow\), forward stage 1 micro-batch 0: .*out of memory.* [\d.]+ \w+.*; "
+        r"the plan predicts a peak of 0\.\d\d MiB of 0\.28\. Use recompute: full",
+        last,
+    ), last
+
+
+@pytest.mark.parametrize("do", ["hang", "stop"])
+def test_a_worker_that_never_joins_is_named(folder: Path, do: str) -> None:
+    last = ended_by(folder, f"device: b/0/0, action: join, do: {do}").err.splitlines()[-1]
+    assert re.match(
+        r"hethub: rank 1, device b/0/0 \(slow\), join: did not join the other 1 workers within 8\.2 s\.", last
+    ), last
+
+
+def test_a_worker_that_dies_joining_is_named(folder: Path) -> None:
+    last = ended_by(folder, "device: b/0/0, action: join, do: kill").err.splitlines()[-1]
+    assert re.match(r"hethub: rank 1, device b/0/0 \(slow\), .*: the worker process died", last), last
+
+
+def test_a_fault_at_an_action_that_is_not_there_is_refused_before_anything_starts(folder: Path) -> None:
+    edit(
+        folder / "job.yaml",
+        (
+            "output: run",
+            "output: run\nfault: {device: b/0/0, action: forward stage 7 micro-batch 0, do: kill}",
+        ),
+    )
+    with launched(folder) as launch:
+        result = launch.end()
+    assert result.exit_code == 2
+    assert (
+        'job.yaml:10:24 fault.action: the device has no action "forward stage 7 micro-batch 0"' in result.err
+    )
+    assert not (folder / "run").exists()

@@ -117,7 +117,8 @@ def test_a_run_on_real_devices_is_the_training_of_one_process(real: Run, referen
 
 
 FILES = {"run.json", "plan.yaml", "predicted.npz", "measured.npz", "metrics.jsonl", "model.safetensors", "trace.json",
-         "timeline.html", "summary.json", "logs", "logs/a-0-0.log", "logs/b-0-0.log"}  # fmt: skip
+         "timeline.html", "summary.json", "logs", "logs/a-0-0.log", "logs/b-0-0.log", "history", "history/a-0-0.jsonl",
+         "history/b-0-0.jsonl"}  # fmt: skip
 
 
 def test_the_run_folder_holds_all_files_and_no_others(emulated: Run) -> None:
@@ -142,6 +143,19 @@ def test_the_summary_has_the_promised_figures(emulated: Run) -> None:
     assert s["share_of_homogeneous_bound"] is None  # no type holds the model by itself
     assert 0 <= s["overrun_ratio"] <= 1 and 0 <= s["unaccounted_ratio"] <= 1
     assert json.loads(emulated.result.out) == s
+
+
+def test_the_start_is_told_by_its_parts(emulated: Run) -> None:
+    start = emulated.summary["start"]
+    assert set(start) == {f"{part}_seconds" for part in (
+        "plan", "ray", "import", "join", "load", "rehearsal", "first_step")}  # fmt: skip
+    assert all(seconds >= 0 for seconds in start.values())
+    parts = sum(start[f"{part}_seconds"] for part in ("plan", "ray", "import", "join", "load"))
+    assert emulated.summary["start_seconds"] == pytest.approx(parts)
+
+
+def test_the_history_of_a_run_is_whole(emulated: Run, real: Run) -> None:
+    assert emulated.summary["history_problems"] == real.summary["history_problems"] == []
 
 
 def test_a_run_that_ends_leaves_no_process_and_no_file(emulated: Run, real: Run) -> None:

@@ -105,10 +105,9 @@ CHANGES = {
         "stands in two pipelines",
     ),
     "too few devices": ("single device", (*RANK, "count"), 2, "1 devices are named"),
-    "an unknown schedule": ("pipeline of 2", (0, "schedule"), "zero-bubble", "Use one of: 1f1b, gpipe"),
+    "an unknown schedule": ("pipeline of 2", (0, "schedule"), "zb-1", 'Did you mean "zb-h1"? Known: 1f1b, '),
     "gpipe with little memory": ("gpipe", (0, "stages", 1, "in_flight"), 3, "Set in_flight to 4"),
     "more in flight than there is": ("pipeline of 2", (0, "stages", 0, "in_flight"), 5, "Use at most 4"),
-    "selective recomputation": ("pipeline of 2", (0, "stages", 0, "recompute"), "selective", "not run yet"),
     "a tied table cut differently in two places": (
         "chunks with a tied table twice on one device",
         (0, "stages", 2, "replicas", 0, "ranks"),
@@ -227,12 +226,12 @@ def test_a_device_too_small_is_named_with_what_it_needs() -> None:
 def test_a_valid_plan_passes_and_a_broken_one_raises_a_line_for_each_problem() -> None:
     plan = NAMED_PLANS["rows 3 + 1"]("fp32")
     require_valid(plan, None, "memory")
-    broken = edited(edited(plan, (*RANK, "ffn"), 3), (0, "stages", 0, "recompute"), "selective")
+    broken = edited(edited(plan, (*RANK, "ffn"), 3), (0, "stages", 0, "in_flight"), 99)
     with pytest.raises(InputError) as error:
         require_valid(broken, None, "plan.yaml")
     lines = error.value.message.splitlines()
     assert [line.split(": ")[0] for line in lines] == [
-        "plan.yaml pipelines[0].stages[0].recompute",
+        "plan.yaml pipelines[0].stages[0].in_flight",
         "plan.yaml pipelines[0].stages[0].replicas[0].ranks",
     ]
 

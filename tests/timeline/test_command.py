@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from hethub.cli import timeline as module
 from hethub.errors import InputError
+from hethub.specs.plan import save_plan
+from tests.plan_strategies import NAMED_PLANS, three_speeds
 
 
 @pytest.fixture
@@ -64,6 +66,37 @@ def test_a_terminal_gets_a_table(run, monkeypatch, capsys):
     assert "first, steps 3 to 4 (emulated: modelled time)" in text
     assert "step time: 10 s predicted, 12 s measured (median), +20.0 %" in text
     assert "35.0/29.2" in text
+    assert max(len(line) for line in text.splitlines()[4:]) <= 80
+
+
+def test_the_waterfall_names_every_cause_and_adds_up(run):
+    lines = [line.split("\t") for line in call(run, "--waterfall").stdout.splitlines()]
+    header, *causes = [line for line in lines if not line[0].startswith("#")]
+    assert header == ["cause", "predicted", "measured", "meaning"]
+    for column in (1, 2):
+        assert sum(float(line[column]) for line in causes) == pytest.approx(1.0, abs=1e-3)
+    answer = json.loads(call(run, "--json").stdout)["waterfall"]
+    assert list(answer["measured"]["total"]) == [line[0] for line in causes]
+
+
+def test_the_waterfall_weighs_devices_by_the_plan(run):
+    alike = json.loads(call(run, "--json").stdout)["waterfall"]["predicted"]
+    cluster = three_speeds()
+    plan = next(iter(NAMED_PLANS.values()))("fp32").model_copy(update={"cluster": cluster})
+    save_plan(plan, run / "plan.yaml")
+    weighed = json.loads(call(run, "--json").stdout)["waterfall"]["predicted"]
+    assert weighed["devices"] == alike["devices"]
+    first, second = (device["busy"] for device in alike["devices"])
+    assert weighed["total"]["busy"] != pytest.approx(alike["total"]["busy"])
+    assert min(first, second) < weighed["total"]["busy"] < max(first, second)
+
+
+def test_the_waterfall_fits_a_terminal(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    module.timeline(run, waterfall=True)
+    text = capsys.readouterr().out
+    assert "waits inside the pipeline" in text
     assert max(len(line) for line in text.splitlines()[4:]) <= 80
 
 

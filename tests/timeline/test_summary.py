@@ -33,6 +33,30 @@ def test_later_steps_count_from_the_end_of_the_step_before(timeline, rows):
     assert both.unaccounted_ratio == pytest.approx(1 / 21)  # nobody says what happened from 10 to 11
 
 
+def test_a_message_of_the_step_before_is_known_by_its_time(timeline):
+    def message(kind, step, start, end):
+        return {
+            "step": step,
+            "device": int(kind == Kind.RECEIVE),
+            "kind": kind,
+            "start": start,
+            "end": end,
+            "message": 4,
+        }
+
+    line = timeline(
+        [
+            message(Kind.SEND, 0, 9.0, 9.5),
+            message(Kind.RECEIVE, 1, 10.0, 12.0),
+            message(Kind.SEND, 1, 19.0, 19.5),
+            message(Kind.RECEIVE, 2, 20.0, 22.0),
+            message(Kind.SEND, 2, 29.0, 29.5),
+        ]
+    )
+    receives = line.records["kind"] == Kind.RECEIVE
+    assert sent_seconds(line.records)[receives].tolist() == [9.0, 19.0]
+
+
 def test_a_pause_inside_a_step_is_unaccounted(timeline):
     line = timeline(
         [

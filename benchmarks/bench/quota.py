@@ -1,0 +1,277 @@
+"""Really unequal devices: CPU workers under quotas of a core (Linux control groups, version 1 or 2; needs root).
+
+A period of 10 ms keeps the pauses short beside an action, so that a worker under a quota of 0.3 is a core of 0.3 of the
+speed. Waiting costs no quota, since a blocked process does not run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from hethub.specs.plan import Plan
+
+from .crew import Crew
+from .engines import Ours, Repetition, Training, spread, take, text_of
+from .plans import cpu_cluster, data_parallel, llama_model
+
+__all__ = [
+    "CORES",
+    "QUOTA_ERROR",
+    "CpuQuotas",
+    "NoQuotasError",
+    "core_shares",
+    "cpu_quota_share",
+    "cut_rows",
+    "mixed_plan",
+    "quota_errors",
+    "why_no_quotas",
+]
+
+PERIOD_MICROSECONDS = 10_000
+CORES = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))  # name, share of a core, how many
+QUOTA_ERROR = 0.02
+_REPETITIONS = 9
+_STEPS = 2
+_SPIN_SECONDS = 3.0
+
+# Sizes at which the slowest worker's smallest action, the forward pass of its 8 rows, takes over 200 ms of CPU.
+MODEL = llama_model(hidden=256, layers=4, heads=4)
+SEQUENCE = 256
+ROWS = 88  # 32 + 32 + 16 + 8 by speed, 22 each when even
+
+
+class NoQuotasError(Exception):
+    """CPU quotas cannot be set here; the text says why."""
+
+
+def core_shares() -> list[float]:
+    """The quota of each worker, in the order of the cluster's devices."""
+    return [share for _, share, count in CORES for _ in range(count)]
+
+
+# -- control groups ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Hierarchy:
+    """Where groups with CPU quotas are made, and in which version's words."""
+
+    parent: Path
+    version: int
+
+    def limit(self, group: Path, share: float) -> None:
+        quota = round(share * PERIOD_MICROSECONDS)
+        if self.version == 1:
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD_MICROSECONDS))
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (group / "cpu.max").write_text(f"{quota} {PERIOD_MICROSECONDS}")
+
+
+def _hierarchy() -> _Hierarchy:
+    """Version 1's `cpu` hierarchy where one is mounted, else version 2's. Raises NoQuotasError."""
+    if not Path("/proc/self/mounts").exists():
+        raise NoQuotasError("CPU quotas need Linux's control groups")
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for _, where, kind, options, *_ in mounts:
+        if kind == "cgroup" and "cpu" in options.split(","):
+            return _Hierarchy(Path(where), 1)
+    for _, where, kind, *_ in mounts:
+        if kind == "cgroup2" and "cpu" in (Path(where) / "cgroup.controllers").read_text().split():
+            return _Hierarchy(Path(where), 2)
+    raise NoQuotasError("no control group hierarchy with the cpu controller is mounted")
+
+
+class CpuQuotas:
+    """A control group for each share of a core; as a context, it removes them. Raises NoQuotasError.
+
+    End the processes first: a group with a living process cannot be removed.
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._hierarchy = _hierarchy()
+        self._top = self._hierarchy.parent / f"hethub-bench-{os.getpid()}"
+        self.groups = [self._top / f"worker-{i}" for i in range(len(shares))]
+        try:
+            self._top.mkdir()
+            if self._hierarchy.version == 2:
+                for folder in (self._hierarchy.parent, self._top):
+                    (folder / "cgroup.subtree_control").write_text("+cpu")
+            for group, share in zip(self.groups, shares, strict=True):
+                group.mkdir()
+                self._hierarchy.limit(group, share)
+        except OSError as error:
+            self.remove()
+            raise NoQuotasError(f"{error.filename}: {error.strerror}; quotas need root") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def place(self, crew: Crew, numbers: Sequence[int]) -> None:
+        """Put process i of a crew, all its threads, under the quota of worker numbers[i]."""
+        for process, number in zip(crew.processes, numbers, strict=True):
+            (self.groups[number] / "cgroup.procs").write_text(str(process.pid))
+
+    def remove(self) -> None:
+        """Remove the groups."""
+        for group in (*self.groups, self._top):
+            if group.is_dir():
+                group.rmdir()
+
+
+def why_no_quotas() -> str | None:
+    """Why CPU quotas cannot be set here; None where they can."""
+    try:
+        CpuQuotas([0.5]).remove()
+    except NoQuotasError as error:
+        return str(error)
+    return None
+
+
+# -- do the quotas hold? -----------------------------------------------------------------------------------
+
+
+class _Spinner:
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._matrix = torch.randn(256, 256)
+
+    def spin(self, seconds: float) -> float:
+        """Products per second."""
+        count, begin = 0, time.monotonic()
+        while time.monotonic() - begin < seconds:
+            self._matrix @ self._matrix
+            count += 1
+        return count / (time.monotonic() - begin)
+
+
+def quota_errors(quotas: CpuQuotas, shares: Sequence[float], seconds: float = _SPIN_SECONDS) -> list[float]:
+    """How far each worker's part of the whole throughput is from its part of all quotas, relative; all busy at once."""
+    with Crew([_Spinner] * len(shares)) as crew:
+        quotas.place(crew, range(len(shares)))
+        crew.call("spin", seconds / 4)
+        rates = crew.call("spin", seconds)
+    return [rate / sum(rates) / (share / sum(shares)) - 1 for rate, share in zip(rates, shares, strict=True)]
+
+
+# -- the mixed run against the types' own ------------------------------------------------------------------
+
+
+def cut_rows(rows: int, shares: Sequence[float]) -> list[int]:
+    """Rows by speed. Raises ValueError where they do not come out whole."""
+    cut = [rows * share / sum(shares) for share in shares]
+    if any(abs(part - round(part)) > 1e-9 for part in cut):
+        raise ValueError(f"{rows} rows do not divide by speed: {cut}")
+    return [round(part) for part in cut]
+
+
+def mixed_plan() -> Plan:
+    """All workers, each with the whole model, rows by speed."""
+    return data_parallel(cpu_cluster(CORES), MODEL, SEQUENCE, cut_rows(ROWS, core_shares()))
+
+
+def own_plans() -> dict[str, tuple[Plan, list[int]]]:
+    """By type: its own plan for its part of the batch, and the numbers of its workers."""
+    found: dict[str, tuple[Plan, list[int]]] = {}
+    rows, first = cut_rows(ROWS, core_shares()), 0
+    for core in CORES:
+        numbers = list(range(first, first + core[2]))
+        plan = data_parallel(cpu_cluster([core]), MODEL, SEQUENCE, [rows[i] for i in numbers])
+        found[core[0]] = plan, numbers
+        first += core[2]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """An engine under quotas, its rows of a step, and the share of a core that all its workers have together."""
+
+    engine: Ours
+    rows: int
+    cores: float
+
+    def tokens_per_second(self, repetition: Repetition) -> float:
+        return self.rows * SEQUENCE * len(repetition.losses) / repetition.seconds
+
+    def cpu_use(self, repetition: Repetition) -> float:
+        """CPU time taken over the quota: what is missing to 1 was spent waiting."""
+        return repetition.cpu_seconds / (repetition.seconds * self.cores)
+
+
+def _run(stack: ExitStack, quotas: CpuQuotas, plan: Plan, numbers: Sequence[int], text: Path) -> _Run:
+    """Start at full speed, then go under the quotas."""
+    engine = stack.enter_context(Ours(plan, Training(workload=plan.workload, tokens_file=text)))
+    quotas.place(engine.crew, numbers)
+    shares = core_shares()
+    return _Run(engine, plan.workload.global_batch, sum(shares[i] for i in numbers))
+
+
+def cpu_quota_share(repetitions: int = _REPETITIONS) -> tuple[dict[str, float], dict[str, Any]]:
+    """Tokens per second of one job over all workers, over the sum of what each type reaches alone, all types at once so
+    that the machine is loaded alike.
+
+    Returns the figures `homogeneous_share_cpu_quota` (the median of the repetitions) and `quota_error` (the largest, as
+    the run measured it; past QUOTA_ERROR the workers were not what they should be), and the repetitions behind
+    them. Without control groups there are no figures, and `skipped` says why.
+    """
+    reason = why_no_quotas()
+    if reason is not None:
+        return {}, {"skipped": reason}
+    with ExitStack() as stack:
+        text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
+        quotas = stack.enter_context(CpuQuotas(core_shares()))
+        errors = quota_errors(quotas, core_shares())
+        mixed = _run(stack, quotas, mixed_plan(), range(len(core_shares())), text)
+        own = {
+            name: _run(stack, quotas, plan, numbers, text) for name, (plan, numbers) in own_plans().items()
+        }
+        _side_by_side(own, 1)
+        take(mixed.engine, 1)
+        raws = [_compare(mixed, own, swapped=bool(i % 2)) for i in range(repetitions)]
+    shares = [raw["share"] for raw in raws]
+    figures = {
+        "homogeneous_share_cpu_quota": spread(shares)["median"],
+        "quota_error": max(abs(error) for error in errors),
+    }
+    return figures, {"quota_errors": errors, "share": spread(shares), "repetitions": raws}
+
+
+def _side_by_side(own: dict[str, _Run], steps: int) -> dict[str, Repetition]:
+    for run in own.values():
+        run.engine.start(steps)
+    return {name: run.engine.finish() for name, run in own.items()}
+
+
+def _compare(mixed: _Run, own: dict[str, _Run], *, swapped: bool) -> dict[str, Any]:
+    """One repetition of both, in either order."""
+    alone = _side_by_side(own, _STEPS) if swapped else None
+    together = take(mixed.engine, _STEPS)
+    alone = alone or _side_by_side(own, _STEPS)
+    reached = {name: run.tokens_per_second(alone[name]) for name, run in own.items()}
+    return {
+        "share": mixed.tokens_per_second(together) / sum(reached.values()),
+        "mixed_tokens_per_second": mixed.tokens_per_second(together),
+        "own_tokens_per_second": reached,
+        "mixed_cpu_use": mixed.cpu_use(together),
+        "own_cpu_use": {name: run.cpu_use(alone[name]) for name, run in own.items()},
+        "mixed_cpu_seconds": together.cpu_seconds,
+        "own_cpu_seconds": sum(repetition.cpu_seconds for repetition in alone.values()),
+        "mixed_losses": together.losses,
+    }
