@@ -235,7 +235,11 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
         kept=shape.boundary_bytes,
         core=0,
         stash=0,
-        forward_workspace=2 * tokens * (model.hidden_size * size + wide)
+        forward_workspace=shape.boundary_bytes  # the input, which is not kept
+        + (
+            shape.token_bytes + tokens if shape.members > 1 else 0
+        )  # targets among this rank's rows, and which are
+        + 2 * tokens * (model.hidden_size * size + wide)
         + max(logits + max(logits, vocab * model.hidden_size * narrow), norm),
         backward_workspace=0,
         weight_workspace=0,
