@@ -184,8 +184,10 @@ def _embedding_bytes(shape: RankShape) -> LayerBytes:
     elements = shape.tokens * shape.workload.model.hidden_size
     whole, wide = elements * shape.size, gradient_bytes(shape.workload.precision)
     widened = elements * wide if shape.size < wide else 0
+    # A group keeps row numbers of its own beside the tokens.
+    own = shape.token_bytes if shape.members > 1 else 0
     return LayerBytes(
-        kept=shape.token_bytes,
+        kept=shape.token_bytes + own,
         core=0,
         stash=shape.token_bytes + whole,
         forward_workspace=2 * whole,
@@ -211,28 +213,34 @@ def _decoder_bytes(shape: RankShape) -> LayerBytes:
         kept=kept + core,
         core=core,
         stash=size * tokens * (4 * hidden + 2 * query + packed - query + 3 * ffn),
-        forward_workspace=size * tokens * (3 * hidden + max(query + packed, 3 * ffn)),
+        forward_workspace=size * tokens * (4 * hidden + max(query + packed, 3 * ffn))
+        + shard * wide
+        + gathered * size // 2,
         backward_workspace=size * tokens * (4 * hidden + max(query + 2 * packed, 5 * ffn)) + norm + product,
         weight_workspace=product,
     )
 
 
 def _head_bytes(shape: RankShape) -> LayerBytes:
-    """Keeps the hidden states' gradient; a chunk of logits is alive, wide and in the weights' type."""
+    """Keeps the hidden states' gradient. A chunk of logits is alive, wide and in the weights' type, while the next one
+    is made, or while narrow weights' gradient is added to its sum."""
     model, size, tokens = shape.workload.model, shape.size, shape.tokens
     vocab = shape.share.vocab[1] - shape.share.vocab[0]
     wide = gradient_bytes(shape.workload.precision)
     chunk = min(tokens, logit_chunk_tokens(tokens, shape.largest_vocab or vocab))
-    narrow = size < wide
-    logits = chunk * vocab * (wide + (size if narrow else 0))
-    hidden = tokens * model.hidden_size * size
-    norm = 3 * shape.shard_tokens * model.hidden_size * wide
+    narrow = size if size < wide else 0
+    logits = chunk * (vocab * (wide + narrow) + 3 * wide)
+    norm = 4 * shape.shard_tokens * model.hidden_size * wide
     return LayerBytes(
         kept=shape.boundary_bytes,
         core=0,
         stash=0,
-        forward_workspace=2 * hidden
-        + max(logits + (vocab * model.hidden_size * size if narrow else 0), norm),
+        forward_workspace=shape.boundary_bytes  # the input, which is not kept
+        + (
+            shape.token_bytes + tokens if shape.members > 1 else 0
+        )  # targets among this rank's rows, and which are
+        + 2 * tokens * (model.hidden_size * size + wide)
+        + max(logits + max(logits, vocab * model.hidden_size * narrow), norm),
         backward_workspace=0,
         weight_workspace=0,
     )

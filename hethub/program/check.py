@@ -378,7 +378,9 @@ def _size_text(size_bytes: int) -> str:
 
 def _memory_text(device: Device, use: MemoryUse, others: int) -> str:
     parts = ", ".join(
-        f"{f.name} {_size_text(getattr(use, f.name))}" for f in fields(use) if getattr(use, f.name)
+        f"{f.name} {_size_text(getattr(use, f.name))}"
+        for f in fields(use)
+        if f.name != "one" and getattr(use, f.name)
     )
     also = f" ({others} more devices of this entry are short too)" if others else ""
     return (

@@ -230,7 +230,7 @@ class _Walk:
         self.results: dict[tuple[What, int, int], list[int]] = {}  # [bytes, sends left] that only sends hold
         self.letters: list[int] = []  # buffers of parameter mail
         self.activations = self.stash = self.flowing = 0
-        self.stashes: dict[tuple[int, int, int], int] = {}  # by stage, micro-batch and part
+        self.stashes: dict[tuple[int, int], int] = {}  # by stage and micro-batch
         self.owes = False
         self.begins: dict[Kind, Callable[[Action], int]] = {
             Kind.FORWARD: self._forward,
@@ -452,7 +452,8 @@ class _Walk:
         place, key = self.places[action.stage], (action.stage, action.micro_batch)
         found = place.of(action.part)
         lies = place.alone and place.gradient_in_message and self._is_last_part(action)
-        stash = self.stashes[(*key, action.part)] = found.stash - (place.whole.output if lies else 0)
+        stash = found.stash - (place.whole.output if lies else 0)
+        self.stashes[key] = self.stashes.get(key, 0) + stash
         self.stash += stash
         if action.part > 0:
             self._part_backwarded(action)
@@ -470,7 +471,13 @@ class _Walk:
         return self.places[action.stage].of(action.part).weight_workspace
 
     def _weight_backwarded(self, action: Action) -> int:
-        self.stash -= self.stashes.pop((action.stage, action.micro_batch, action.part))
-        if action.part <= 0:
+        """A part's operands go with it, the first part's with all that is left."""
+        key = (action.stage, action.micro_batch)
+        left = self.stashes.pop(key)
+        gone = left if action.part <= 0 else min(left, self.places[action.stage].of(action.part).stash)
+        self.stash -= gone
+        if action.part > 0:
+            self.stashes[key] = left - gone
+        else:
             self._land(action)
         return 0

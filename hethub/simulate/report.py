@@ -12,9 +12,10 @@ from typing import Any
 
 from hethub.cost.bounds import physical_step_seconds
 from hethub.cost.compute import ComputeModel
-from hethub.cost.memory import MemoryUse, device_memory, usable_bytes
+from hethub.cost.memory import usable_bytes
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.memory import MemoryPeak, program_memory
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import PipelinePlace, Span, StagePlace, lay_out
 from hethub.specs.plan import Plan, plan_to_spec
@@ -88,19 +89,13 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
     }
 
 
-def _memory(compute: ComputeModel, program: Program) -> dict[int, MemoryUse]:
-    return device_memory(
-        compute, program.layout, program.ownership.owned_elements, program.ownership.incoming_elements
-    )
-
-
 def _device_types(compute: ComputeModel, program: Program, simulation: Simulation) -> list[dict[str, Any]]:
     """One entry a type; ratios are means over all its devices, those left out included (they are idle)."""
     devices = compute.graph.devices
     types = {device.type.name: device.type for device in devices}
     used = Counter(devices[d].type.name for d in program.layout.used)
     peak: dict[str, int] = {}
-    for device, use in _memory(compute, program).items():
+    for device, use in program_memory(program, compute).items():
         name = devices[device].type.name
         peak[name] = max(peak.get(name, 0), use.total)
     return [
@@ -180,7 +175,7 @@ class StageRow:
 
 def stage_rows(plan: Plan, compute: ComputeModel, program: Program, simulation: Simulation) -> list[StageRow]:
     """The split in rows for people, pipeline entry by pipeline entry."""
-    memory = _memory(compute, program)
+    memory = program_memory(program, compute)
     busy = [summary.busy_ratio for summary in _summaries(simulation)]
     rows = []
     first = 0
@@ -194,7 +189,7 @@ def stage_rows(plan: Plan, compute: ComputeModel, program: Program, simulation: 
 
 def _stage_row(
     compute: ComputeModel,
-    memory: Mapping[int, MemoryUse],
+    memory: Mapping[int, MemoryPeak],
     busy: list[float],
     alike: tuple[PipelinePlace, ...],
     number: int,
