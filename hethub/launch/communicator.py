@@ -78,9 +78,8 @@ class Communicator:
         self.tally = tally
         self._extra = 0 if reserve is None else _TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
-        self._sending: deque[tuple[dist.Work, Tensor, bool]] = (
-            deque()
-        )  # work, payload, whether it is a buffer of ours
+        # (work, payload, its lane where it is a buffer of ours)
+        self._sending: deque[tuple[dist.Work, Tensor, Lane | None]] = deque()
         self._spare: dict[int, list[Tensor]] = {}
         self._inbound = [channel for channel in program.order if channel[1] == device]
         self._size = [program.transfers[m.transfer].bytes + self._extra for m in program.messages]
@@ -138,7 +137,9 @@ class Communicator:
             or first.device.type != "cpu"
         )
         payload = (
-            self._packed(parts, self._size[message], transfer.lane) if own else first.detach().view(-1).view(torch.uint8)
+            self._packed(parts, self._size[message], transfer.lane)
+            if own
+            else first.detach().view(-1).view(torch.uint8)
         )
         if self.reserve is not None:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)

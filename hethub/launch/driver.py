@@ -20,7 +20,6 @@ import numpy as np
 from hethub import __version__
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.memory import device_memory
 from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
@@ -40,6 +39,7 @@ from hethub.planners.interface import Problem
 from hethub.program.actions import Program
 from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
+from hethub.program.memory import program_memory
 from hethub.program.prove import prove
 from hethub.simulate.engine import simulate
 from hethub.simulate.report import predict
@@ -102,11 +102,8 @@ class _Compiled:
     @cached_property
     def peak_bytes(self) -> Mapping[int, int]:
         """Predicted peak memory by device."""
-        owned, incoming = self.program.ownership.owned_elements, self.program.ownership.incoming_elements
         compute = ComputeModel(CostGraph(self.plan.cluster), self.plan.workload)
-        return {
-            d: use.total for d, use in device_memory(compute, self.program.layout, owned, incoming).items()
-        }
+        return {device: peak.total for device, peak in program_memory(self.program, compute).items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
-from hethub.launch.tally import DeviceMemoryError
+from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
 from hethub.specs.cluster import Cluster
@@ -175,7 +175,10 @@ class Worker:
             return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
         wake_punctually()
         return EmulatedDevice(
-            clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)"
+            clock,
+            usable_bytes(device.type),
+            f"{device.name} ({device.type.name}, emulated)",
+            self.task.peak_bytes.get(self.setup.device),
         )
 
     def _stages(self) -> dict[int, StageModel]:
@@ -354,19 +357,18 @@ class Worker:
         return self.compute.tally.peak_bytes
 
     def memory_words(self, error: BaseException) -> str | None:
-        """Why an action failed, if it was for want of memory: what was asked, what was predicted, what to change."""
-        full = isinstance(error, DeviceMemoryError | MemoryError | torch.OutOfMemoryError)
-        if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        """Why an action failed, if it was for want of a real device's memory: what was asked, what was predicted, what
+        to change. An emulated device's error says so itself."""
+        if isinstance(error, DeviceMemoryError) or not is_out_of_memory(error):
             return None
-        words = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        if "out of memory" not in words.lower():
-            words = f"out of memory: {words}"
         device_type = self.task.cluster.devices()[self.setup.device].type
-        predicted = self.task.peak_bytes.get(self.setup.device)
-        if predicted is not None:
-            sizes = f"{predicted / 2**20:.2f} MiB of {usable_bytes(device_type) / 2**20:.2f}"
-            words += f"; the plan predicts a peak of {sizes}"
-        return f"{words}. Use recompute: full, fewer in_flight or fewer rows here, or plan with more memory_reserve"
+        predicted = self.task.peak_bytes.get(self.setup.device, 0)
+        words = str(error).splitlines()[0].rstrip(".")
+        sizes = f"{predicted / 2**20:.2f} MiB of {usable_bytes(device_type) / 2**20:.2f}"
+        return (
+            f"out of memory: {words}; the plan predicts a peak of {sizes}. Lower micro_batch_rows or in_flight "
+            "here, set recompute: full, or plan with more memory_reserve"
+        )
 
     def owned_weights(self) -> dict[int, npt.NDArray[np.generic]]:
         """Slice number -> values, of the slices that this device updates."""

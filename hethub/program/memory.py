@@ -7,9 +7,9 @@ an action begins and ends to hold is what `hethub/launch/flights.py` and `commun
   holds its input only, and its result until the last send of it;
 - RECOMPUTE adds what its mode left out; an input backward turns what was kept into the operands of the weights'
   products, beside the stage's input and both its gradients, until the weight part;
-- on a host, messages lie in buffers that are kept and used again, sorted by size: those that are posted, those that a
-  micro-batch or a reduction still reads, and those on their way out. Elsewhere a message takes memory on the device
-  from its receive until its last use, and buffers are the host's.
+- on a host, messages lie in buffers: those that are posted, those that a micro-batch or a reduction still reads, and
+  those on their way out. Activations' are kept and used again, sorted by size; parameters' are not. Elsewhere a
+  message takes memory on the device from its receive until its last use, and buffers are the host's.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class _Walk:
         self.on_host = self.emulated or catalog.vendor(vendor).torch_device == "cpu"
         self.places = _places(program, compute, device, self.on_host)
         self.lasting = _lasting(program, compute, device)
-        self.lanes = {lane: _Buffers(self.on_host) for lane in Lane}
+        self.lanes = {lane: _Buffers(self.on_host and lane == Lane.ACTIVATIONS) for lane in Lane}
         self.inboxes: dict[Channel, _Inbox] = {}
         self.channels = [channel for channel in program.order if channel[1] == device]
         self.leaving: dict[Channel, int] = {}  # size of the message on its way out
