@@ -25,13 +25,14 @@ __all__ = ["gantt_figure", "write_gantt"]
 
 Figure = dict[str, Any]
 
-# Okabe and Ito's colour-blind-safe palette, with greys for the time in which nothing is computed. Drawn in
-# this order: collectives last, over the compute action that they are part of.
+# Okabe and Ito's colour-blind-safe palette, with greys for the time in which nothing is computed; the parts of a split
+# backward are a lighter and a darker shade of the whole one. Drawn in this order: collectives last, over the compute
+# action that they are part of.
 _COLOURS = {
     "forward": "#0072B2",
     "backward": "#E69F00",
-    "backward-input": "#E69F00",
-    "backward-weight": "#F0E442",
+    "backward-input": "#FFD58A",
+    "backward-weight": "#9C6500",
     "recompute": "#CC79A7",
     "reduce": "#56B4E9",
     "norm": "#999999",
@@ -43,6 +44,7 @@ _COLOURS = {
     "send": "#555555",
     "collective": "#D55E00",
 }
+_MARKS = "parameters sent"  # a send takes no time that one could see
 _MAX_BARS = 20_000  # about what a browser draws and moves smoothly
 _LANE_PIXELS = 26
 _PANEL_GAP_PIXELS = 52
@@ -107,6 +109,9 @@ def gantt_figure(predicted: Timeline, measured: Timeline | None, step: int, titl
             if name in bars:
                 traces.append(_trace(name, bars[name], number, name not in seen, span))
                 seen.add(name)
+        if sends := _parameter_sends(panel):
+            traces.append(_marks(sends, number, _MARKS not in seen))
+            seen.add(_MARKS)
     emulated = predicted.info.emulated or (measured is not None and measured.info.emulated)
     return {"data": traces, "layout": _layout(panels, title, emulated, span)}
 
@@ -131,6 +136,7 @@ def _panel(timeline: Timeline, step: int, title: str) -> _Panel:
         row |= {"device_name": info.devices[row["device"]], "device_type": info.device_types[row["device"]]}
         row["peer_name"] = info.devices[row["peer"]] if row["peer"] >= 0 else ""
         rows.append(row)
+    _number_parts(rows)
     heading = f"{title}: {_seconds(end - begin)}"
     if len(shown) < len(info.devices):
         heading += f", {len(shown)} of {len(info.devices)} devices, evenly chosen"
@@ -142,6 +148,27 @@ def _lanes_shown(devices: int, records: int) -> list[int]:
     """Return the devices to draw: all, or evenly chosen ones when a browser could not draw so many bars."""
     lanes = max(1, min(devices, devices * _MAX_BARS // max(records, 1)))
     return sorted({int(place) for place in np.linspace(0, devices - 1, lanes)})
+
+
+def _number_parts(rows: list[dict[str, Any]]) -> None:
+    """Give every row `part` and `parts`: its place, by the list, among the compute actions of one kind, stage and
+    micro-batch on its device. A record does not hold the part that the program's action has, and parts of a backward
+    run from the last one on, so this counts them as they ran."""
+    alike: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        row |= {"part": 1, "parts": 1}
+        if row["kind"] in COMPUTE_KINDS:
+            key = (row["device"], row["kind"], row["stage"], row["micro_batch"])
+            alike.setdefault(key, []).append(row)
+    for group in alike.values():
+        group.sort(key=lambda row: int(row["action"]))
+        for number, row in enumerate(group, start=1):
+            row |= {"part": number, "parts": len(group)}
+
+
+def _parameter_sends(panel: _Panel) -> list[dict[str, Any]]:
+    """Sends of gradients to their updaters and of new weights to their holders (and of norms)."""
+    return [row for row in panel.rows if row["kind"] == Kind.SEND and row["lane"] == Lane.PARAMETERS]
 
 
 def _bars(panel: _Panel) -> dict[str, _Bars]:
@@ -180,6 +207,8 @@ def _hover(row: dict[str, Any], name: str) -> str:
     lines += [
         f"{field_name.replace('_', '-')} {row[field_name]}" for field_name in named if row[field_name] >= 0
     ]
+    if row["parts"] > 1:
+        lines.append(f"part {row['part']} of {row['parts']}")
     if row["peer"] >= 0:
         direction = "to" if row["kind"] == Kind.SEND else "from"
         lines.append(f"{direction} {_escape(row['peer_name'])}, {row['bytes']:,} bytes")
@@ -235,6 +264,24 @@ def _trace(name: str, bars: _Bars, panel: int, in_legend: bool, span: float) -> 
         "textangle": 0,
         "hoverinfo": "text",
         "hovertext": bars.hovers,
+    }
+
+
+def _marks(sends: list[dict[str, Any]], panel: int, in_legend: bool) -> Figure:
+    """Small triangles at the head of the sender's lane."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": _MARKS,
+        "legendgroup": _MARKS,
+        "showlegend": in_legend,
+        "xaxis": "x",
+        "yaxis": "y" if panel == 1 else f"y{panel}",
+        "x": [row["start"] for row in sends],
+        "y": [row["device_lane"] - 0.36 for row in sends],
+        "marker": {"symbol": "triangle-down", "size": 6, "color": _COLOURS["send"]},
+        "hoverinfo": "text",
+        "hovertext": [_hover(row, "send") for row in sends],
     }
 
 

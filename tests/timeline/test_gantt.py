@@ -7,6 +7,7 @@ import pytest
 
 from hethub.errors import InputError, MachineError
 from hethub.timeline.gantt import gantt_figure, write_gantt
+from hethub.timeline.record import Kind
 
 go = pytest.importorskip("plotly.graph_objects")
 
@@ -68,6 +69,41 @@ def test_hovering_shows_the_fields_that_are_set(figure):
     hover = trace["hovertext"][0]
     for part in ("send", "g/0/0 (fast)", "step 1", "message 0", "to g/0/1, 64 bytes", "500.000 ms"):
         assert part in hover
+
+
+def test_parts_of_one_micro_batch_are_told_apart_by_hovering(timeline):
+    def forward(action, start, micro_batch):
+        place = {"step": 0, "device": 0, "stage": 0, "micro_batch": micro_batch, "action": action}
+        return place | {"kind": Kind.FORWARD, "start": start, "end": start + 1.0}
+
+    figure = gantt_figure(
+        timeline([forward(0, 0.0, 0), forward(1, 1.0, 0), forward(2, 2.0, 1)]), None, 0, "run"
+    )
+    (trace,) = (trace for trace in figure["data"] if trace["name"] == "forward")
+    one, other, whole = trace["hovertext"]
+    assert "part 1 of 2" in one
+    assert "part 2 of 2" in other
+    assert "part" not in whole
+
+
+def test_whole_and_split_backwards_have_colours_of_their_own(timeline):
+    kinds = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+    rows = [
+        {"step": 0, "device": 0, "micro_batch": 0, "kind": kind, "start": float(at), "end": at + 1.0}
+        for at, kind in enumerate(kinds)
+    ]
+    figure = gantt_figure(timeline(rows), None, 0, "run")
+    assert len({trace["marker"]["color"] for trace in figure["data"]}) == len(kinds)
+
+
+def test_sends_of_parameters_are_marks_on_their_senders_lane(timeline, rows):
+    send = {"step": 0, "device": 1, "kind": Kind.SEND, "lane": 1, "peer": 0, "message": 2, "bytes": 8}
+    figure = gantt_figure(timeline([*rows(0, 0.0), send | {"start": 7.0, "end": 7.0}]), None, 0, "run")
+    (trace,) = (trace for trace in figure["data"] if trace["name"] == "parameters sent")
+    assert trace["x"] == [7.0]
+    assert round(trace["y"][0]) == 1
+    assert "to g/0/0, 8 bytes" in trace["hovertext"][0]
+    go.Figure(figure)
 
 
 def test_a_large_cluster_shows_evenly_chosen_devices_and_says_so(timeline):
