@@ -140,6 +140,7 @@ def screenshot(page: Path, picture: Path, height: int) -> None:
     )
     if browser is None:
         raise SystemExit("no Chromium here: install one, or use --html and take the picture yourself")
+    page.write_text(page.read_text().replace("displaylogo: false", "displayModeBar: false"))
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     arguments += ["--virtual-time-budget=10000", f"--window-size={PICTURE_WIDTH},{height + 16}"]
     subprocess.run(
