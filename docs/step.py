@@ -4,7 +4,7 @@ Five devices of two types train a small Llama in two pipelines that cut the laye
 backward (`zb-h1`); the other recomputes its first stage and ends in a tensor-parallel group of two. So the picture
 holds parts, the overlapped reduction, split backwards, recomputation in the wait, collectives and late weights.
 
-    .venv/bin/python docs/step.py            # trains for half a minute, writes docs/step.png (needs Chromium)
+    .venv/bin/python docs/step.py            # trains for a minute, writes docs/step.png (needs Chromium)
     .venv/bin/python docs/step.py --html F   # writes the interactive chart to F instead
 """
 
