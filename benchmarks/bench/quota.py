@@ -26,6 +26,7 @@ from .plans import cpu_cluster, data_parallel, llama_model
 
 __all__ = [
     "CORES",
+    "MICRO_BATCHES",
     "QUOTA_ERROR",
     "CpuQuotas",
     "NoQuotasError",
@@ -47,7 +48,8 @@ _SPIN_SECONDS = 3.0
 # Sizes at which the slowest worker's smallest action, the forward pass of its 8 rows, takes over 200 ms of CPU.
 MODEL = llama_model(hidden=256, layers=4, heads=4)
 SEQUENCE = 256
-ROWS = 88  # 32 + 32 + 16 + 8 by speed, 22 each when even
+ROWS = 88  # of a micro-batch: 32 + 32 + 16 + 8 by speed, 22 each when even
+MICRO_BATCHES = 2  # moving gradients and weights takes CPU time too, the slowest worker's above all
 
 
 class NoQuotasError(Exception):
@@ -184,7 +186,7 @@ def cut_rows(rows: int, shares: Sequence[float]) -> list[int]:
 
 def mixed_plan() -> Plan:
     """All workers, each with the whole model, rows by speed."""
-    return data_parallel(cpu_cluster(CORES), MODEL, SEQUENCE, cut_rows(ROWS, core_shares()))
+    return data_parallel(cpu_cluster(CORES), MODEL, SEQUENCE, cut_rows(ROWS, core_shares()), MICRO_BATCHES)
 
 
 def own_plans() -> dict[str, tuple[Plan, list[int]]]:
@@ -193,7 +195,7 @@ def own_plans() -> dict[str, tuple[Plan, list[int]]]:
     rows, first = cut_rows(ROWS, core_shares()), 0
     for core in CORES:
         numbers = list(range(first, first + core[2]))
-        plan = data_parallel(cpu_cluster([core]), MODEL, SEQUENCE, [rows[i] for i in numbers])
+        plan = data_parallel(cpu_cluster([core]), MODEL, SEQUENCE, [rows[i] for i in numbers], MICRO_BATCHES)
         found[core[0]] = plan, numbers
         first += core[2]
     return found
