@@ -33,6 +33,7 @@ The cheapest cheats, and what makes them fail:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -229,6 +230,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=[*EQUAL, UNEQUAL], help="one part; nothing is written")
     only = parser.parse_args().only
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # ends processes and quotas too
     figures: dict[str, float] = {}
     raw: dict[str, Any] = {}
     problems: dict[str, list[str]] = {}

@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 PERIOD_MICROSECONDS = 10_000
+_PREFIX = "hethub-bench-"  # of our control groups; the number of the process that made them follows
 CORES = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))  # name, share of a core, how many
 QUOTA_ERROR = 0.02
 _REPETITIONS = 9
@@ -94,6 +95,19 @@ def _hierarchy() -> _Hierarchy:
     raise NoQuotasError("no control group hierarchy with the cpu controller is mounted")
 
 
+def _remove_left_over(parent: Path) -> None:
+    """Groups of benchmarks that were killed: the process that made them is gone."""
+    for top in parent.glob(f"{_PREFIX}*"):
+        if not Path(f"/proc/{top.name.removeprefix(_PREFIX)}").exists():
+            _remove_groups(top)
+
+
+def _remove_groups(top: Path) -> None:
+    for group in (*top.glob("worker-*"), top):
+        if group.is_dir():
+            group.rmdir()
+
+
 class CpuQuotas:
     """A control group for each share of a core; as a context, it removes them. Raises NoQuotasError.
 
@@ -102,7 +116,8 @@ class CpuQuotas:
 
     def __init__(self, shares: Sequence[float]) -> None:
         self._hierarchy = _hierarchy()
-        self._top = self._hierarchy.parent / f"hethub-bench-{os.getpid()}"
+        _remove_left_over(self._hierarchy.parent)
+        self._top = self._hierarchy.parent / f"{_PREFIX}{os.getpid()}"
         self.groups = [self._top / f"worker-{i}" for i in range(len(shares))]
         try:
             self._top.mkdir()
@@ -131,9 +146,7 @@ class CpuQuotas:
 
     def remove(self) -> None:
         """Remove the groups."""
-        for group in (*self.groups, self._top):
-            if group.is_dir():
-                group.rmdir()
+        _remove_groups(self._top)
 
 
 def why_no_quotas() -> str | None:
