@@ -120,7 +120,7 @@ def step_ratio(run: Run, step: int) -> float:
         received = max(
             float(record["end"])
             for record in own[own["kind"] == Kind.RECEIVE]
-            if run.program.transfers[run.program.messages[record["message"]].transfer].what == What.REDUCE
+            if run.program.transfer(record["message"]).what == What.REDUCE
         )
         worst = max(worst, (received - done) / total)
     return worst

@@ -15,7 +15,7 @@ from bench.results import ROOT
 from bench.splits import compute_of
 from hethub.cost.bounds import physical_bound
 from hethub.cost.compute import ComputeModel
-from hethub.program.actions import Program, Transfer
+from hethub.program.actions import Program
 from hethub.simulate.engine import simulate
 from hethub.specs.plan import Plan
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Timeline
@@ -161,12 +161,14 @@ def problems(run: Run) -> list[str]:
 
 
 def _problems(run: Run) -> Iterator[str]:
-    listed = sum(len(actions) for actions in run.program.devices)
+    listed = [action for actions in run.program.devices for action in actions]
+    carried = sum(map(run.program.carried, listed))
     records = run.timeline.records
     actions = records[records["kind"] != Kind.COLLECTIVE]
-    for step in step_numbers(run.timeline):
-        if (done := int(np.sum(actions["step"] == step))) != listed:
-            yield f"step {step} ran {done} actions of {listed}"
+    for place, step in enumerate(step_numbers(run.timeline)):
+        expected = len(listed) - (0 if place else carried)  # the first step has no step before it
+        if (done := int(np.sum(actions["step"] == step))) != expected:
+            yield f"step {step} ran {done} actions of {expected}"
     if (early := _earliest(actions["end"] - actions["start"] - price_seconds(run.program, actions))) < 0:
         yield f"a compute action ended {-early:g} s before its price"
     if (early := _earliest(actions["end"] - _arrivals(run, actions))) < 0:
@@ -175,9 +177,9 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"real math takes {ratio:.3f} of the compute time, more than {MOST_REAL_MATH}"
     if (ratio := run.overrun_ratio()) > MOST_OVERRUNS:
         yield f"{ratio:.4f} of the actions overran, more than {MOST_OVERRUNS}"
-    expected = reference_losses(run)
-    if not np.allclose(run.trained.losses, expected, rtol=LOSSES_DIFFER, atol=0.0):
-        yield f"losses {run.trained.losses} are not those of one process, {expected}"
+    losses = reference_losses(run)
+    if not np.allclose(run.trained.losses, losses, rtol=LOSSES_DIFFER, atol=0.0):
+        yield f"losses {run.trained.losses} are not those of one process, {losses}"
 
 
 def _earliest(spare: npt.NDArray[np.float64]) -> float:
@@ -199,14 +201,7 @@ def price_seconds(program: Program, actions: npt.NDArray[np.void]) -> npt.NDArra
 
 def _price(program: Program, device: int, number: int) -> float:
     action = program.devices[device][number]
-    if action.kind not in COMPUTE_KINDS:
-        return 0.0
-    return program.prices[device, action.stage, action.kind].price.seconds
-
-
-def transfer_of(program: Program, message: int) -> Transfer:
-    """The way that a message takes."""
-    return program.transfers[program.messages[message].transfer]
+    return program.price(device, action).price.seconds if action.kind in COMPUTE_KINDS else 0.0
 
 
 def _arrivals(run: Run, actions: npt.NDArray[np.void]) -> npt.NDArray[np.float64]:
@@ -216,9 +211,11 @@ def _arrivals(run: Run, actions: npt.NDArray[np.void]) -> npt.NDArray[np.float64
     found = np.full(len(actions), np.nan)
     for place in np.flatnonzero(actions["kind"] == Kind.RECEIVE):
         record = actions[place]
-        start = sent.get((int(record["step"]), int(record["message"])))
+        message = int(record["message"])
+        carried = run.program.carried(run.program.devices[record["device"]][record["action"]])
+        start = sent.get((int(record["step"]) - carried, message))
         if start is not None:
-            transfer = transfer_of(run.program, int(record["message"]))
+            transfer = run.program.transfer(message)
             path = run.compute.graph.path(transfer.source, transfer.destination)
             found[place] = start + path.seconds(transfer.bytes)
     return found
