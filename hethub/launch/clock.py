@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from dataclasses import dataclass
 
-__all__ = ["Clock"]
+__all__ = ["Clock", "wake_punctually"]
+
+_PR_SET_TIMERSLACK = 29  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +33,10 @@ class Clock:
             if left <= 0:
                 return
             time.sleep(left)
+
+
+def wake_punctually() -> None:
+    """Let this thread's sleeps end when they should: Linux may end them 50 us late, to wake up less often, and an
+    emulated device sleeps once an action. Elsewhere, and where it is not allowed, nothing changes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)

@@ -165,7 +165,7 @@ class Crew:
                 counts[name] = counts.get(name, 0) + 1
             self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
             ray.init(
-                num_cpus=len(self.devices) + 1,
+                num_cpus=len(self.devices),  # as many processes as Ray starts ahead
                 resources=counts,
                 include_dashboard=False,
                 _temp_dir=str(self._folder),
@@ -220,6 +220,8 @@ class Crew:
     def prepare(self) -> None:
         """Let every worker import what it needs. Raises RunError naming one that cannot."""
         asked = {device: actor.prepare.remote() for device, actor in self.actors.items()}
+        import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
+
         for device, reference in asked.items():
             found = self._answer(device, reference)
             if isinstance(found, Failure):
@@ -251,9 +253,11 @@ class Crew:
         import ray
 
         pending = {}
+        # What is the same for all is pickled once: a big plan's programs take long.
+        same = () if isinstance(arguments, Mapping) else tuple(_shared(a) for a in arguments)
         for device in self.devices if devices is None else devices:
             actor = self.actors[device]
-            chosen = arguments[device] if isinstance(arguments, Mapping) else arguments
+            chosen = arguments[device] if isinstance(arguments, Mapping) else same
             pending[actor.call.remote(method, *chosen)] = device
         answers: dict[int, Any] = {}
         while pending:
@@ -328,6 +332,13 @@ class Crew:
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return []
         return found
+
+
+def _shared(argument: Any) -> Any:
+    """A number or text as it is, anything larger by a reference into Ray's store."""
+    import ray
+
+    return argument if isinstance(argument, int | float | str) else ray.put(argument)
 
 
 def _set_environment(*, local: bool) -> None:

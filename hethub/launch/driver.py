@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ _JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they
 _JOIN_SECONDS_PER_WORKER = 0.1
 _SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
 _PING_SECONDS = 1.0
+# Parts of a start, in order. `plan` is all before the workers: tokens, plan, program, prediction. `rehearsal` is there
+# for `time_scale: auto` alone, so it is no part of `start_seconds`, as the first step itself is none.
+_LAPS = ("plan", "ray", "import", "join", "rehearsal")
+_START = ("plan", "ray", "import", "join", "load")
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
 _STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
 
@@ -204,6 +209,7 @@ class _Run:
         self.folder = folder
         self.tokens = tokens
         self.emulated = job.cluster.emulated_time_scale is not None
+        self.start: dict[str, float] = {}  # seconds by part of the start
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
         Beacon.create(self.beacon_file, len(job.cluster.devices()))
@@ -382,7 +388,9 @@ class _Run:
         Evaluation stands outside the timeline: the clock goes on where the last training step ended.
         """
         whole = steps == total_steps
+        begin = time.monotonic()
         self.load(compiled, total_steps, self._history() if recorded else None)
+        self.start.setdefault("load_seconds", time.monotonic() - begin)
         workload = compiled.plan.workload
         root = compiled.program.layout.used[0]
         tokens = workload.global_batch * workload.sequence_length
@@ -428,11 +436,14 @@ class _Run:
         self.crew.call("start_clock", (time.monotonic() - modelled * scale, scale))
         progress.start()
         before = len(reports)
+        begin = time.monotonic()
 
         def look(timeout_seconds: float) -> None:
             fresh = self.crew.results(root, len(reports) - before, timeout_seconds)
             reports.extend(fresh)
             progress.update(fresh)
+            if reports:
+                self.start.setdefault("first_step_seconds", time.monotonic() - begin)
 
         def watch(pending: Collection[int]) -> None:
             look(_PING_SECONDS / 2)
@@ -533,6 +544,7 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
     measured.npz, trace.json, timeline.html, model.safetensors and last of all summary.json. Raises InputError,
     InfeasibleError, MachineError, or RunError when a worker fails.
     """
+    begin = time.monotonic()
     _refuse_precision(job)
     folder = RunFolder(job.output)
     folder.check()
@@ -547,7 +559,7 @@ def launch(job: Job, say: Callable[[str], None]) -> Finished:
         folder.open({"hethub": __version__, "job": str(job.path.name), "started_unix_seconds": time.time()})
         tokens = _moved(tokens, Path(scratch), folder.path)
     try:
-        return _run(job, folder.path, compiled, even, tokens, batches, say)
+        return _run(job, folder.path, compiled, even, tokens, batches, say, begin)
     finally:
         folder.close()
 
@@ -579,6 +591,7 @@ def _run(
     tokens: TokenFile,
     batches: Batches,
     say: Callable[[str], None],
+    begin: float,
 ) -> Finished:
     unigram = unigram_loss(batches, job.evaluate_rows) if job.evaluate_rows else None
     save_plan(compiled.plan, folder / "plan.yaml")
@@ -586,15 +599,19 @@ def _run(
     plans = [compiled] if even is None else [compiled, even]
     devices = sorted({device for c in plans for device in c.program.layout.used})
     say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
-    begin = time.monotonic()
+    laps = [begin, time.monotonic()]
     with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
         run = _Run(job, crew, folder, tokens)
         try:
+            laps.append(time.monotonic())
             crew.prepare()
+            laps.append(time.monotonic())
             run.join()
+            laps.append(time.monotonic())
             scale = run.time_scale(plans)
-            start_seconds = time.monotonic() - begin
-            say(f"workers ready after {start_seconds:.1f} s" + _scale_words(run.emulated, scale))
+            laps.append(time.monotonic())
+            run.start = {f"{part}_seconds": b - a for part, (a, b) in zip(_LAPS, pairwise(laps), strict=True)}
+            say(f"workers ready after {laps[-1] - laps[1]:.1f} s" + _scale_words(run.emulated, scale))
             title = "uneven" if even else "train"
             outcome = run.train(compiled, job.steps, job.steps, scale, title, recorded=True)
             run.save_weights(compiled, folder / "model.safetensors")
@@ -607,7 +624,8 @@ def _run(
         finally:
             run.clean()
     summary = _summary(outcome, compiled, scale, unigram, job.steps)
-    summary["start_seconds"] = start_seconds
+    summary["start_seconds"] = sum(run.start[f"{part}_seconds"] for part in _START)
+    summary["start"] = run.start
     summary["history_problems"] = _history_problems(folder / HISTORY, job.steps)
     summary["even_split_tokens_per_second"] = None
     _write_metrics(folder / "metrics.jsonl", outcome)

@@ -8,12 +8,20 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Deferred", "Packed", "WeightGradients", "wide_dtype"]
+__all__ = ["Deferred", "Packed", "WeightGradients", "add_product", "wide_dtype"]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over weights of `dtype` are taken in: fp64 stays, all else is fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def add_product(buffer: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """buffer (outputs, inputs) += gradient (T, outputs)^T x inputs (T, inputs), in one go where dtypes allow."""
+    if gradient.dtype == buffer.dtype:
+        buffer.addmm_(gradient.t(), inputs)
+    else:
+        buffer.add_(gradient.t() @ inputs)
 
 
 class Packed(Protocol):
@@ -93,7 +101,5 @@ class WeightGradients:
         buffer = self._packs[item.names]
         if not item.inputs.is_floating_point():
             buffer.index_add_(0, item.inputs, item.gradient.to(buffer.dtype))
-        elif item.gradient.dtype == buffer.dtype:
-            buffer.addmm_(item.gradient.t(), item.inputs)
         else:
-            buffer.add_(item.gradient.t() @ item.inputs)
+            add_product(buffer, item.gradient, item.inputs)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hethub.launch.gradients import WeightGradients, wide_dtype
+from hethub.launch.gradients import WeightGradients, add_product, wide_dtype
 from hethub.launch.groups import TensorGroup
 
 __all__ = ["Attention", "Block", "Cell", "Embedding", "FeedForward", "HeadLoss"]
@@ -383,25 +383,28 @@ class Embedding(torch.autograd.Function):
 
 
 def _statistics(
-    logits: Tensor, local: Tensor, mine: Tensor | None, group: TensorGroup
-) -> tuple[Tensor, Tensor]:
-    """Per token of logits (c, V): the loss, and what exp(logits - this rank's maximum) is multiplied by to give
-    probabilities, both (c,). Leaves that exponential in `logits`."""
-    top = logits.amax(-1)
-    logits.sub_(top[:, None])
-    chosen = logits.gather(1, local[:, None])[:, 0]
-    if mine is not None:
-        chosen.masked_fill_(~mine, 0.0)
+    logits: Tensor, column: Tensor, mine: Tensor | None, group: TensorGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token of logits (c, V), each (c,): sum of exponentials over the whole vocabulary, the target's logit less the
+    same maximum as in that sum, and what makes this rank's exponentials probabilities.
+
+    `column` (c, 1) is the target's column here, if it is `mine` (c,; None in a group of one). Leaves the exponentials
+    in `logits`.
+    """
+    top = logits.amax(-1, keepdim=True)
+    logits.sub_(top)
+    chosen = logits.gather(1, column)[:, 0]
     total = logits.exp_().sum(-1)
-    if group.size == 1:
-        return total.log() - chosen, total.reciprocal()
-    assert mine is not None
-    own = torch.stack([top, total, chosen + top * mine])
-    whole = group.all_gather(own.view(1, -1), group.size * own.numel()).view(group.size, 3, -1)
-    tops, totals, logit = whole.unbind(1)
+    if mine is None:
+        return total, chosen, total.reciprocal()
+    top = top[:, 0]
+    own = torch.stack([top, total, (chosen + top).masked_fill_(~mine, 0.0)])
+    tops, totals, targets = (
+        group.all_gather(own.view(1, -1), group.size * own.numel()).view(group.size, 3, -1).unbind(1)
+    )
     highest = tops.amax(0)
     everything = (totals * (tops - highest).exp_()).sum(0)
-    return everything.log() + highest - logit.sum(0), (top - highest).exp_() / everything
+    return everything, targets.sum(0) - highest, (top - highest).exp_() / everything
 
 
 class HeadLoss(torch.autograd.Function):
@@ -435,33 +438,31 @@ class HeadLoss(torch.autograd.Function):
             local = targets - first
             mine = (local >= 0) & (local < len(head))
             local = local.clamp_(0, len(head) - 1)
-        loss = torch.zeros((), dtype=torch.float64, device=x.device)
+        column = local[:, None]
         ctx.block, ctx.scaled = block, scale is not None
         direct = block.sink is not None and ctx.scaled
         if keep:
+            share = weights if scale is None else weights * scale
+            taken = -(share if mine is None else share * mine)[:, None]
             grad_whole = torch.empty_like(whole)
-            grad_head = (
-                block.sink.buffers[block.packs[1][0]]
-                if direct and block.sink is not None
-                else torch.zeros_like(head, dtype=wide)
-            )
+            if direct and block.sink is not None:
+                grad_head = block.sink.buffers[block.packs[1][0]]
+            else:
+                grad_head = torch.zeros_like(head, dtype=wide)
+        totals, chosen = torch.empty_like(weights), torch.empty_like(weights)
         for start in range(0, len(whole), chunk):
             at = slice(start, start + chunk)
-            logits = (whole[at] @ head.t()).to(wide)
-            each, factor = _statistics(logits, local[at], None if mine is None else mine[at], block.group)
-            loss += (each * weights[at]).sum(dtype=torch.float64)
-            if not keep:
-                continue
-            share = weights[at] if scale is None else weights[at] * scale
-            logits.mul_((factor * share)[:, None])
-            taken = share if mine is None else share * mine[at]
-            logits.scatter_add_(1, local[at][:, None], -taken[:, None])
-            gradient = logits.to(head.dtype)
-            torch.mm(gradient, head, out=grad_whole[at])
-            if grad_head.dtype == head.dtype:
-                grad_head.addmm_(gradient.t(), whole[at])
-            else:
-                grad_head.add_(gradient.t() @ whole[at])
+            inputs = whole[at]
+            logits = (inputs @ head.t()).to(wide)
+            totals[at], chosen[at], factor = _statistics(
+                logits, column[at], None if mine is None else mine[at], block.group
+            )
+            if keep:
+                logits.mul_((factor * share[at])[:, None]).scatter_add_(1, column[at], taken[at])
+                gradient = logits.to(head.dtype)
+                torch.mm(gradient, head, out=grad_whole[at])
+                add_product(grad_head, gradient, inputs)
+        loss = totals.log().sub_(chosen).mul_(weights).sum(dtype=torch.float64)
         if keep:
             flat = x.flatten(0, 1)
             if block.group.size > 1:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from hethub.program.ownership import Ownership
 from hethub.specs.job import OptimizerSettings
 
-__all__ = ["Updater", "adamw", "clip_scale", "learning_rate"]
+__all__ = ["AdamW", "Updater", "adamw", "clip_scale", "decay_groups", "learning_rate"]
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -30,31 +31,71 @@ def clip_scale(norm: float, clip_norm: float | None) -> float:
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
+def decay_groups(
+    tensors: Mapping[str, list[Tensor]], matrices: set[str], settings: OptimizerSettings
+) -> list[tuple[list[Tensor], float]]:
+    """(tensors, weight decay) of named tensors: matrices decay, norm weights do not."""
+    decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
+    plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]
+    return [group for group in ((decayed, settings.weight_decay), (plain, 0.0)) if group[0]]
+
+
 def adamw(
     tensors: Mapping[str, list[Tensor]],
     matrices: set[str],
     settings: OptimizerSettings,
-    *,
-    fused: bool = False,
 ) -> torch.optim.AdamW:
-    """torch's AdamW over named tensors: matrices decay, norm weights do not.
-
-    `fused` does a whole step in one kernel (3 times as fast on a CPU); torch 2.13's takes contiguous tensors only, and
-    computes wrongly on others without a word.
-    """
-    decayed = [t for name, ts in tensors.items() if name in matrices for t in ts]
-    plain = [t for name, ts in tensors.items() if name not in matrices for t in ts]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    """torch's own optimizer, for the reference."""
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [{"params": ts, "weight_decay": decay} for ts, decay in decay_groups(tensors, matrices, settings)],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        fused=fused,
     )
+
+
+class AdamW:
+    """torch's AdamW function, fused into one kernel a group, with its state held here.
+
+    `torch.optim.AdamW` imports torch's compiler when it is made: a second of CPU in the start of every worker. Fused is
+    3 times as fast on a CPU as tensor by tensor; torch 2.13's takes contiguous tensors only, and computes wrongly on
+    others without a word.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], settings: OptimizerSettings) -> None:
+        """`groups` are (contiguous tensors, weight decay); each tensor's `.grad` is there at every step."""
+        self.groups = groups
+        self._settings = settings
+        tensors = [tensor for group, _ in groups for tensor in group]
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise ValueError("fused AdamW takes contiguous tensors only")
+        self.first_moments = {t: torch.zeros_like(t) for t in tensors}
+        self.second_moments = {t: torch.zeros_like(t) for t in tensors}
+        self._steps = {t: torch.zeros((), dtype=torch.float32, device=t.device) for t in tensors}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, scale: float) -> None:
+        """Update every tensor by its gradient x `scale`."""
+        for tensors, weight_decay in self.groups:
+            gradients = [t.grad for t in tensors if t.grad is not None]
+            if scale != 1.0:
+                torch._foreach_mul_(gradients, scale)
+            torch_adamw(
+                list(tensors),
+                gradients,
+                [self.first_moments[t] for t in tensors],
+                [self.second_moments[t] for t in tensors],
+                [],
+                [self._steps[t] for t in tensors],
+                fused=True,
+                amsgrad=False,
+                beta1=self._settings.beta1,
+                beta2=self._settings.beta2,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                eps=self._settings.epsilon,
+                maximize=False,
+            )
 
 
 class Updater:
@@ -93,15 +134,17 @@ class Updater:
             master = view if alike else view.to(gradient.dtype, copy=True).contiguous()
             master.grad = gradient
             self.masters[number] = master
+
         self.optimizers = [self._optimizer(bucket) for bucket in buckets]
 
-    def _optimizer(self, bucket: Sequence[int]) -> torch.optim.AdamW:
+    def _optimizer(self, bucket: Sequence[int]) -> AdamW:
         named: dict[str, list[Tensor]] = {}
         parameters = self.ownership.parameters
         for number in bucket:
             name = parameters[self.ownership.slices[number].parameter].name
             named.setdefault(name, []).append(self.masters[number])
-        return adamw(named, {p.name for p in parameters if len(p.shape) > 1}, self.settings, fused=True)
+        matrices = {p.name for p in parameters if len(p.shape) > 1}
+        return AdamW(decay_groups(named, matrices, self.settings), self.settings)
 
     def view(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Slice `number` of tensors shaped like this device's shards."""
@@ -128,13 +171,8 @@ class Updater:
     @torch.no_grad()
     def update(self, bucket: int, norm: float, step: int, steps: int) -> None:
         """Clip a bucket by the global norm, step AdamW, write the new weights."""
-        optimizer = self.optimizers[bucket]
         scale = clip_scale(norm, self.settings.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step, steps)
-            if scale != 1.0:
-                torch._foreach_mul_([master.grad for master in group["params"]], scale)
-        optimizer.step()
+        self.optimizers[bucket].step(learning_rate(self.settings, step, steps), scale)
         for number in self.buckets[bucket]:
             view, master = self.view(number, self.weights), self.masters[number]
             if view.data_ptr() != master.data_ptr():

@@ -22,7 +22,7 @@ from hethub.data.batches import Batches
 from hethub.data.token_file import open_token_file
 from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
-from hethub.launch.clock import Clock
+from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
@@ -173,6 +173,7 @@ class Worker:
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
             return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+        wake_punctually()
         return EmulatedDevice(
             clock, usable_bytes(device.type), f"{device.name} ({device.type.name}, emulated)"
         )

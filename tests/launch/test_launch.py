@@ -145,6 +145,15 @@ def test_the_summary_has_the_promised_figures(emulated: Run) -> None:
     assert json.loads(emulated.result.out) == s
 
 
+def test_the_start_is_told_by_its_parts(emulated: Run) -> None:
+    start = emulated.summary["start"]
+    assert set(start) == {f"{part}_seconds" for part in (
+        "plan", "ray", "import", "join", "load", "rehearsal", "first_step")}  # fmt: skip
+    assert all(seconds >= 0 for seconds in start.values())
+    parts = sum(start[f"{part}_seconds"] for part in ("plan", "ray", "import", "join", "load"))
+    assert emulated.summary["start_seconds"] == pytest.approx(parts)
+
+
 def test_the_history_of_a_run_is_whole(emulated: Run, real: Run) -> None:
     assert emulated.summary["history_problems"] == real.summary["history_problems"] == []
 

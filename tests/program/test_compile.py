@@ -98,8 +98,8 @@ def test_gradients_leave_between_the_parts_of_the_last_backward() -> None:
             if a.kind == Kind.SEND and program.transfer(a.message).what == What.REDUCE
         ]
         assert any(parts[0] < n < parts[-1] for n in sends)
-        kinds = [a.kind for a in actions[: 3 * len(program.parts[device, 0])] if a.kind != Kind.RECEIVE]
-        assert kinds[:4] == [Kind.GATHER, Kind.FORWARD] * 2
+        first = [a.kind for a in actions if a.part >= 0 and a.kind in (Kind.GATHER, Kind.FORWARD)]
+        assert Kind.GATHER in first[first.index(Kind.FORWARD) :]
 
 
 def test_evaluation_goes_forward_and_sums_the_loss_only() -> None:
