@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SPEC = Path(__file__).parent / "specs" / "four-alike.yaml"
 REPLICAS = 4
-STEPS, WARM_UP = 8, 2
+STEPS, WARM_UP = 6, 1
 MIN_REDUCTION, MIN_BUCKETS = 0.5, 16
 MOST_LATE = 0.05
 BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
