@@ -51,6 +51,8 @@ SPECS = Path(__file__).parent / "specs"
 VARIANTS = {"emulated": "three-types.yaml", "slow_link": "three-types-slow-link.yaml"}
 STEPS, WARM_UP = 3, 1
 MIN_PHYSICAL_ALONE = 0.93
+# A rival's tensor-parallel group counts waiting for each other as real; what could slow it down is held as overruns.
+MOST_REAL_MATH_ALONE = 0.25
 MOST_STAGES, FEWEST_MICRO_BATCHES, MOST_RANKS = 3, 40, 2
 SHORTEST_ACTION_SECONDS = 0.015
 SLOW_TRANSFER, SLOW_GRADIENTS = 0.2, 0.5
@@ -247,7 +249,7 @@ def _run(contests: dict[str, Contest], figures: dict[str, float], raw: dict[str,
             for who, run in {"together": mixed, **alone}.items():
                 print(f"{name}, {who}: {run.physical_share:.4f} of the physical bound. Where the time went:")
                 print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
-                wrong += problems(run)
+                wrong += problems(run) if run is mixed else problems(run, MOST_REAL_MATH_ALONE)
             wrong += [
                 f"{own} alone reaches {run.physical_share:.4f} of its bound, less than {MIN_PHYSICAL_ALONE}"
                 for own, run in alone.items()
