@@ -161,8 +161,8 @@ def measure(pool: Pool, plan: Plan, *, steps: int, warm: int) -> Run:
 def problems(run: Run, *, rival: bool = False) -> list[str]:
     """What makes a run's figures worthless; each line names a way to look fast without being it.
 
-    A rival must not be slowed by its emulation, so it is held to MIN_OF_PREDICTION instead of to its real work, which in
-    a tensor-parallel group holds waits of the members for each other.
+    A rival must not be slowed by its emulation, so it is held to MIN_OF_PREDICTION instead of to its real work, which
+    in a tensor-parallel group holds waits of the members for each other.
     """
     found = [*_cheats(run), *(_slowed(run) if rival else _unreal(run))]
     return [f"{run.plan.name}: {text}" for text in found]
