@@ -138,10 +138,11 @@ class StageModel:
             self.packs.append(names)
             rows, inner = [len(part) for part in parts], parts[0].shape[1:]
             size = sum(part.numel() for part in parts)
-            packed = self._packed[names] = arena[at : at + size].view(sum(rows), *inner)
+            # `.data`: a version counter each, so that new weights may come into one while another is in use.
+            packed = self._packed[names] = arena[at : at + size].view(sum(rows), *inner).data
             at += size
             for name, part in zip(names, packed.split(rows), strict=True):
-                self.parameters[name] = part.detach().requires_grad_()
+                self.parameters[name] = part.data.requires_grad_()
 
     def forward(self, entry: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Run the stage: `forward_layers` over all of its layers."""
