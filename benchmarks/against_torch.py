@@ -33,6 +33,7 @@ The cheapest cheats, and what makes them fail:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -54,15 +55,23 @@ from bench.engines import (
     text_of,
 )
 from bench.plans import cpu_cluster, data_parallel, llama_model, pipeline, tensor_parallel
-from bench.quota import QUOTA_ERROR, CpuQuotas, core_shares, mixed_plan, quota_errors, why_no_quotas
+from bench.quota import (
+    MICRO_BATCHES,
+    QUOTA_ERROR,
+    CpuQuotas,
+    core_shares,
+    mixed_plan,
+    quota_errors,
+    why_no_quotas,
+)
 from bench.results import print_figures, write_result
 from bench.torch_engines import DataParallel, Pipelining, TensorParallel, Theirs, ZeroOptimizer
 from hethub.specs.plan import Plan
 
 LOSS_DIFFERS = 1e-4  # relative, both sides in fp32
 IDLE_RATIO = 0.01
-PAIRS = 11
-STEPS = 2
+PAIRS = 9
+STEPS = 4  # a repetition ends with all new weights in place, which in training overlaps with the next step
 EDGE_PAIRS = 5  # of the settings beside the figures
 BUCKET_MEBIBYTES = 25.0  # torch's default
 EVEN_CUTS = (
@@ -72,7 +81,8 @@ EVEN_CUTS = (
     4,
     6,
 )  # of the quotas' model: a decoder each, the embedding and the head with the outer two
-EVEN_MICRO_BATCHES = 22
+EVEN_MICRO_BATCHES = 44
+UNEQUAL_STEPS = 1  # a repetition; the even ones take over 20 s each
 UNEQUAL = "unequal_devices"
 TWO_CORES = (("core", 1.0, 2),)
 MODEL = llama_model(hidden=384, layers=6, heads=6)
@@ -169,9 +179,9 @@ def equal_devices(name: str, text: Path) -> tuple[float, dict[str, Any], list[st
     problems = invalid(pairs)
     edges, above = [], {}
     for edge in EDGES[name]:
-        found = compare(edge, text, EDGE_PAIRS, 2 * STEPS)
+        found = compare(edge, text, EDGE_PAIRS, STEPS)
         problems += invalid(found)
-        edges.append({"setting": edge.words, **raw_of(found, 2 * STEPS)})
+        edges.append({"setting": edge.words, **raw_of(found, STEPS)})
         if median_ratio(found) > 1:
             above[edge.words] = median_ratio(found)
     raw = {"setting": setting.words, **raw_of(pairs, STEPS), "beside": edges, "where_above_one": above}
@@ -192,7 +202,13 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
         ours = stack.enter_context(Ours(plan, training))
         theirs = {
             "speedup_over_ddp": stack.enter_context(
-                Theirs(DataParallel, training, workers, bucket_mebibytes=BUCKET_MEBIBYTES)
+                Theirs(
+                    DataParallel,
+                    training,
+                    workers,
+                    bucket_mebibytes=BUCKET_MEBIBYTES,
+                    micro_batches=MICRO_BATCHES,
+                )
             ),
             "speedup_over_even_pipeline": stack.enter_context(
                 Theirs(Pipelining, training, workers, cuts=EVEN_CUTS, micro_batches=EVEN_MICRO_BATCHES)
@@ -200,8 +216,8 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
         }
         for engine in (ours, *theirs.values()):
             quotas.place(engine.crew, range(workers))
-        found = alternate(ours, theirs, pairs=EDGE_PAIRS, steps=STEPS, warmup=1)
-    raw: dict[str, Any] = {name: raw_of(pairs, STEPS) for name, pairs in found.items()}
+        found = alternate(ours, theirs, pairs=EDGE_PAIRS, steps=UNEQUAL_STEPS, warmup=1)
+    raw: dict[str, Any] = {name: raw_of(pairs, UNEQUAL_STEPS) for name, pairs in found.items()}
     problems = {name: invalid(pairs) for name, pairs in found.items()}
     if max(abs(error) for error in errors) > QUOTA_ERROR:
         problems = {name: [*failed, "quota_error"] for name, failed in problems.items()}
@@ -214,6 +230,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=[*EQUAL, UNEQUAL], help="one part; nothing is written")
     only = parser.parse_args().only
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # ends processes and quotas too
     figures: dict[str, float] = {}
     raw: dict[str, Any] = {}
     problems: dict[str, list[str]] = {}

@@ -7,11 +7,12 @@ and its share of the batch, the three side by side, so that the machine is loade
 
 The cheapest cheats, and what makes them fail:
 - slow rivals: each type's own plan is the better of an exhaustive search and the planner's, and its measured run must
-  reach MIN_PHYSICAL_ALONE of its own physical bound;
+  reach MIN_PHYSICAL_ALONE of its own physical bound and nearly all of its prediction;
 - fewer tokens: every step must run every listed action, the plan must be valid (each row of the batch once), and the
   losses must be those of the same training in one process;
 - devices that end early: no measured compute action may be shorter than its price, no message quicker than its link;
-- math that does not fit its time: at most 5 % of the compute time is real math, at most 1 % of actions overrun;
+- math that does not fit its time: of the mixed run, at most 5 % of the compute time is real
+  math and at most 1 % of the actions overrun;
 - one pipeline per type, which would be the rival itself: every pipeline must hold decoders on two types;
 - no bubble to speak of, because the plan is another: stages, micro-batches and tensor-parallel degree are asserted;
 - actions so long that overhead vanishes are bounded by the benchmark's own length; none may be under 15 ms;
@@ -19,7 +20,7 @@ The cheapest cheats, and what makes them fail:
 
 Last, really unequal devices: CPU workers under quotas of a core (`bench/quota.py`), skipped where none can be set.
 
-    .venv/bin/python benchmarks/heterogeneous_efficiency.py              # about ten minutes; writes the result file
+    .venv/bin/python benchmarks/heterogeneous_efficiency.py              # about eleven minutes; writes the result file
     .venv/bin/python benchmarks/heterogeneous_efficiency.py --only NAME  # emulated, slow_link or cpu_quota alone
     .venv/bin/python benchmarks/heterogeneous_efficiency.py --predict    # the simulator's answer, in seconds
 """
@@ -247,7 +248,7 @@ def _run(contests: dict[str, Contest], figures: dict[str, float], raw: dict[str,
             for who, run in {"together": mixed, **alone}.items():
                 print(f"{name}, {who}: {run.physical_share:.4f} of the physical bound. Where the time went:")
                 print_figures({f"  {cause}": share for cause, share in run.losses_of_time.total.items()})
-                wrong += problems(run)
+                wrong += problems(run, rival=run is not mixed)
             wrong += [
                 f"{own} alone reaches {run.physical_share:.4f} of its bound, less than {MIN_PHYSICAL_ALONE}"
                 for own, run in alone.items()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SPEC = Path(__file__).parent / "specs" / "four-alike.yaml"
 REPLICAS = 4
-STEPS, WARM_UP = 8, 2
+STEPS, WARM_UP = 6, 1
 MIN_REDUCTION, MIN_BUCKETS = 0.5, 16
 MOST_LATE = 0.05
 BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
@@ -120,7 +120,7 @@ def step_ratio(run: Run, step: int) -> float:
         received = max(
             float(record["end"])
             for record in own[own["kind"] == Kind.RECEIVE]
-            if run.program.transfers[run.program.messages[record["message"]].transfer].what == What.REDUCE
+            if run.program.transfer(record["message"]).what == What.REDUCE
         )
         worst = max(worst, (received - done) / total)
     return worst

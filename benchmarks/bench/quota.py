@@ -26,6 +26,7 @@ from .plans import cpu_cluster, data_parallel, llama_model
 
 __all__ = [
     "CORES",
+    "MICRO_BATCHES",
     "QUOTA_ERROR",
     "CpuQuotas",
     "NoQuotasError",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 PERIOD_MICROSECONDS = 10_000
+_PREFIX = "hethub-bench-"  # of our control groups; the number of the process that made them follows
 CORES = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))  # name, share of a core, how many
 QUOTA_ERROR = 0.02
 _REPETITIONS = 9
@@ -47,7 +49,8 @@ _SPIN_SECONDS = 3.0
 # Sizes at which the slowest worker's smallest action, the forward pass of its 8 rows, takes over 200 ms of CPU.
 MODEL = llama_model(hidden=256, layers=4, heads=4)
 SEQUENCE = 256
-ROWS = 88  # 32 + 32 + 16 + 8 by speed, 22 each when even
+ROWS = 88  # of a micro-batch: 32 + 32 + 16 + 8 by speed, 22 each when even
+MICRO_BATCHES = 2  # moving gradients and weights takes CPU time too, the slowest worker's above all
 
 
 class NoQuotasError(Exception):
@@ -92,6 +95,19 @@ def _hierarchy() -> _Hierarchy:
     raise NoQuotasError("no control group hierarchy with the cpu controller is mounted")
 
 
+def _remove_left_over(parent: Path) -> None:
+    """Groups of benchmarks that were killed: the process that made them is gone."""
+    for top in parent.glob(f"{_PREFIX}*"):
+        if not Path(f"/proc/{top.name.removeprefix(_PREFIX)}").exists():
+            _remove_groups(top)
+
+
+def _remove_groups(top: Path) -> None:
+    for group in (*top.glob("worker-*"), top):
+        if group.is_dir():
+            group.rmdir()
+
+
 class CpuQuotas:
     """A control group for each share of a core; as a context, it removes them. Raises NoQuotasError.
 
@@ -100,7 +116,8 @@ class CpuQuotas:
 
     def __init__(self, shares: Sequence[float]) -> None:
         self._hierarchy = _hierarchy()
-        self._top = self._hierarchy.parent / f"hethub-bench-{os.getpid()}"
+        _remove_left_over(self._hierarchy.parent)
+        self._top = self._hierarchy.parent / f"{_PREFIX}{os.getpid()}"
         self.groups = [self._top / f"worker-{i}" for i in range(len(shares))]
         try:
             self._top.mkdir()
@@ -129,9 +146,7 @@ class CpuQuotas:
 
     def remove(self) -> None:
         """Remove the groups."""
-        for group in (*self.groups, self._top):
-            if group.is_dir():
-                group.rmdir()
+        _remove_groups(self._top)
 
 
 def why_no_quotas() -> str | None:
@@ -184,7 +199,7 @@ def cut_rows(rows: int, shares: Sequence[float]) -> list[int]:
 
 def mixed_plan() -> Plan:
     """All workers, each with the whole model, rows by speed."""
-    return data_parallel(cpu_cluster(CORES), MODEL, SEQUENCE, cut_rows(ROWS, core_shares()))
+    return data_parallel(cpu_cluster(CORES), MODEL, SEQUENCE, cut_rows(ROWS, core_shares()), MICRO_BATCHES)
 
 
 def own_plans() -> dict[str, tuple[Plan, list[int]]]:
@@ -193,7 +208,7 @@ def own_plans() -> dict[str, tuple[Plan, list[int]]]:
     rows, first = cut_rows(ROWS, core_shares()), 0
     for core in CORES:
         numbers = list(range(first, first + core[2]))
-        plan = data_parallel(cpu_cluster([core]), MODEL, SEQUENCE, [rows[i] for i in numbers])
+        plan = data_parallel(cpu_cluster([core]), MODEL, SEQUENCE, [rows[i] for i in numbers], MICRO_BATCHES)
         found[core[0]] = plan, numbers
         first += core[2]
     return found

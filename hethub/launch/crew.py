@@ -308,7 +308,7 @@ class Crew:
         device = self.cluster.devices()[number]
         return RunError(
             f"rank {self.devices.index(number)}, device {device.name} ({device.type.name}), {action}: "
-            f"{reason}. Its log: {self.logs / (device.name.replace('/', '-') + '.log')}"
+            f"{reason.removesuffix('.')}. Its log: {self.logs / (device.name.replace('/', '-') + '.log')}"
         )
 
     def silent(self, devices: Collection[int], seconds: float) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -56,18 +57,24 @@ class WeightGradients:
         self.buffers: dict[str, Tensor] = {}
         self.deferred: list[Deferred] | None = None
         self._packs: dict[tuple[str, ...], Tensor] = {}
-        for stage in stages:
-            for names in stage.packs:
-                if names not in self._packs:
-                    self._add_pack(names, stage.parameters)
+        self._arenas = [self._add_stage(stage) for stage in stages]
 
-    def _add_pack(self, names: tuple[str, ...], parameters: Mapping[str, Tensor]) -> None:
-        weights = [parameters[name].detach() for name in names]
-        rows = [len(weight) for weight in weights]
-        shape, wide = (sum(rows), *weights[0].shape[1:]), wide_dtype(weights[0].dtype)
-        buffer = torch.zeros(shape, dtype=wide, device=weights[0].device)
-        self._packs[names] = buffer
-        self.buffers.update(zip(names, buffer.split(rows), strict=True))
+    def _add_stage(self, stage: Packed) -> Tensor:
+        """All buffers of a stage one after the other, in the order of its packs, so that neighbours can be sent as
+        one."""
+        shapes = {}
+        for names in stage.packs:
+            if names not in self._packs:
+                weights = [stage.parameters[name] for name in names]
+                shapes[names] = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        some = next(iter(stage.parameters.values()))
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        arena = torch.zeros(sum(sizes), dtype=wide_dtype(some.dtype), device=some.device)
+        for (names, shape), flat in zip(shapes.items(), arena.split(sizes), strict=True):
+            pack = self._packs[names] = flat.view(shape)
+            rows = [len(stage.parameters[name]) for name in names]
+            self.buffers.update(zip(names, pack.split(rows), strict=True))
+        return arena
 
     def product(self, names: tuple[str, ...], gradient: Tensor, inputs: Tensor) -> None:
         """Take gradient^T x inputs as the gradient of a pack (outputs, inputs), or note it for later."""
@@ -89,7 +96,7 @@ class WeightGradients:
 
     def clear(self) -> None:
         """Set all buffers to zero."""
-        torch._foreach_zero_(list(self._packs.values()))
+        torch._foreach_zero_(self._arenas)
 
     def _take(self, item: Deferred) -> None:
         if self.deferred is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -114,13 +113,14 @@ class StageModel:
         self.parameters: dict[str, Tensor] = {}
         self.packs: list[tuple[str, ...]] = []
         self._packed: dict[tuple[str, ...], Tensor] = {}
+        shards: dict[tuple[str, ...], list[Tensor]] = {}
         for layer in range(*layers):
             held = {p.name: p for p in layer_parameters(model, layer)}
-            for name in held:
-                names = _pack_of(name)
-                if name not in self.parameters:
+            for names in dict.fromkeys(_pack_of(name) for name in held):
+                if names not in shards:
                     parts = [weights(held[n], parameter_span(held[n], share)) for n in names]
-                    self._add_pack(names, [part.to(device, dtype) for part in parts])
+                    shards[names] = [part.to(device, dtype) for part in parts]
+        self._add_packs(shards)
         self.first = layers[0] == 0
         self.last = layers[1] == model.layers + 2
         self.dtype = dtype
@@ -130,15 +130,19 @@ class StageModel:
         self._heads = Heads(heads, kv, model.head_dim, cos, sin)
         self._largest_vocab: int | None = None
 
-    def _add_pack(self, names: tuple[str, ...], parts: list[Tensor]) -> None:
-        packed = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-        self.packs.append(names)
-        self._packed[names] = packed
-        edges = [0]
-        for part in parts:
-            edges.append(edges[-1] + len(part))
-        for name, (start, stop) in zip(names, pairwise(edges), strict=True):
-            self.parameters[name] = packed[start:stop].detach().requires_grad_()
+    def _add_packs(self, shards: dict[tuple[str, ...], list[Tensor]]) -> None:
+        """All weights lie one after the other in one storage, so that neighbours can be sent as one."""
+        arena = torch.cat([part.flatten() for parts in shards.values() for part in parts])
+        at = 0
+        for names, parts in shards.items():
+            self.packs.append(names)
+            rows, inner = [len(part) for part in parts], parts[0].shape[1:]
+            size = sum(part.numel() for part in parts)
+            # `.data`: a version counter each, so that new weights may come into one while another is in use.
+            packed = self._packed[names] = arena[at : at + size].view(sum(rows), *inner).data
+            at += size
+            for name, part in zip(names, packed.split(rows), strict=True):
+                self.parameters[name] = part.data.requires_grad_()
 
     def forward(self, entry: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Run the stage: `forward_layers` over all of its layers."""

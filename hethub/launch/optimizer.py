@@ -78,7 +78,9 @@ class AdamW:
         """Update every tensor by its gradient x `scale`."""
         for tensors, weight_decay in self.groups:
             gradients = [t.grad for t in tensors if t.grad is not None]
-            if scale != 1.0:
+            # The kernel scales in passing, by an fp32 factor: too coarse for fp64.
+            inside = scale != 1.0 and tensors[0].dtype == torch.float32
+            if scale != 1.0 and not inside:
                 torch._foreach_mul_(gradients, scale)
             torch_adamw(
                 list(tensors),
@@ -88,6 +90,8 @@ class AdamW:
                 [],
                 [self._steps[t] for t in tensors],
                 fused=True,
+                grad_scale=torch.tensor(1 / scale, device=tensors[0].device) if inside else None,
+                found_inf=torch.zeros((), device=tensors[0].device) if inside else None,
                 amsgrad=False,
                 beta1=self._settings.beta1,
                 beta2=self._settings.beta2,
@@ -96,6 +100,25 @@ class AdamW:
                 eps=self._settings.epsilon,
                 maximize=False,
             )
+
+
+def joined(views: Sequence[Tensor]) -> list[Tensor]:
+    """The same elements in the same order, neighbours in one storage as one flat tensor."""
+    found: list[Tensor] = []
+    for view in views:
+        last = found[-1] if found else None
+        if not view.is_contiguous():
+            found.append(view)
+        elif (
+            last is not None
+            and last.is_contiguous()
+            and last.data_ptr() + last.numel() * last.element_size() == view.data_ptr()
+            and last.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+        ):
+            found[-1] = last.as_strided((last.numel() + view.numel(),), (1,))
+        else:
+            found.append(view.view(-1))
+    return found
 
 
 class Updater:
@@ -135,6 +158,7 @@ class Updater:
             master.grad = gradient
             self.masters[number] = master
 
+        self._pieces = joined([self._gradient(number) for number in self.owned])
         self.optimizers = [self._optimizer(bucket) for bucket in buckets]
 
     def _optimizer(self, bucket: Sequence[int]) -> AdamW:
@@ -154,14 +178,10 @@ class Updater:
         return tensors[parameter.name].narrow(parameter.axis, start, entry.stop - entry.start)
 
     def sum_of_squares(self) -> float:
-        """Of the summed gradients of all owned slices, in fp64."""
-        total = 0.0
-        for number in self.owned:
-            gradient = self._gradient(number)
-            if number in self._apart:
-                gradient.copy_(self.view(number, self.gradients))
-            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
-        return total
+        """Of the summed gradients of all owned slices, added up in fp64."""
+        for number in self._apart:
+            self._gradient(number).copy_(self.view(number, self.gradients))
+        return math.fsum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in self._pieces)
 
     def _gradient(self, number: int) -> Tensor:
         gradient = self.masters[number].grad

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hethub.launch.optimizer import Updater
+from hethub.launch.optimizer import Updater, joined
 from hethub.program.actions import Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
 
@@ -44,6 +44,7 @@ class ParameterLane:
         self._new: dict[int, Tensor] = {}  # slice -> new weight
         self._norms: dict[int, Tensor] = {}  # sender -> sum of squares and loss
         self._totals: Tensor | None = None
+        self._places: dict[tuple[What, tuple[int, ...]], list[Tensor]] = {}  # of what messages carry
         self.loss = 0.0
         self.squares = 0.0
 
@@ -57,10 +58,12 @@ class ParameterLane:
 
     def outgoing(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors that a message carries, one after the other."""
-        if transfer.what == What.REDUCE:
-            return [self.updater.view(n, self.gradients) for n in transfer.slices]
-        if transfer.what == What.WEIGHTS:
-            return [self.updater.view(n, self.weights).detach() for n in transfer.slices]
+        if transfer.what in (What.REDUCE, What.WEIGHTS):
+            key = (transfer.what, transfer.slices)
+            if key not in self._places:
+                held = self.gradients if transfer.what == What.REDUCE else self.weights
+                self._places[key] = joined([self.updater.view(n, held).detach() for n in transfer.slices])
+            return self._places[key]
         if transfer.what == What.NORM:
             return [torch.tensor([self.squares, self.loss], dtype=torch.float64)]
         return [self.totals()]

@@ -147,8 +147,10 @@ class Program:
             words.append(f"stage {entry.stage}")
         if entry.micro_batch >= 0:
             words.append(f"micro-batch {entry.micro_batch}")
-        if entry.part >= 0:
+        if entry.part >= 0 and entry.stage >= 0:
             words.append(f"part {entry.part}")
+        elif entry.part > 0 or (entry.part == 0 and len(self.buckets.get(device, ())) > 1):
+            words.append(f"bucket {entry.part}" if entry.kind != Kind.GATHER else f"{entry.part}")
         if entry.message >= 0:
             transfer = self.transfer(entry.message)
             other = transfer.destination if entry.kind == Kind.SEND else transfer.source

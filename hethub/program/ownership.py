@@ -8,7 +8,7 @@ weight in a tensor-parallel group) of other tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ from hethub.specs.layout import Layout, Span
 
 __all__ = ["Ownership", "Slice", "own"]
 
-# Below this many elements a slice goes to one updater: cutting a norm weight only multiplies messages.
+# Below this many elements a piece goes to one updater: cutting a norm weight only makes more of them.
 _SMALL = 4096
 
 
@@ -129,24 +129,45 @@ def _refine(holdings: list[tuple[int, Span]]) -> list[_Piece]:
     ]
 
 
+class _Entry(NamedTuple):
+    """A piece of a parameter (by number) in a run."""
+
+    number: int
+    parameter: Parameter
+    span: Span
+
+
 def _share_out(
-    number: int, parameter: Parameter, piece: _Piece, turn: int, strengths: Mapping[int, float]
-) -> list[Slice]:
-    """Cut a piece among its holders by their strengths, or hand a small one to a single holder, in turn."""
-    (start, stop), each = piece.span, parameter.elements_per_index
-    count = len(piece.holders)
-    weights = [strengths.get(d, 1.0) for d in piece.holders]
-    if count == 1 or (stop - start) * each < _SMALL or stop - start < count or not any(weights):
-        able = [d for d, w in zip(piece.holders, weights, strict=True) if w] or piece.holders
-        spans = {able[turn % len(able)]: (start, stop)}
-    else:
-        edges = list(accumulate(apportion(stop - start, weights), initial=start))
-        spans = dict(zip(piece.holders, pairwise(edges), strict=True))
-    return [
-        Slice(number, a, b, (b - a) * each, piece.holders, updater)
-        for updater, (a, b) in spans.items()
-        if a < b
-    ]
+    run: Sequence[_Entry], holders: tuple[int, ...], turn: int, strengths: Mapping[int, float]
+) -> Iterator[Slice]:
+    """Share the pieces of one layer that the same devices hold out among them, by their strengths.
+
+    Everyone gets consecutive elements of the run, so that what it is sent lies in one place on every holder. A
+    boundary falls inside a piece where that is cut along its rows and not small, else at the nearer end of it.
+    """
+    order = holders[turn % len(holders) :] + holders[: turn % len(holders)]
+    weights = [strengths.get(d, 1.0) for d in order]
+    if not any(weights):
+        weights = [1.0] * len(order)
+    total = sum((e.span[1] - e.span[0]) * e.parameter.elements_per_index for e in run)
+    edges = list(accumulate(apportion(total, weights)))
+    at, updater = 0, 0
+    for number, parameter, (start, stop) in run:
+        each = parameter.elements_per_index
+        size = (stop - start) * each
+        whole = size < _SMALL or parameter.axis != 0
+        while start < stop:
+            # how many indices lie before the updater's edge
+            room = round((edges[updater] - at) / each)
+            if whole:
+                room = stop - start if 2 * (edges[updater] - at) >= (stop - start) * each else 0
+            last = updater == len(order) - 1
+            take = stop - start if last else max(0, min(stop - start, room))
+            if take:
+                yield Slice(number, start, start + take, take * each, holders, order[updater])
+            start, at = start + take, at + take * each
+            if start < stop:
+                updater += 1
 
 
 def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownership:
@@ -154,7 +175,7 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
     memory and speed they have for it. Decoders that stand in the same stages share one refinement."""
     parameters = model_parameters(layout.model)
     known: dict[tuple[object, ...], list[_Piece]] = {}
-    slices: list[Slice] = []
+    runs: dict[tuple[int, tuple[int, ...]], list[_Entry]] = defaultdict(list)
     for number, parameter in enumerate(parameters):
         where = tuple(
             stage.index
@@ -165,6 +186,11 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
         key = (where, parameter.cut, parameter.unit, parameter.shape[parameter.axis])
         if key not in known:
             known[key] = _refine(_holdings(layout, parameter))
-        for turn, piece in enumerate(known[key]):
-            slices.extend(_share_out(number, parameter, piece, parameter.layers[0] + turn, strengths or {}))
-    return Ownership(parameters, tuple(slices))
+        for piece in known[key]:
+            runs[parameter.layers[0], piece.holders].append(_Entry(number, parameter, piece.span))
+    slices = [
+        entry
+        for (layer, holders), run in runs.items()
+        for entry in _share_out(run, holders, layer, strengths or {})
+    ]
+    return Ownership(parameters, tuple(sorted(slices)))

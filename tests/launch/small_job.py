@@ -22,8 +22,8 @@ from hethub.cli.main import run
 CLUSTER = """\
 name: two-speeds
 device_types:
-  fast: {vendor: cpu, memory_mib: 0.28, memory_bandwidth_gb_s: 2.0, peak_gflops: {fp32: 1.0}}
-  slow: {vendor: cpu, memory_mib: 0.28, memory_bandwidth_gb_s: 1.0, peak_gflops: {fp32: 0.5}}
+  fast: {vendor: cpu, memory_mib: 0.25, memory_bandwidth_gb_s: 2.0, peak_gflops: {fp32: 1.0}}
+  slow: {vendor: cpu, memory_mib: 0.25, memory_bandwidth_gb_s: 1.0, peak_gflops: {fp32: 0.5}}
 node_groups:
   - {name: a, device_type: fast, nodes: 1, devices_per_node: 1, intra_link: {bandwidth_mb_s: 200, latency_us: 50},
      inter_link: {bandwidth_mb_s: 40, latency_us: 50}, zone: desk}
