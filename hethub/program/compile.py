@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 from hethub.cost.compute import ComputeModel, ComputePrice, PricedSegment, gradient_bytes, state_bytes
 from hethub.cost.shapes import BYTES
 from hethub.program.actions import Action, Channel, Message, Price, Program, Transfer, What
-from hethub.program.exchange import GRADIENT_KINDS, Exchange, plan_exchange
+from hethub.program.exchange import GRADIENT_KINDS, Exchange, WeightSend, plan_exchange
 from hethub.program.ownership import Ownership
 from hethub.program.parts import Parts, cut_stages
 from hethub.program.schedules import SCHEDULES, Shape, Task, forward_only
@@ -205,6 +206,7 @@ class _Builder:
         self.prices[device, -1, kind, part] = _alone(seconds)
         return Action(kind, -1, -1, -1, part)
 
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of one element of a weight on the wire."""
         precision = self.compute.workload.precision
@@ -257,16 +259,18 @@ class _Builder:
         for device in self.layout.used:
             sends = exchange.weights.get(device, ())
             buckets = self.buckets.get(device, ())
-            for bucket in range(len(buckets)) or (-1,):
+            leaving: dict[int, list[WeightSend]] = defaultdict(list)
+            for send in sends:
+                leaving[send.bucket].append(send)
+            for bucket in range(len(buckets)) or (-1,):  # -1: nothing to update, gradients to clear
                 self.actions[device].append(self.update_bucket(device, bucket, len(buckets)))
-                for send in sends:
-                    if send.bucket == bucket:
-                        size = self.ownership.route_elements(send.slices) * self.weight_bytes()
-                        transfer = self.add_transfer(
-                            What.WEIGHTS, device, send.destination, size, slices=send.slices
-                        )
-                        self.send(transfer)
-                        waiting[send.destination].append((send.first_use, transfer))
+                for send in leaving[bucket]:
+                    size = self.ownership.route_elements(send.slices) * self.weight_bytes
+                    transfer = self.add_transfer(
+                        What.WEIGHTS, device, send.destination, size, slices=send.slices
+                    )
+                    self.send(transfer)
+                    waiting[send.destination].append((send.first_use, transfer))
         for device, entries in waiting.items():
             self.gather(device, entries)
 
