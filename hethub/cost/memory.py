@@ -61,6 +61,7 @@ __all__ = [
 _RECEIVE_DEPTH = 2
 _SEND_BUFFERS = 1
 _TAKEN = 1
+_LOSS_BYTES = 8
 # Schedules that never split a backward. Any other may, so that a micro-batch may wait for its weight part.
 _WHOLE_BACKWARD = frozenset({"1f1b", "gpipe", "interleaved"})
 
@@ -222,7 +223,7 @@ def _decoder_bytes(shape: RankShape) -> LayerBytes:
 
 
 def _head_bytes(shape: RankShape) -> LayerBytes:
-    """Keeps the hidden states' gradient. A chunk of logits is alive, wide and in the weights' type, while the next one
+    """Keeps the hidden states' gradient and the loss. A chunk of logits is alive, wide and in the weights' type, while the next one
     is made, or while narrow weights' gradient is added to its sum."""
     model, size, tokens = shape.workload.model, shape.size, shape.tokens
     vocab = shape.share.vocab[1] - shape.share.vocab[0]
@@ -232,7 +233,7 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
     logits = chunk * (vocab * (wide + narrow) + 3 * wide)
     norm = 4 * shape.shard_tokens * model.hidden_size * wide
     return LayerBytes(
-        kept=shape.boundary_bytes,
+        kept=shape.boundary_bytes + _LOSS_BYTES,
         core=0,
         stash=0,
         forward_workspace=shape.boundary_bytes  # the input, which is not kept
