@@ -481,11 +481,14 @@ class _Walk:
         return 0
 
     def _part_backwarded(self, action: Action) -> None:
-        """The part's input stays until the micro-batch leaves the stage; its gradient goes on to the part before."""
+        """The part's input and the targets stay until the micro-batch leaves the stage; the input's gradient goes on to
+        the part before."""
         place = self.places[action.stage]
         found = place.of(action.part)
-        output = place.whole.output if self._is_last_part(action) else 0
-        self._hold(action, found.entry - found.kept - found.again - output)
+        gone = found.kept + found.again - found.entry
+        if self._is_last_part(action):
+            gone += place.whole.output - (place.passing - place.whole.entry)
+        self._hold(action, -gone)
         self._flow(found.entry)
 
     def _input_backwarded(self, action: Action) -> int:

@@ -343,7 +343,8 @@ def test_emulation_changes_the_time_and_not_the_training(pool: Pool) -> None:
     real = pool.train(NAMED_PLANS["heads 6 + 2"]("fp32"), steps, held_out_rows=0)
     np.testing.assert_allclose(trained.losses, real.losses, rtol=1e-6)
     predicted = simulate(compile_plan(plan), compute_model(plan), steps=1).step_seconds
-    assert step_seconds(trained.timeline).min() >= 0.999 * predicted
+    # The first step takes no new weights.
+    assert step_seconds(trained.timeline)[1:].min() >= 0.999 * predicted
     for device in summarize(trained.timeline, 1, steps - 1):
         shares = (device.unaccounted_ratio, device.overrun_ratio, device.busy_ratio)
         assert all(0 <= share <= 1 for share in shares)
