@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
-from hethub.cost.memory import StageBytes, apart_bytes, rank_shape, stage_bytes
+from hethub.cost.memory import StageBytes, apart_bytes, on_host, rank_shape, stage_bytes
 from hethub.cost.shapes import BYTES, parameter_span
 from hethub.program.actions import Action, Channel, Program, Transfer, What
 from hethub.specs.layout import Share
@@ -244,8 +243,7 @@ class _Walk:
         self.told = told
         self.device = device
         self.emulated = compute.graph.cluster.emulated_time_scale is not None
-        vendor = compute.graph.devices[device].type.vendor
-        self.on_host = self.emulated or catalog.vendor(vendor).torch_device == "cpu"
+        self.on_host = on_host(compute, device)
         self.places = _places(program, compute, device, self.on_host)
         self.lasting = _lasting(program, compute, device)
         self.lanes = {lane: _Buffers(self.on_host and lane == Lane.ACTIVATIONS) for lane in Lane}
@@ -336,7 +334,9 @@ class _Walk:
     def _receive(self, action: Action) -> int:
         transfer, size = self.program.transfer(action.message), self._size(action.message)
         buffers = self.lanes[transfer.lane]
-        for message in list(self.leaving) if transfer.what == What.TOTAL else self.told.get(action.message, ()):
+        for message in (
+            list(self.leaving) if transfer.what == What.TOTAL else self.told.get(action.message, ())
+        ):
             self._left(message)
         if self.on_host:
             self.inboxes[transfer.source, self.device, transfer.lane].post(1, buffers)
