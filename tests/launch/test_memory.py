@@ -107,9 +107,9 @@ def test_a_device_past_its_memory_names_itself_need_prediction_and_limit():
 @pytest.mark.parametrize(
     ("stage", "recompute", "advice"),
     [
-        (1, "none", "Lower micro_batch_rows or in_flight of stage 1, or set recompute: full."),
-        (0, "full", "Lower micro_batch_rows or in_flight of stage 0, or give it fewer layers."),
-        (-1, "none", "Give the device fewer layers, or share its stage among more devices."),
+        (1, "none", "Lower micro_batch_rows or in_flight of stage 1, or set recompute: full"),
+        (0, "full", "Lower micro_batch_rows or in_flight of stage 0, or give it fewer layers"),
+        (-1, "none", "Give the device fewer layers, or share its stage among more devices"),
     ],
 )
 def test_out_of_memory_says_what_to_change_and_travels_between_processes(
