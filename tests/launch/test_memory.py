@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from hethub.specs.layout import Span, sequence_span
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 from hethub.timeline.summary import step_seconds, summarize
-from tests.launch.pool import Pool
+from tests.launch.pool import Pool, PoolError
 from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plans, three_speeds, tiny_model
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -334,6 +335,35 @@ def test_the_tallys_peak_is_what_the_walk_predicts(name: str, pool: Pool) -> Non
 @given(plan=plans())
 def test_so_it_is_for_random_plans(plan: Plan, pool: Pool) -> None:
     check_peaks(pool, plan)
+
+
+def test_a_plan_that_outgrows_its_device_ends_in_the_action_with_figures_and_advice() -> None:
+    """The checker would refuse the plan; here it runs on a device whose memory is a tenth too small."""
+    plan = NAMED_PLANS["single device"]("fp32")
+    one = replace(plan.cluster.node_groups[0], devices_per_node=1)
+    cluster = replace(plan.cluster, node_groups=(one,), links=(), emulated_time_scale=1.0)
+    plan = plan.model_copy(update={"cluster": cluster})
+    (peak,) = program_memory(compile_plan(plan), compute_model(plan)).values()
+    small = replace(cluster.device_types["fast"], memory_bytes=int(0.9 * peak.live_bytes))
+    types = {**cluster.device_types, "fast": small}
+    own = Pool(1)
+    try:
+        with pytest.raises(PoolError) as caught:
+            own.train(
+                plan.model_copy(update={"cluster": replace(cluster, device_types=types)}), 1, time_scale=1.0
+            )
+    finally:
+        own.close()
+    last = str(caught.value).splitlines()[-1]
+    found = re.search(
+        r"ActionError: forward stage 0 micro-batch \d+: out of memory: ([\d.]+) MiB live, "
+        r"([\d.]+) MiB predicted peak, .*a/0/0.* has ([\d.]+) MiB\. "
+        r"Lower micro_batch_rows or in_flight of stage 0, or set recompute: full$",
+        last,
+    )
+    assert found, last
+    live, predicted, limit = (float(figure) for figure in found.groups())
+    assert limit < live <= predicted == pytest.approx(peak.total / 2**20, abs=0.006)
 
 
 def test_emulation_changes_the_time_and_not_the_training(pool: Pool) -> None:
