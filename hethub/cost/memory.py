@@ -16,10 +16,11 @@ w a decoder: inputs and output gradients of its four products. Wide is fp32, or 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
 from hethub.cost.shapes import (
     BYTES,
@@ -51,25 +52,28 @@ __all__ = [
     "cut_inside_elements",
     "device_memory",
     "layer_bytes",
+    "on_host",
     "rank_shape",
     "stage_bytes",
     "usable_bytes",
 ]
 
-# Buffers of each kind (activation in, gradient in, and the message being sent each way) that a stage keeps, and the
-# message that has been taken out of its buffer and not been used yet.
+# Buffers of each kind (activation in, gradient in, and on an accelerator the message being sent each way) that a stage
+# keeps, and the message that has been taken out of its buffer and not been used yet.
 _RECEIVE_DEPTH = 2
 _SEND_BUFFERS = 1
 _TAKEN = 1
+_LOSS_BYTES = 8
 # Schedules that never split a backward. Any other may, so that a micro-batch may wait for its weight part.
 _WHOLE_BACKWARD = frozenset({"1f1b", "gpipe", "interleaved"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes by purpose. `activations` peak inside the pipeline. `reduction` are messages with gradients or new
-    weights: they come with the last backward or go with the first forward, beside the `one` micro-batch that is held
-    then."""
+    """Bytes by purpose. `activations` peak inside the pipeline; on a host they include what was sent of each and waits
+    for an answer. `reduction` are messages with gradients or new weights: they come with the last backward or go with
+    the first forward, beside the `one` micro-batch that is held then. New weights on their way from a host are among
+    the `buffers`, since the answer comes at the step's end."""
 
     weights: int
     gradients: int
@@ -88,6 +92,12 @@ class MemoryUse:
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def on_host(compute: ComputeModel, device: int) -> bool:
+    """Whether the device's tensors lie in the host's memory, as messages do: a CPU's, and an emulated device's."""
+    vendor = catalog.vendor(compute.graph.devices[device].type.vendor)
+    return compute.graph.cluster.emulated_time_scale is not None or vendor.torch_device == "cpu"
 
 
 def usable_bytes(device_type: DeviceType) -> int:
@@ -222,8 +232,8 @@ def _decoder_bytes(shape: RankShape) -> LayerBytes:
 
 
 def _head_bytes(shape: RankShape) -> LayerBytes:
-    """Keeps the hidden states' gradient. A chunk of logits is alive, wide and in the weights' type, while the next one
-    is made, or while narrow weights' gradient is added to its sum."""
+    """Keeps the hidden states' gradient and the loss. A chunk of logits is alive, wide and in the weights' type, beside
+    narrow weights' gradient before it is added to its sum."""
     model, size, tokens = shape.workload.model, shape.size, shape.tokens
     vocab = shape.share.vocab[1] - shape.share.vocab[0]
     wide = gradient_bytes(shape.workload.precision)
@@ -232,7 +242,7 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
     logits = chunk * (vocab * (wide + narrow) + 3 * wide)
     norm = 4 * shape.shard_tokens * model.hidden_size * wide
     return LayerBytes(
-        kept=shape.boundary_bytes,
+        kept=shape.boundary_bytes + _LOSS_BYTES,
         core=0,
         stash=0,
         forward_workspace=shape.boundary_bytes  # the input, which is not kept
@@ -240,7 +250,7 @@ def _head_bytes(shape: RankShape) -> LayerBytes:
             shape.token_bytes + tokens if shape.members > 1 else 0
         )  # targets among this rank's rows, and which are
         + 2 * tokens * (model.hidden_size * size + wide)
-        + max(logits + max(logits, vocab * model.hidden_size * narrow), norm),
+        + max(logits + vocab * model.hidden_size * narrow, norm),
         backward_workspace=0,
         weight_workspace=0,
     )
@@ -311,12 +321,23 @@ def cut_inside_elements(shape: RankShape, layers: Span) -> int:
 
 
 class _RankUse(NamedTuple):
-    """A rank's use, the optimizer and what is exchanged left out, and its elements: all, and those cut inside."""
+    """A rank's use, the optimizer and what is exchanged left out, its elements (all, and those cut inside), bytes of
+    one, and whether they lie on the host."""
 
     use: MemoryUse
     elements: int
     cut_inside: int
     size: int
+    host: bool
+
+    def __add__(self, other: _RankUse) -> _RankUse:  # type: ignore[override]  # stages of one device
+        """Of both stages. One ends or begins while the other holds all that it may."""
+        use = self.use + other.use
+        return self._replace(
+            use=replace(use, one=use.activations),
+            elements=self.elements + other.elements,
+            cut_inside=self.cut_inside + other.cut_inside,
+        )
 
 
 def _rank_use(
@@ -327,42 +348,49 @@ def _rank_use(
     held = min(stage.in_flight, pipeline.micro_batches)
     split = pipeline.schedule not in _WHOLE_BACKWARD
     # Forward's result stays as long as its graph, but where another forward will make it again.
-    each = (max(found.kept, found.stash) if split else found.kept) + (
-        0 if stage.recompute == "full" else found.output
-    )
+    each = found.kept + (0 if stage.recompute == "full" else found.output)
+    if split:  # its input, the input's gradient and targets stay beside the operands
+        passing = stage_bytes(shape, stage.layers, "full").kept
+        each = max(each, found.stash + passing + (0 if stage.layers[0] == 0 else found.entry))
     again = found.again + (found.output if stage.recompute == "full" else 0)
     ways = (0 if stage.layers[0] == 0 else 1) + (1 if found.output else 0)
+    host = on_host(compute, rank.device)
+    each += ways * shape.boundary_bytes if host else 0
     use = MemoryUse(
         weights=elements * shape.size,
         gradients=elements * gradient_bytes(shape.workload.precision),
         optimizer=0,
         activations=held * each + again,
         one=each + again,
-        buffers=ways * shape.boundary_bytes * (_RECEIVE_DEPTH + _SEND_BUFFERS + _TAKEN),
+        buffers=ways * shape.boundary_bytes * (_RECEIVE_DEPTH + _TAKEN + (0 if host else _SEND_BUFFERS)),
         workspace=max(found.forward_workspace, found.backward_workspace),
         reduction=0,
     )
-    return _RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size)
+    return _RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size, host)
 
 
 def _exchanged(found: _RankUse, workload: Workload, owned: int | None, incoming: int | None) -> MemoryUse:
     """Optimizer state of `owned` elements (None: of all), and messages with others' gradients (`incoming` elements)
-    or with the new weights that others update, whichever are more."""
+    and with the new weights that others update.
+
+    An accelerator takes the ones before it takes the others. On a host there are buffers for all that is to come, and
+    for what goes: gradients of what others update, and new weights to those whose gradients came.
+    """
     wide = gradient_bytes(workload.precision)
     mine = found.elements if owned is None else owned
-    shared = mine < found.elements
-    apart = found.cut_inside * mine // max(1, found.elements) if shared else 0
-    gradients = 0 if incoming is None else incoming * wide
-    weights = 0 if owned is None or incoming is None else (found.elements - mine) * found.size
+    others = 0 if incoming is None else found.elements - mine
+    come = incoming or 0
+    apart = found.cut_inside * mine // max(1, found.elements) if mine < found.elements else 0
+    on_device = max(come * wide, others * found.size)
     return MemoryUse(
         weights=0,
         gradients=0,
         optimizer=mine * state_bytes(workload.precision) + apart * apart_bytes(workload, found.size),
         activations=0,
         one=0,
-        buffers=0,
+        buffers=come * found.size if found.host else 0,
         workspace=0,
-        reduction=max(gradients, weights),
+        reduction=come * wide + others * (found.size + wide) if found.host else on_device,
     )
 
 
@@ -385,14 +413,7 @@ def device_memory(
                     shape = rank_shape(compute, replica, member)
                     one = _rank_use(compute, pipeline, stage, rank, shape)
                     other = found.get(rank.device)
-                    if other is not None:
-                        one = _RankUse(
-                            other.use + one.use,
-                            other.elements + one.elements,
-                            other.cut_inside + one.cut_inside,
-                            one.size,
-                        )
-                    found[rank.device] = one
+                    found[rank.device] = one if other is None else other + one
     return {
         device: one.use
         + _exchanged(

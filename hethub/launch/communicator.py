@@ -7,7 +7,6 @@ buffer, and consumed in any order.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hethub.launch.tally import StorageTally
-from hethub.program.actions import Channel, Program
+from hethub.program.actions import Channel, Program, What
+from hethub.program.memory import acknowledged
 from hethub.timeline.record import Lane
 
 __all__ = ["Communicator", "Delivery", "PeerLostError", "Reserve", "guard"]
@@ -78,10 +78,11 @@ class Communicator:
         self.tally = tally
         self._extra = 0 if reserve is None else _TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
-        # (work, payload, its lane where it is a buffer of ours)
-        self._sending: deque[tuple[dist.Work, Tensor, Lane | None]] = deque()
+        # by message: (work, payload, its lane where it is a buffer of ours)
+        self._sending: dict[int, tuple[dist.Work, Tensor, Lane | None]] = {}
         self._spare: dict[int, list[Tensor]] = {}
         self._inbound = [channel for channel in program.order if channel[1] == device]
+        self._told = acknowledged(program, {channel[0] for channel in self._inbound})
         self._size = [program.transfers[m.transfer].bytes + self._extra for m in program.messages]
 
     def begin(self, lane: Lane) -> None:
@@ -125,7 +126,6 @@ class Communicator:
         A single contiguous part is sent from where it lies: it must not change until its receiver has it.
         """
         transfer = self.program.transfer(message)
-        self.reap()
         size = sum(part.numel() * part.element_size() for part in parts)
         if size != transfer.bytes:
             raise AssertionError(f"message {message} holds {size} bytes, the program says {transfer.bytes}")
@@ -147,7 +147,7 @@ class Communicator:
         rank = self.rank_of[transfer.destination]
         work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
         assert work is not None
-        self._sending.append((work, payload, transfer.lane if own else None))
+        self._sending[message] = (work, payload, transfer.lane if own else None)
 
     def _packed(self, parts: Sequence[Tensor], size: int, lane: Lane) -> Tensor:
         """A buffer of `size` bytes that begins with the parts' elements."""
@@ -166,25 +166,25 @@ class Communicator:
         inbox = self._inboxes[channel]
         work, buffer = inbox.waiting.pop(message)
         guard(work.wait, transfer.source)
+        for sent in list(self._sending) if transfer.what == What.TOTAL else self._told.get(message, ()):
+            self._reclaim(sent)
         self._post(channel, inbox)
         arrival = float(buffer[transfer.bytes :].view(torch.float64)) if self._extra else None
         return Delivery(buffer[: transfer.bytes], arrival, buffer)
 
-    def reap(self) -> None:
-        """Take back the buffers of sends that are done."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._reclaim(*self._sending.popleft()[1:])
-
     def drain(self) -> None:
         """Wait until every send has left."""
-        while self._sending:
-            work, payload, lane = self._sending.popleft()
-            guard(work.wait, self.device)
-            self._reclaim(payload, lane)
+        for message in list(self._sending):
+            self._reclaim(message)
 
-    def _reclaim(self, payload: Tensor, lane: Lane | None) -> None:
-        if lane is not None:
-            self.release(payload, lane)
+    def _reclaim(self, message: int) -> None:
+        """Take back what was sent. A wait is all that the library tells of a send, so it is made when the receiver has
+        shown that it has the message: then it ends at once."""
+        if message in self._sending:
+            work, payload, lane = self._sending.pop(message)
+            guard(work.wait, self.program.transfer(message).destination)
+            if lane is not None:
+                self.release(payload, lane)
 
 
 def guard(call: Callable[[], T], peer: int) -> T:

@@ -230,6 +230,7 @@ class Executor:
         """Take the new weights that are still on their way, and see every message off. Called when a step is not
         followed by another: before evaluation, and before weights are read."""
         if self._owes:
+            self._step += 1  # which they belong to
             for number, action in self._carried:
                 self._do(number, action)
             self._owes = False

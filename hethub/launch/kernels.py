@@ -462,6 +462,8 @@ class HeadLoss(torch.autograd.Function):
                 gradient = logits.to(head.dtype)
                 torch.mm(gradient, head, out=grad_whole[at])
                 add_product(grad_head, gradient, inputs)
+                del gradient
+            del logits  # before the next ones are made
         loss = totals.log().sub_(chosen).mul_(weights).sum(dtype=torch.float64)
         if keep:
             flat = x.flatten(0, 1)

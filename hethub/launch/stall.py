@@ -144,8 +144,9 @@ class StallWatch:
             return None
         action = self._program.devices[device][place[1]]
         if action.kind == Kind.RECEIVE:
-            source = self._program.transfers[self._program.messages[action.message].transfer].source
-            sent = self._since[source][0] > (place[0], self._sends[action.message])
+            source = self._program.transfer(action.message).source
+            step = place[0] - self._program.carried(action)  # new weights were sent in the step before
+            sent = self._since[source][0] > (step, self._sends[action.message])
             return None if sent else source
         for member in self._members(device, action):
             if self._since[member][0] < (place[0], self._numbers[member][action]):
@@ -154,8 +155,8 @@ class StallWatch:
 
     def _members(self, device: int, action: Action) -> tuple[int, ...]:
         """Who runs an action together with a device, itself included."""
-        alone = action.kind in (Kind.SEND, Kind.RECEIVE) or action.stage < 0
-        return (device,) if alone else self._program.groups[device, action.stage]
+        alone = action.kind in (Kind.SEND, Kind.RECEIVE)
+        return (device,) if alone else self._program.group(device, action)
 
     def _met(self, device: int) -> tuple[int, ...]:
         place = self._since[device][0]

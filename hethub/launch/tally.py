@@ -44,10 +44,10 @@ class DeviceMemoryError(Exception):
     def in_stage(self, stage: int, recompute: str) -> DeviceMemoryError:
         """The same, with what to change; `stage` is the failed action's, -1 for work on parameters."""
         if stage < 0:
-            advice = "Give the device fewer layers, or share its stage among more devices."
+            advice = "Give the device fewer layers, or share its stage among more devices"
         else:
             last = "give it fewer layers" if recompute == "full" else "set recompute: full"
-            advice = f"Lower micro_batch_rows or in_flight of stage {stage}, or {last}."
+            advice = f"Lower micro_batch_rows or in_flight of stage {stage}, or {last}"
         return DeviceMemoryError(self.live_bytes, self.limit_bytes, self.device, self.predicted_bytes, advice)
 
 

@@ -120,9 +120,9 @@ class Chains:
             kinds[kind] = kinds.get(kind, 0) + 1
         seats = tuple((Seat(pool, degree, count), own) for (pool, degree, own), count in kinds.items())
         costs = tuple(self.costs.cost(s.pool, s.degree, own) for s, own in seats)
-        # no end, one micro-batch in flight, updates shared by very many: the least that memory can ask
+        # no end, one micro-batch in flight, updates not shared or by very many: the least that memory can ask
         most = [
-            min(c.most_decoders((False, False), 1, 1 << 30, full=full) for c in costs)
+            min(max(c.most_decoders((False, False), 1, n, full=full) for n in (1, 1 << 30)) for c in costs)
             for full in (False, True)
         ]
         return Staff(

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
 from hethub.cost.memory import (
+    MemoryUse,
     apart_bytes,
     cut_inside_elements,
     device_memory,
     layer_bytes,
+    on_host,
     rank_shape,
-    stage_bytes,
     usable_bytes,
 )
 from hethub.cost.shapes import BYTES
@@ -90,16 +91,19 @@ class SeatCost:
     width: int  # bytes of a weight
     gradient: int  # bytes of a gradient element
     state: int  # bytes of an owned element's optimizer state
+    host: bool  # whether tensors and messages lie in the host's memory
     boundary: int  # bytes of a stage's input or output
 
     def _lasting(self, elements: int, decoders: int, holders: int) -> float:
         """Bytes of weights, gradients and optimizer state, of which `holders` devices share the last."""
         apart = decoders * self.decoder_apart / holders if holders > 1 else 0.0
-        return elements * (self.width + self.gradient + self.state / holders) + apart
+        leaving = elements * self.width * (1.0 - 1.0 / holders) if self.host else 0.0  # new weights
+        return elements * (self.width + self.gradient + self.state / holders) + apart + leaving
 
     def _exchanged(self, elements: int, holders: int) -> float:
-        """Bytes of others' gradients of what a device updates."""
-        return elements * self.gradient * (1.0 - 1.0 / holders)
+        """Bytes of others' gradients of what a device updates; on a host also of what others update, both ways."""
+        each = 2 * self.gradient + self.width if self.host else self.gradient
+        return elements * each * (1.0 - 1.0 / holders)
 
     def most_decoders(self, place: tuple[bool, bool], held: int, holders: int, *, full: bool) -> int:
         """How many decoders fit with `held` micro-batches in flight; negative when not even the ends do."""
@@ -148,13 +152,17 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
             place, (1, 2)
         )
         decoders = workload.model.layers if all(place) else 1
-        stage = StagePlace(0, layers, "none", 1, (replica,))
-        layout = Layout(workload.model, (PipelinePlace(0, "1f1b", 1, replica.rows[1], 0, (stage,)),))
-        use = device_memory(compute, layout, {})[rank.device]
+
+        def use_of(held: int, recompute: str) -> MemoryUse:
+            stage = StagePlace(0, layers, recompute, held, (replica,))
+            pipeline = PipelinePlace(0, "1f1b", held, replica.rows[1], 0, (stage,))
+            return device_memory(compute, Layout(workload.model, (pipeline,)), {})[rank.device]
+
+        use = use_of(1, "none")
         found = self[place] = Ends(
             elements=use.weights // shape.size - decoders * compute.stage_parameters(rank.share, (1, 2)),
             kept=use.activations - decoders * layer_bytes(shape, "decoder").kept,
-            entry=stage_bytes(shape, layers, "full").kept,
+            entry=use_of(2, "full").activations - use_of(1, "full").activations,
             fixed=use.buffers + use.workspace,
         )
         return found
@@ -214,5 +222,6 @@ class SeatCosts:
             width=width,
             gradient=gradient_bytes(workload.precision),
             state=state_bytes(workload.precision),
+            host=on_host(compute, devices[0]),
             boundary=rows * workload.sequence_length * model.hidden_size * width,
         )

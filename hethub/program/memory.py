@@ -8,26 +8,26 @@ an action begins and ends to hold is what `hethub/launch/flights.py` and `commun
 - RECOMPUTE adds what its mode left out; an input backward turns what was kept into the operands of the weights'
   products, beside the stage's input and both its gradients, until the weight part;
 - on a host, messages lie in buffers: those that are posted, those that a micro-batch or a reduction still reads, and
-  those on their way out. Activations' are kept and used again, sorted by size; parameters' are not. Elsewhere a
-  message takes memory on the device from its receive until its last use, and buffers are the host's.
+  those sent, until something that comes back proves that they have left (`acknowledged`). Activations' are kept and
+  used again, sorted by size; parameters' are not. Elsewhere a message takes memory on the device from its receive
+  until its last use, and buffers are the host's.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
-from hethub.cost.memory import StageBytes, apart_bytes, rank_shape, stage_bytes
+from hethub.cost.memory import StageBytes, apart_bytes, on_host, rank_shape, stage_bytes
 from hethub.cost.shapes import BYTES, parameter_span
 from hethub.program.actions import Action, Channel, Program, Transfer, What
 from hethub.specs.layout import Share
 from hethub.timeline.record import Kind, Lane
 
-__all__ = ["MemoryPeak", "opens_parameters", "program_memory"]
+__all__ = ["MemoryPeak", "acknowledged", "opens_parameters", "program_memory"]
 
 _TRAILER_BYTES = 8  # of a message over an emulated link: its arrival time
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
@@ -70,7 +70,31 @@ class MemoryPeak:
 
 def program_memory(program: Program, compute: ComputeModel) -> dict[int, MemoryPeak]:
     """The peak of every used device, in the steady state of a run of this program."""
-    return {device: _Walk(program, compute, device).peak() for device in program.layout.used}
+    told = acknowledged(program, program.layout.used)
+    return {device: _Walk(program, compute, device, told).peak() for device in program.layout.used}
+
+
+def acknowledged(program: Program, senders: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    """For each message of these devices: the messages of its receiver that the sender had received before it sent, and
+    had not told of by an earlier one. So whoever gets the message knows that those have left.
+
+    A part of the norm tells of all messages: those that come later in the list came in the step before. The total tells
+    more than any pair can: every device has received what was sent to it before. New weights have nothing left to tell.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    for sender in senders:
+        received: dict[int, list[int]] = defaultdict(list)
+        for action in program.devices[sender]:
+            if action.kind == Kind.RECEIVE:
+                received[program.transfer(action.message).source].append(action.message)
+            elif action.kind == Kind.SEND:
+                transfer = program.transfer(action.message)
+                if transfer.what == What.NORM:
+                    channels = ((transfer.destination, sender, lane) for lane in Lane)
+                    found[action.message] = tuple(m for c in channels for m in program.order.get(c, ()))
+                elif transfer.what != What.WEIGHTS:
+                    found[action.message] = tuple(received.pop(transfer.destination, ()))
+    return found
 
 
 def opens_parameters(program: Program, device: int) -> int:
@@ -212,18 +236,20 @@ class _Inbox:
 class _Walk:
     """What one device holds, action by action."""
 
-    def __init__(self, program: Program, compute: ComputeModel, device: int) -> None:
+    def __init__(
+        self, program: Program, compute: ComputeModel, device: int, told: Mapping[int, tuple[int, ...]]
+    ) -> None:
         self.program = program
+        self.told = told
         self.device = device
         self.emulated = compute.graph.cluster.emulated_time_scale is not None
-        vendor = compute.graph.devices[device].type.vendor
-        self.on_host = self.emulated or catalog.vendor(vendor).torch_device == "cpu"
+        self.on_host = on_host(compute, device)
         self.places = _places(program, compute, device, self.on_host)
         self.lasting = _lasting(program, compute, device)
         self.lanes = {lane: _Buffers(self.on_host and lane == Lane.ACTIVATIONS) for lane in Lane}
         self.inboxes: dict[Channel, _Inbox] = {}
         self.channels = [channel for channel in program.order if channel[1] == device]
-        self.leaving: dict[Channel, int] = {}  # size of the message on its way out
+        self.leaving: set[int] = set()  # messages on their way out
         self.flights: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> bytes that it holds
         self.lent: dict[tuple[int, int], list[int]] = {}  # the message buffers that it lies in
         self.arrived: dict[tuple[What, int, int], list[int]] = {}  # buffers of a stage's input or gradient
@@ -308,6 +334,10 @@ class _Walk:
     def _receive(self, action: Action) -> int:
         transfer, size = self.program.transfer(action.message), self._size(action.message)
         buffers = self.lanes[transfer.lane]
+        for message in (
+            list(self.leaving) if transfer.what == What.TOTAL else self.told.get(action.message, ())
+        ):
+            self._left(message)
         if self.on_host:
             self.inboxes[transfer.source, self.device, transfer.lane].post(1, buffers)
         else:
@@ -334,27 +364,39 @@ class _Walk:
         return self.on_host and (self.emulated or len(transfer.slices) > 1)
 
     def _send(self, action: Action) -> int:
-        """A buffer is on its way until the next message of its channel follows."""
+        """On a host a message is on its way until the receiver proves to have it."""
         transfer = self.program.transfer(action.message)
+        if self.on_host:
+            self.leaving.add(action.message)
         if self._packs(transfer):
-            channel = (self.device, transfer.destination, transfer.lane)
-            gone, size = self.leaving.get(channel), self._size(action.message)
-            if gone is not None:
-                self.lanes[transfer.lane].free(gone)
-            self.lanes[transfer.lane].take(size)
-            self.leaving[channel] = size
+            self.lanes[transfer.lane].take(self._size(action.message))
         return 0
 
     def _sent(self, action: Action) -> int:
-        transfer = self.program.transfer(action.message)
+        """What is not in a buffer of its own is held until it has left."""
+        if self._packs(self.program.transfer(action.message)) or not self.on_host:
+            self._release_result(action.message)
+        return 0
+
+    def _left(self, message: int) -> None:
+        if message in self.leaving:
+            self.leaving.remove(message)
+            transfer = self.program.transfer(message)
+            if self._packs(transfer):
+                self.lanes[transfer.lane].free(self._size(message))
+            else:
+                self._release_result(message)
+
+    def _release_result(self, message: int) -> None:
+        """One of the sends of a stage's result less."""
+        transfer = self.program.transfer(message)
         if transfer.lane == Lane.ACTIVATIONS:
             step = -1 if transfer.what == What.ACTIVATION else 1
-            key = (transfer.what, transfer.stage + step, action.micro_batch)
+            key = (transfer.what, transfer.stage + step, self.program.messages[message].micro_batch)
             entry = self.results[key]
             entry[1] -= 1
             if not entry[1]:
                 self.activations -= self.results.pop(key)[0]
-        return 0
 
     def _offer(self, what: What, action: Action, size: int) -> None:
         """A result is held until its last send; `size` is 0 where something else holds it longer."""
@@ -439,11 +481,14 @@ class _Walk:
         return 0
 
     def _part_backwarded(self, action: Action) -> None:
-        """The part's input stays until the micro-batch leaves the stage; its gradient goes on to the part before."""
+        """The part's input and the targets stay until the micro-batch leaves the stage; the input's gradient goes on to
+        the part before."""
         place = self.places[action.stage]
         found = place.of(action.part)
-        output = place.whole.output if self._is_last_part(action) else 0
-        self._hold(action, found.entry - found.kept - found.again - output)
+        gone = found.kept + found.again - found.entry
+        if self._is_last_part(action):
+            gone += place.whole.output - (place.passing - place.whole.entry)
+        self._hold(action, -gone)
         self._flow(found.entry)
 
     def _input_backwarded(self, action: Action) -> int:

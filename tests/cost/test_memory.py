@@ -32,6 +32,13 @@ def with_stage(plan: Plan, **changes: object) -> Plan:
     return plan.model_copy(update={"pipelines": pipelines})
 
 
+def on_accelerators(plan: Plan) -> Plan:
+    """The plan on devices that messages must be copied to."""
+    cluster = plan.cluster
+    types = {name: replace(t, vendor="nvidia") for name, t in cluster.device_types.items()}
+    return plan.model_copy(update={"cluster": replace(cluster, device_types=types)})
+
+
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("fp64", 8)])
 def test_one_device_holds_weights_gradients_and_two_moments(precision: str, width: int) -> None:
     plan = NAMED_PLANS["single device"](precision)
@@ -100,7 +107,7 @@ def test_a_device_in_two_stages_holds_both() -> None:
 
 def test_reduction_comes_beside_the_last_micro_batch() -> None:
     """With four micro-batches in flight, gradients may take the room of three."""
-    plan = with_stage(NAMED_PLANS["single device"]("fp32"), in_flight=4)
+    plan = on_accelerators(with_stage(NAMED_PLANS["single device"]("fp32"), in_flight=4))
     layout, compute = lay_out(plan), compute_model(plan)
 
     def use(incoming: int) -> MemoryUse:
@@ -115,9 +122,31 @@ def test_reduction_comes_beside_the_last_micro_batch() -> None:
 
 
 def test_new_weights_count_where_others_update_most() -> None:
-    plan = NAMED_PLANS["single device"]("fp32")
+    plan = on_accelerators(NAMED_PLANS["single device"]("fp32"))
     ((use),) = device_memory(compute_model(plan), lay_out(plan), {0: 0}, {0: 0}).values()
     assert use.reduction == use.weights
+
+
+def test_a_host_has_buffers_for_what_comes_and_what_goes() -> None:
+    """Of all elements it updates a quarter, whose gradients come from one other holder: the new weights wait to be
+    answered all through the step, the others' gradients and weights only beside the last micro-batch."""
+    plan = NAMED_PLANS["single device"]("fp32")
+    elements = parameters(plan)
+    mine = elements // 4
+    (use,) = device_memory(compute_model(plan), lay_out(plan), {0: mine}, {0: mine}).values()
+    assert use.buffers == 4 * mine
+    assert use.reduction == 4 * mine + 2 * 4 * (elements - mine)
+
+
+@pytest.mark.parametrize(("ways", "stage"), [(1, 0), (2, 1), (1, 2)])
+def test_on_a_host_every_micro_batch_has_messages_that_wait_for_an_answer(ways: int, stage: int) -> None:
+    plan = NAMED_PLANS["uneven pipeline of 3"]("fp32")
+    device = lay_out(plan).used[stage]
+    host, accelerator = (memory(p)[device] for p in (plan, on_accelerators(plan)))
+    boundary = plan.pipelines[0].micro_batch_rows * plan.workload.sequence_length * 16 * 4
+    held = plan.pipelines[0].stages[stage].in_flight
+    assert host.activations - accelerator.activations == held * ways * boundary
+    assert accelerator.buffers - host.buffers == ways * boundary
 
 
 @pytest.mark.parametrize("tokens_of_shard", [8, 0])
@@ -155,7 +184,8 @@ def test_a_split_backward_holds_its_deferred_products() -> None:
     whole, apart = (memory(p)[0] for p in (plan, split))
     held = plan.pipelines[0].stages[0].in_flight
     assert found.stash > found.kept
-    assert apart.activations - whole.activations == held * (found.stash - found.kept)
+    beside = stage_bytes(shape, (0, 5), "full").kept  # tokens and targets
+    assert apart.activations - whole.activations == held * (found.stash + beside - found.kept)
 
 
 def test_the_head_holds_a_chunk_of_logits_and_no_more() -> None:
@@ -163,8 +193,8 @@ def test_the_head_holds_a_chunk_of_logits_and_no_more() -> None:
     model = replace(workload.model, vocab_size=10**6)
     shape = RankShape(replace(workload, model=model), Share.whole(model), 2, 4)
     found = layer_bytes(shape, "head")
-    assert found.kept == shape.tokens * model.hidden_size * 4
-    assert 32e6 <= found.forward_workspace <= 2 * 2**22 * 4 + 10_000  # one is used, the next made
+    assert found.kept == shape.tokens * model.hidden_size * 4 + 8  # and the loss
+    assert 16e6 <= found.forward_workspace <= 2**22 * 4 + 10_000
 
 
 def test_the_reserve_is_not_for_plans() -> None:

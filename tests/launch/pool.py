@@ -25,6 +25,7 @@ from hethub.launch.links import LinkTable
 from hethub.launch.worker import Task, Worker, WorkerSetup, assemble
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.memory import program_memory
 from hethub.program.prove import prove
 from hethub.specs.job import Fault, OptimizerSettings
 from hethub.specs.layout import lay_out
@@ -173,6 +174,7 @@ class Pool:
             beacon_file=self.folder / "beacon",
             faults=plan_faults(faults, program, lambda device, action: 1.0),
             history=history,
+            peak_bytes={d: peak.total for d, peak in program_memory(program, compute).items()},
         )
         self.call("load", task)
         self.call("start_clock", time.monotonic(), time_scale or 1.0)

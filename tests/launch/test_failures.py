@@ -122,18 +122,23 @@ def test_a_peer_that_disappears_in_a_transfer_is_named(folder: Path, action: str
 
 
 @pytest.mark.parametrize("emulated", [True, False])
-def test_a_device_out_of_memory_tells_need_and_prediction(folder: Path, emulated: bool) -> None:
+def test_a_device_out_of_memory_tells_need_prediction_limit_and_what_to_change(
+    folder: Path, emulated: bool
+) -> None:
+    """An emulated device by its tally, another by what its allocator says."""
     if not emulated:
         edit(folder / "cluster.yaml", ("emulated: {time_scale: 20}\n", ""))
     result = ended_by(folder, f"device: b/0/0, {FORWARD}, do: oom")
     last = result.err.splitlines()[-1]
-    if emulated:
-        figures = r"[\d.]+ MiB live, 0\.\d\d MiB predicted peak, b/0/0 \(slow, emulated\) has 0\.25 MiB\. "
-    else:
-        figures = r".*can't allocate memory.*; the plan predicts a peak of 0\.\d\d MiB of 0\.25\. "
-    advice = "Lower micro_batch_rows or in_flight"
-    where = r"hethub: rank 1, device b/0/0 \(slow\), forward stage 1 micro-batch 0: out of memory: "
-    assert re.match(where + figures + advice, last), last
+    figures = (
+        r"0\.\d\d MiB live, 0\.\d\d MiB predicted peak, b/0/0 \(slow, emulated\) has 0\.28 MiB\. "
+        r"Lower micro_batch_rows or in_flight of stage 1, or set recompute: full\. "
+        if emulated
+        else r".* you tried to allocate \d+ bytes.*; the plan predicts a peak of 0\.\d\d MiB of 0\.28\. "
+        r"Lower micro_batch_rows or in_flight here, set recompute: full, or plan with more memory_reserve\. "
+    )
+    action = r"hethub: rank 1, device b/0/0 \(slow\), forward stage 1 micro-batch 0: out of memory: "
+    assert re.match(action + figures, last), last
 
 
 @pytest.mark.parametrize("do", ["hang", "stop"])
@@ -161,6 +166,6 @@ def test_a_fault_at_an_action_that_is_not_there_is_refused_before_anything_start
         result = launch.end()
     assert result.exit_code == 2
     assert (
-        'job.yaml:9:24 fault.action: the device has no action "forward stage 7 micro-batch 0"' in result.err
+        'job.yaml:10:24 fault.action: the device has no action "forward stage 7 micro-batch 0"' in result.err
     )
     assert not (folder / "run").exists()

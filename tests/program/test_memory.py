@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 
 from hethub.cost.memory import device_memory, rank_shape, stage_bytes
+from hethub.program.actions import What
 from hethub.program.compile import compile_program
-from hethub.program.memory import MemoryPeak, program_memory
+from hethub.program.memory import MemoryPeak, acknowledged, program_memory
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind
-from tests.plan_strategies import NAMED_PLANS, compute_model, plans
+from tests.plan_strategies import NAMED_PLANS, compute_model, plans, three_speeds
 
 
 def peaks(plan: Plan) -> dict[int, MemoryPeak]:
@@ -38,15 +39,16 @@ def with_stages(plan: Plan, micro_batches: int, **changes: object) -> Plan:
 def test_the_last_stage_holds_one_micro_batch_whatever_it_may_hold() -> None:
     """1F1B takes each back at once, and the walk sees it; the closed form must take the declared four."""
     plan = with_stages(NAMED_PLANS["pipeline of 2"]("fp32"), 8, in_flight=4)
+    plan = plan.model_copy(update={"cluster": three_speeds(emulated=True)})
     compute, layout = compute_model(plan), lay_out(plan)
     first, last = layout.used
     found, bound = peaks(plan), device_memory(compute, layout)
     (_, stage) = layout.pipelines[0].stages
     shape = rank_shape(compute, stage.replicas[0], 0)
     one = stage_bytes(shape, stage.layers, "none")
-    # Its input lies in the buffer of the message that brought it.
+    # Its input lies in the buffer of the message that brought it, and gradients leave from buffers too.
     assert found[last].activations == one.kept - one.entry
-    assert bound[last].activations == 4 * one.kept
+    assert bound[last].activations == 4 * (one.kept + one.entry)  # and a gradient that leaves
     program = compile_program(layout, compute)
     assert program.devices[last][found[last].action].kind in (Kind.FORWARD, Kind.BACKWARD)
     assert found[first].activations > found[last].activations
@@ -85,21 +87,57 @@ def test_everything_is_released_and_parts_add_up(plan: Plan) -> None:
         assert peak.total - peak.workspace <= peak.live_bytes <= peak.total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plan=plans())
-def test_inside_the_pipeline_the_closed_form_is_an_upper_bound(plan: Plan) -> None:
+def test_the_closed_form_is_an_upper_bound_and_no_wild_one(plan: Plan) -> None:
+    """Of the walk, but for what is of no model's size: the trailers of emulated messages, norms and totals. Seen: 1.0
+    to 3.0 times the walk, 1.3 in the middle; most where a schedule never has in flight what it may."""
     compute, layout = compute_model(plan), lay_out(plan)
     program = compile_program(layout, compute)
-    bound = device_memory(compute, layout)
+    ownership = program.ownership
+    bound = device_memory(compute, layout, ownership.owned_elements, ownership.incoming_elements)
     for device, peak in program_memory(program, compute).items():
-        slack = 2 * stage_boundary(plan)
-        assert peak.activations + peak.stash <= bound[device].activations + slack, device
+        messages = sum(len(program.order[channel]) for channel in program.order if device in channel[:2])
+        trailers = 8 * messages + 48 * len(layout.used)
+        assert peak.total - trailers <= bound[device].total <= 4 * peak.total, device
 
 
-def stage_boundary(plan: Plan) -> int:
-    """Bytes of the largest message between stages: a gradient on its way through a stage of no layers of its own."""
-    rows = max(pipeline.micro_batch_rows for pipeline in plan.pipelines)
-    return rows * plan.workload.sequence_length * plan.workload.model.hidden_size * 4
+@settings(max_examples=60, deadline=None)
+@given(plan=plans())
+def test_answers_tell_only_of_what_has_been_received(plan: Plan) -> None:
+    """Whoever gets a message may wait for the sends that it acknowledges: they have a receiver that is done with
+    them, in this step or, behind a part of the norm, the one before."""
+    program = compile_program(lay_out(plan), compute_model(plan))
+    for message, answered in acknowledged(program, program.layout.used).items():
+        transfer = program.transfer(message)
+        actions = program.devices[transfer.source]
+        at = next(i for i, a in enumerate(actions) if a.kind == Kind.SEND and a.message == message)
+        before = {a.message for a in actions[:at] if a.kind == Kind.RECEIVE}
+        for other in answered:
+            back = program.transfer(other)
+            assert (back.source, back.destination) == (transfer.destination, transfer.source)
+            assert other in before or (transfer.what == What.NORM and back.what == What.TOTAL)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=plans())
+def test_the_norms_total_comes_when_all_before_it_has_been_received(plan: Plan) -> None:
+    """So that its receiver may wait for every send. Each device takes all messages but the total before it tells its
+    part of the norm."""
+    program = compile_program(lay_out(plan), compute_model(plan))
+    root = program.layout.used[0]
+    for device in program.layout.used[1:]:
+        told = [
+            program.transfer(a.message).what
+            for a in program.devices[device]
+            if a.kind in (Kind.RECEIVE, Kind.SEND)
+        ]
+        assert told.index(What.TOTAL) == told.index(What.NORM) + 1
+        assert set(told[told.index(What.TOTAL) + 1 :]) <= {What.WEIGHTS}
+    own = [a for a in program.devices[root] if a.kind == Kind.RECEIVE]
+    kinds = [program.transfer(a.message).what for a in own]
+    if What.NORM in kinds:
+        assert set(kinds[kinds.index(What.NORM) :]) == {What.NORM}
 
 
 def test_a_long_program_is_walked_quickly() -> None:
