@@ -57,7 +57,7 @@ class WeightGradients:
         self.buffers: dict[str, Tensor] = {}
         self.deferred: list[Deferred] | None = None
         self._packs: dict[tuple[str, ...], Tensor] = {}
-        self._arenas = [self._add_stage(stage) for stage in stages]
+        self._arenas = [arena for arena in map(self._add_stage, stages) if len(arena)]
 
     def _add_stage(self, stage: Packed) -> Tensor:
         """All buffers of a stage one after the other, in the order of its packs, so that neighbours can be sent as

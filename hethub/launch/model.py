@@ -10,7 +10,7 @@ backward mirrors both. Shares of heads, columns and vocabulary may be uneven.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -102,8 +102,12 @@ class StageModel:
         weights: WeightSource,
         group: TensorGroup | None = None,
         recompute: str = "none",
+        held: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`recompute` is none or selective here (the attention core is done again); full is for the caller to do."""
+        """`recompute` is none or selective here (the attention core is done again); full is for the caller to do.
+
+        `held` are parameters that the device has already in another stage: a tied table, which is one tensor.
+        """
         self.model = model
         self.layers = layers
         self.share = share
@@ -115,10 +119,13 @@ class StageModel:
         self._packed: dict[tuple[str, ...], Tensor] = {}
         shards: dict[tuple[str, ...], list[Tensor]] = {}
         for layer in range(*layers):
-            held = {p.name: p for p in layer_parameters(model, layer)}
-            for names in dict.fromkeys(_pack_of(name) for name in held):
-                if names not in shards:
-                    parts = [weights(held[n], parameter_span(held[n], share)) for n in names]
+            here = {p.name: p for p in layer_parameters(model, layer)}
+            for names in dict.fromkeys(_pack_of(name) for name in here):
+                if held is not None and names[0] in held:
+                    self.packs.append(names)
+                    self.parameters[names[0]] = held[names[0]]
+                elif names not in shards:
+                    parts = [weights(here[n], parameter_span(here[n], share)) for n in names]
                     shards[names] = [part.to(device, dtype) for part in parts]
         self._add_packs(shards)
         self.first = layers[0] == 0
@@ -132,6 +139,8 @@ class StageModel:
 
     def _add_packs(self, shards: dict[tuple[str, ...], list[Tensor]]) -> None:
         """All weights lie one after the other in one storage, so that neighbours can be sent as one."""
+        if not shards:
+            return
         arena = torch.cat([part.flatten() for parts in shards.values() for part in parts])
         at = 0
         for names, parts in shards.items():

@@ -206,10 +206,9 @@ class Worker:
                 weights=weights,
                 group=groups.get(index),
                 recompute=place.stage.recompute if place.stage.recompute == "selective" else "none",
+                held=shared,
             )
-            # A tied table that stands in two stages of one device is one tensor.
-            for name in stage.parameters:
-                stage.parameters[name] = shared.setdefault(name, stage.parameters[name])
+            shared.update(stage.parameters)
             stages[index] = stage
         return stages
 

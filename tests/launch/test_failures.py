@@ -131,10 +131,10 @@ def test_a_device_out_of_memory_tells_need_prediction_limit_and_what_to_change(
     result = ended_by(folder, f"device: b/0/0, {FORWARD}, do: oom")
     last = result.err.splitlines()[-1]
     figures = (
-        r"0\.\d\d MiB live, 0\.\d\d MiB predicted peak, b/0/0 \(slow, emulated\) has 0\.28 MiB\. "
+        r"0\.\d\d MiB live, 0\.\d\d MiB predicted peak, b/0/0 \(slow, emulated\) has 0\.25 MiB\. "
         r"Lower micro_batch_rows or in_flight of stage 1, or set recompute: full\. "
         if emulated
-        else r".* you tried to allocate \d+ bytes.*; the plan predicts a peak of 0\.\d\d MiB of 0\.28\. "
+        else r".* you tried to allocate \d+ bytes.*; the plan predicts a peak of 0\.\d\d MiB of 0\.25\. "
         r"Lower micro_batch_rows or in_flight here, set recompute: full, or plan with more memory_reserve\. "
     )
     action = r"hethub: rank 1, device b/0/0 \(slow\), forward stage 1 micro-batch 0: out of memory: "
@@ -166,6 +166,6 @@ def test_a_fault_at_an_action_that_is_not_there_is_refused_before_anything_start
         result = launch.end()
     assert result.exit_code == 2
     assert (
-        'job.yaml:10:24 fault.action: the device has no action "forward stage 7 micro-batch 0"' in result.err
+        'job.yaml:9:24 fault.action: the device has no action "forward stage 7 micro-batch 0"' in result.err
     )
     assert not (folder / "run").exists()
