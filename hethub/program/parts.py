@@ -17,6 +17,7 @@ Parts = Mapping[tuple[int, int], tuple[Span, ...]]  # (pipeline, stage) -> layer
 _LATENCIES = 4  # a bucket's transfer is at least so many latencies of its path, so that few are wasted
 _LEAST_SECONDS = 5e-4  # of a part's backward: what starting an action may cost
 _MOST_PARTS = 32
+_MOST_MESSAGES = 100_000  # of gradients in a step, beyond which a program would take long to make and to simulate
 
 
 class _Traffic:
@@ -31,6 +32,8 @@ class _Traffic:
                 for device in entry.holders:
                     others = len(entry.holders) - 1 if device == entry.updater else 1
                     self.bytes[device, layer] += entry.elements * width * others
+        routes = max(1, len(ownership.gradient_routes))
+        self.most_parts = max(1, min(_MOST_PARTS, _MOST_MESSAGES // routes))
         self.least: dict[int, float] = defaultdict(float)  # device -> bytes of a bucket worth sending
         for source, destination in ownership.gradient_routes:
             path = compute.graph.path(source, destination)
@@ -59,7 +62,7 @@ def _cut(stage: StagePlace, compute: ComputeModel, traffic: _Traffic) -> tuple[S
     # A layer's weight: the share of a worthwhile bucket and of a worthwhile action that it fills.
     fills = [_fill(stage, layer, devices, compute, traffic) for layer in range(*stage.layers)]
     least = 1.0
-    while len(spans := _merge(stage.layers, fills, least)) > _MOST_PARTS:
+    while len(spans := _merge(stage.layers, fills, least)) > traffic.most_parts:
         least *= 1.25
     return spans
 
