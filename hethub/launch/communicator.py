@@ -126,6 +126,8 @@ class Communicator:
         A single contiguous part is sent from where it lies: it must not change until its receiver has it.
         """
         transfer = self.program.transfer(message)
+        # Nobody told of the last step's, as in evaluation: it has long left, but may not be dropped before it is known.
+        self._reclaim(message)
         size = sum(part.numel() * part.element_size() for part in parts)
         if size != transfer.bytes:
             raise AssertionError(f"message {message} holds {size} bytes, the program says {transfer.bytes}")
