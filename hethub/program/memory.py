@@ -233,6 +233,11 @@ class _Inbox:
             self.posted += 1
 
 
+def _bytes_of(held: tuple[int, ...]) -> int:
+    """All that an action holds; its number stands first."""
+    return sum(held[1:])
+
+
 class _Walk:
     """What one device holds, action by action."""
 
@@ -284,22 +289,19 @@ class _Walk:
         return self._walk()
 
     def _walk(self) -> MemoryPeak:
-        top, live, best = -1, -1, (0, 0, 0, 0, 0, 0)
+        live, best = 0, (-1, 0, 0, 0, 0, 0)
         opening, program = opens_parameters(self.program, self.device), self.program
-        activations, exchange = self.lanes[Lane.ACTIVATIONS], self.lanes[Lane.PARAMETERS]
         self._open(Lane.ACTIVATIONS)
         for number, action in enumerate(program.devices[self.device]):
             if number == opening:
+                # Before the action itself: what it receives may tell that older messages have left.
                 self._open(Lane.PARAMETERS)
+                live, best = max(live, self._live()), max(best, self._now(number, 0), key=_bytes_of)
             if not self.owes and program.carried(action):
                 continue
             begin, end = self.begins.get(action.kind), self.ends.get(action.kind)
             workspace = 0 if begin is None else begin(action)
-            now = self.activations + self.stash + activations.bytes + exchange.bytes
-            live = max(live, now)
-            if now + workspace > top:
-                top = now + workspace
-                best = (number, self.activations, self.stash, activations.bytes, exchange.bytes, workspace)
+            live, best = max(live, self._live()), max(best, self._now(number, workspace), key=_bytes_of)
             if end is not None:
                 end(action)
         weights, gradients, optimizer = self.lasting
@@ -315,6 +317,14 @@ class _Walk:
             workspace=best[5],
             live_bytes=weights + gradients + optimizer + live,
         )
+
+    def _now(self, number: int, workspace: int) -> tuple[int, int, int, int, int, int]:
+        """The action and what is held in it, by purpose."""
+        activations, exchange = self.lanes[Lane.ACTIVATIONS], self.lanes[Lane.PARAMETERS]
+        return (number, self.activations, self.stash, activations.bytes, exchange.bytes, workspace)
+
+    def _live(self) -> int:
+        return _bytes_of(self._now(0, 0))
 
     # -- messages ------------------------------------------------------------------------------------------------
 
