@@ -1,8 +1,9 @@
 """Schedules: one total order of all work that respects every dependence and the memory limits.
 
-Seeded bugs that were tried, and which test saw them: the in-flight slot freed at the input part (the limit test, zb-h1
-and list); zb-h1 with backwards before forwards (the published bubble); interleaved without the two steps per stage
-behind (the textbook order); joined backwards without a look at the deadline (never longer than 1F1B and ZB-H1).
+Seeded bugs that were tried, and the test that saw each: the in-flight slot freed at the input part (the limit);
+zb-h1 with backwards before forwards (the published bubble); interleaved going ahead by one step for each stage behind
+(Megatron's order) or without a look at the limit (the limit); backwards left whole without a look at when their
+gradient is needed (never longer than 1F1B and ZB-H1).
 """
 
 import math
