@@ -17,12 +17,10 @@ from torch import Tensor
 
 from hethub.launch.tally import StorageTally
 from hethub.program.actions import Channel, Program, What
-from hethub.program.memory import acknowledged
+from hethub.program.memory import TRAILER_BYTES, acknowledged
 from hethub.timeline.record import Lane
 
 __all__ = ["Communicator", "Delivery", "PeerLostError", "Reserve", "guard"]
-
-_TRAILER_BYTES = 8  # the arrival time (fp64) that an emulated link's message carries
 
 T = TypeVar("T")
 Reserve = Callable[[int, int, float], float]  # (destination, bytes, now) -> arrival
@@ -76,7 +74,7 @@ class Communicator:
         self.rank_of = rank_of
         self.reserve = reserve
         self.tally = tally
-        self._extra = 0 if reserve is None else _TRAILER_BYTES
+        self._extra = 0 if reserve is None else TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
         # by message: (work, payload, its lane where it is a buffer of ours)
         self._sending: dict[int, tuple[dist.Work, Tensor, Lane | None]] = {}

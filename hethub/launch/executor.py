@@ -398,7 +398,7 @@ class Executor:
         return next(iter(self.stages.values())).sequence_length
 
     def _cut(self, transfer: Transfer, stage: int, value: Tensor) -> Tensor:
-        """A transfer's rectangle of a stage's result (rows, tokens, D)."""
+        """A transfer's rectangle of a stage's result, input or output gradient (rows, tokens, D)."""
         row, token = self._origin(stage)
         rows = slice(transfer.rows[0] - row, transfer.rows[1] - row)
         return value[rows, transfer.tokens[0] - token : transfer.tokens[1] - token]
@@ -413,22 +413,17 @@ class Executor:
             return value, [] if buffer is None else [buffer]
         transfers = [self.program.transfers[n] for n in numbers]
         replica = self.places[action.stage].replica
-        row, token = self._origin(action.stage)
+        _, token = self._origin(action.stage)
         tokens = max((t.tokens[1] for t in transfers), default=token) - token
         stage, rows = self.stages[action.stage], replica.rows[1] - replica.rows[0]
         device = self.compute.torch_device
         whole = torch.empty(rows, tokens, stage.model.hidden_size, dtype=stage.dtype, device=device)
         for number, transfer in zip(numbers, transfers, strict=True):
             value, buffer = parts[number]
-            self._place(whole, transfer, row, token).copy_(value)
+            self._cut(transfer, action.stage, whole).copy_(value)
             if buffer is not None:
                 self.communicator.release(buffer, Lane.ACTIVATIONS)
         return whole, []
-
-    @staticmethod
-    def _place(whole: Tensor, transfer: Transfer, row: int, token: int) -> Tensor:
-        rows = slice(transfer.rows[0] - row, transfer.rows[1] - row)
-        return whole[rows, transfer.tokens[0] - token : transfer.tokens[1] - token]
 
     def _send(self, action: Action) -> Timing:
         transfer = self.program.transfer(action.message)

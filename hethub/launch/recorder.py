@@ -26,7 +26,7 @@ class Recorder:
         lane = peer = -1
         size = 0
         if action.message >= 0:
-            transfer = self._program.transfers[self._program.messages[action.message].transfer]
+            transfer = self._program.transfer(action.message)
             lane, size = int(transfer.lane), transfer.bytes
             peer = transfer.destination if action.kind == Kind.SEND else transfer.source
         where = (action.stage, action.micro_batch, peer, action.message)

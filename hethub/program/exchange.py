@@ -23,6 +23,7 @@ __all__ = [
     "Exchange",
     "GradientSend",
     "Reduction",
+    "Uses",
     "WeightSend",
     "plan_exchange",
     "touches",
@@ -72,7 +73,7 @@ class Exchange:
     buckets: Mapping[int, tuple[tuple[int, ...], ...]]
 
 
-class _Uses(NamedTuple):
+class Uses(NamedTuple):
     """Per parameter (number) of one device: indices of the first action that uses it and the last that adds to its
     gradient."""
 
@@ -82,7 +83,7 @@ class _Uses(NamedTuple):
 
 def touches(
     layout: Layout, spans: Mapping[int, Sequence[Span]], actions: Sequence[Action], numbers: Mapping[str, int]
-) -> _Uses:
+) -> Uses:
     """Where a device's list uses and completes each of its parameters.
 
     `spans[stage]` are the layer ranges of the stage's parts, `numbers` parameters' places in the ownership table.
@@ -94,7 +95,7 @@ def touches(
             first_of.setdefault((action.stage, action.part), index)
         elif action.kind in GRADIENT_KINDS:
             last_of[action.stage, action.part] = index
-    found = _Uses({}, {})
+    found = Uses({}, {})
     for places, kept, choose in ((first_of, found.first, min), (last_of, found.last, max)):
         for (stage, part), index in places.items():
             layers = spans[stage][part] if part >= 0 else (spans[stage][0][0], spans[stage][-1][1])
@@ -126,7 +127,7 @@ def plan_exchange(
     )
 
 
-def _buckets(ownership: Ownership, device: int, uses: _Uses) -> tuple[tuple[int, ...], ...]:
+def _buckets(ownership: Ownership, device: int, uses: Uses) -> tuple[tuple[int, ...], ...]:
     """A device's own slices by the action that first uses them."""
     found: dict[int, list[int]] = defaultdict(list)
     for number in ownership.by_updater.get(device, ()):
@@ -135,7 +136,7 @@ def _buckets(ownership: Ownership, device: int, uses: _Uses) -> tuple[tuple[int,
 
 
 def _gradients(
-    ownership: Ownership, uses: Mapping[int, _Uses], lists: Sequence[Sequence[Action]]
+    ownership: Ownership, uses: Mapping[int, Uses], lists: Sequence[Sequence[Action]]
 ) -> tuple[GradientSend, ...]:
     """A device sends to all, neighbours in turn, what each action completes."""
     found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
@@ -183,7 +184,7 @@ def _weights(
     ownership: Ownership,
     device: int,
     buckets: Sequence[Sequence[int]],
-    uses: Mapping[int, _Uses],
+    uses: Mapping[int, Uses],
     lists: Sequence[Sequence[Action]],
 ) -> tuple[WeightSend, ...]:
     """Each bucket goes to all holders, neighbours in turn."""

@@ -27,9 +27,9 @@ from hethub.program.actions import Action, Channel, Program, Transfer, What
 from hethub.specs.layout import Share
 from hethub.timeline.record import Kind, Lane
 
-__all__ = ["MemoryPeak", "acknowledged", "opens_parameters", "program_memory"]
+__all__ = ["TRAILER_BYTES", "MemoryPeak", "acknowledged", "opens_parameters", "program_memory"]
 
-_TRAILER_BYTES = 8  # of a message over an emulated link: its arrival time
+TRAILER_BYTES = 8  # of a message over an emulated link: its arrival time
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
@@ -329,7 +329,7 @@ class _Walk:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def _size(self, message: int) -> int:
-        return self.program.transfer(message).bytes + (_TRAILER_BYTES if self.emulated else 0)
+        return self.program.transfer(message).bytes + (TRAILER_BYTES if self.emulated else 0)
 
     def _open(self, lane: Lane) -> None:
         """Post the first receives of the step."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from typing import NoReturn
 
 from hethub.program.actions import Action, Channel, Program, Transfer, What
-from hethub.program.exchange import touches
+from hethub.program.exchange import Uses, touches
+from hethub.specs.layout import Span
 from hethub.timeline.record import Kind
 
 __all__ = ["ProgramError", "prove"]
@@ -35,8 +37,17 @@ def prove(program: Program) -> None:
     _prove_messages(program)
     _prove_work(program)
     _prove_routes(program)
+    incoming: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+    for number, transfer in enumerate(program.transfers):
+        if transfer.what == What.REDUCE:
+            incoming[transfer.destination].append((number, transfer.slices))
+    spans: dict[int, dict[int, tuple[Span, ...]]] = defaultdict(dict)
+    for (device, stage), parts in program.parts.items():
+        spans[device][stage] = parts
+    numbers = {parameter.name: n for n, parameter in enumerate(program.ownership.parameters)}
     for device in program.layout.used:
-        _DeviceProof(program, device).run()
+        uses = touches(program.layout, spans[device], program.devices[device], numbers)
+        _DeviceProof(program, device, uses, incoming[device]).run()
     _prove_progress(program)
 
 
@@ -48,7 +59,7 @@ def _prove_messages(program: Program) -> None:
         for action in actions:
             if action.kind not in (Kind.SEND, Kind.RECEIVE):
                 continue
-            transfer = program.transfers[program.messages[action.message].transfer]
+            transfer = program.transfer(action.message)
             (sent if action.kind == Kind.SEND else received)[action.message] += 1
             end = transfer.source if action.kind == Kind.SEND else transfer.destination
             if action.kind == Kind.SEND:
@@ -138,23 +149,19 @@ _PHASE_OF_MESSAGE = {What.NORM: 4, What.TOTAL: 5}
 class _DeviceProof:
     """One device's own order: its messages and work so far decide what may come next."""
 
-    def __init__(self, program: Program, device: int) -> None:
+    def __init__(
+        self, program: Program, device: int, uses: Uses, incoming: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> None:
+        """`incoming` are the transfers (by number) that bring it others' gradients, with their slices."""
         self.program = program
         self.device = device
         self.received: set[tuple[int, int]] = set()  # (transfer, micro-batch)
         self.made: set[tuple[Kind, int, int, int]] = set()  # kind, stage, micro-batch, part
         self.updated: set[int] = set()  # slices
         self.mailed: set[int] = set()  # slices whose new weights have been received and not put into place
-        numbers = {parameter.name: n for n, parameter in enumerate(program.ownership.parameters)}
-        spans = {stage: parts for (d, stage), parts in program.parts.items() if d == device}
-        uses = touches(program.layout, spans, program.devices[device], numbers)
         self.first, self.last = uses.first, uses.last
         self.again = {a.stage for a in program.devices[device] if a.kind == Kind.RECOMPUTE}
-        self.incoming = [
-            (n, t.slices)
-            for n, t in enumerate(program.transfers)
-            if t.what == What.REDUCE and t.destination == device
-        ]
+        self.incoming = incoming
         self.phase = 0
         self.number = -1
 
