@@ -13,7 +13,8 @@ from hethub.planners.placement import place
 from hethub.planners.pools import Pools
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
-from hethub.program.ownership import Ownership, own
+from hethub.program.ownership import Ownership
+from hethub.program.updaters import own_by_strength
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
@@ -49,7 +50,7 @@ def simulate_plan(
     """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of
     actions."""
     layout = lay_out(plan)
-    ownership = own(layout)
+    ownership = own_by_strength(layout, compute)
     if not fits(compute, layout, ownership):
         return None
     program = compile_program(layout, compute, ownership=ownership)

@@ -14,8 +14,8 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.cost.memory import MemoryUse, device_memory, usable_bytes
 from hethub.errors import InputError
-from hethub.program.ownership import own
 from hethub.program.schedules import SCHEDULES
+from hethub.program.updaters import own_by_strength
 from hethub.specs.base import Problems
 from hethub.specs.cluster import Cluster, Device, GroupLink
 from hethub.specs.devices import parse_devices
@@ -355,7 +355,7 @@ def _check_memory(plan: Plan, seats: list[_Seat]) -> Iterator[Problem]:
     devices = plan.cluster.devices()
     layout = lay_out(plan)
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    ownership = own(layout)
+    ownership = own_by_strength(layout, compute)
     uses = device_memory(compute, layout, ownership.owned_elements, ownership.incoming_elements)
     over = {
         devices[d].name: (devices[d], use)
