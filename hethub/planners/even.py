@@ -80,9 +80,7 @@ class EvenPlanner:
             if done is None:
                 continue
             simulated += 1
-            found = Found(
-                plan=plan, program=done[0], simulation=done[1], considered=len(splits), runners_up=()
-            )
+            found = Found(plan=plan, modelled=done, considered=len(splits), runners_up=())
             if best is None or found.step_seconds < best.step_seconds:
                 best = found
             big = 6 * split.micro_batches * len(pricing.compute.graph.devices) > _BIG

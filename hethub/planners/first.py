@@ -92,8 +92,7 @@ def _found(finalists: list[Finalist], ranked: tuple[Candidate, ...], considered:
             )
     return Found(
         plan=winner.plan,
-        program=winner.program,
-        simulation=winner.simulation,
+        modelled=winner.modelled,
         considered=considered,
         runners_up=tuple(lost.values()) or _second(winner, ranked, pools),
     )
