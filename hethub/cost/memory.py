@@ -414,15 +414,9 @@ def device_memory(
                 for member, rank in enumerate(replica.ranks):
                     shape = rank_shape(compute, replica, member)
                     key = (
-                        held,
-                        shape.share,
-                        shape.rows,
-                        shape.size,
-                        shape.members,
-                        member,
-                        shape.largest_vocab,
+                        *(held, shape.share, shape.rows, shape.size, shape.members, member),
+                        *(shape.largest_vocab, on_host(compute, rank.device)),
                     )
-                    key = (*key, on_host(compute, rank.device))
                     if key not in known:
                         known[key] = _rank_use(compute, pipeline, stage, rank, shape)
                     one = known[key]
