@@ -207,9 +207,7 @@ class Chains:
             StageDraft(stage.staff.seats, n, n > stage.cap_none, held)
             for stage, n, held in zip(stages, decoders, in_flight, strict=True)
         )
-        tail = max(
-            self.links.tail_seconds(stage, n, setting) for stage, n in zip(stages, decoders, strict=True)
-        )
+        tail = self.links.tail_seconds(stages, decoders, setting)
         return Chain(
             crew=crew,
             rows=rows,
