@@ -151,6 +151,4 @@ class LinkCosts:
         slowest = min(known, key=lambda path: path.bandwidth_bytes_per_second)
         shared = 1 if inside else size
         each = moved * shared / slowest.bandwidth_bytes_per_second
-        return _Rates(
-            reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds
-        )
+        return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)

@@ -51,13 +51,13 @@ class _Traffic:
         self.sharing = {d: beside[places[d]] for d in layout.used}
 
     def seconds(self, devices: Iterable[int], layers: Span) -> float:
-        """Until the gradients of these layers are exchanged, both ways, every device of a node doing the same."""
-        return max(
-            sum(self.bytes.get((d, layer), 0) for layer in range(*layers)) * self.sharing[d] / self.slowest[d]
-            if d in self.slowest
-            else 0.0
-            for d in devices
-        )
+        """Until the gradients of these layers are exchanged, both ways at once, every device of a node doing the same."""
+        worst = 0.0
+        for device in devices:
+            if device in self.slowest:
+                both = sum(self.bytes.get((device, layer), 0) for layer in range(*layers))
+                worst = max(worst, both / 2 * self.sharing[device] / self.slowest[device])
+        return worst
 
 
 def cut_stages(

@@ -61,8 +61,7 @@ class Modelled:
         """With a timeline, simulated again where there is none."""
         if self.simulation.timeline is not None:
             return self
-        simulation = _simulate(self.program, self.compute if self.fold is None else self.fold.compute, True)
-        return replace(self, simulation=simulation)
+        return replace(self, simulation=_simulate(self.program, self.compute, self.fold, record=True))
 
 
 def model(
@@ -74,25 +73,25 @@ def model(
     folded = fold(layout, compute) if _actions(layout) > _DETAILED else None
     if folded is None:
         program = compile_program(layout, compute, ownership=ownership)
-        simulation = _simulate(program, compute, record)
     else:
         # Groups update as much as their ranks together.
         owned = ownership.owned_elements
         shares = {d: float(sum(owned.get(rank, 0) for rank in group)) for d, group in folded.members.items()}
         table = own(folded.layout, shares)
         program = compile_program(folded.layout, folded.compute, ownership=table)
-        simulation = _simulate(program, folded.compute, record)
     return Modelled(
         layout=layout,
         compute=compute,
         ownership=ownership,
         program=program,
-        simulation=simulation,
+        simulation=_simulate(program, compute, folded, record=record),
         fold=folded,
     )
 
 
-def _simulate(program: Program, compute: ComputeModel, record: bool) -> Simulation:
+def _simulate(program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool) -> Simulation:
+    if folded is not None:
+        return simulate(program, folded.compute, record=record, sub_events=False)
     actions = sum(len(actions) for actions in program.devices)
     return simulate(program, compute, record=record, sub_events=actions <= _DETAILED)
 
