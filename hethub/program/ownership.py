@@ -193,14 +193,16 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
     parameters = model_parameters(layout.model)
     known: dict[tuple[object, ...], list[_Piece]] = {}
     runs: dict[tuple[int, tuple[int, ...]], list[_Entry]] = defaultdict(list)
+    places: dict[tuple[int, ...], tuple[int, ...]] = {}  # layers -> stages that they stand in
     for number, parameter in enumerate(parameters):
-        where = tuple(
-            stage.index
-            for pipeline in layout.pipelines
-            for stage in pipeline.stages
-            if any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers)
-        )
-        key = (where, parameter.cut, parameter.unit, parameter.shape[parameter.axis])
+        if parameter.layers not in places:
+            places[parameter.layers] = tuple(
+                stage.index
+                for pipeline in layout.pipelines
+                for stage in pipeline.stages
+                if any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers)
+            )
+        key = (places[parameter.layers], parameter.cut, parameter.unit, parameter.shape[parameter.axis])
         if key not in known:
             known[key] = _refine(_holdings(layout, parameter))
         for piece in known[key]:

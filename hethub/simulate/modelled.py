@@ -18,9 +18,9 @@ from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import Layout
 from hethub.timeline.summary import DeviceSummary, summarize
 
-__all__ = ["Modelled", "model"]
+__all__ = ["DETAILED_ACTIONS", "Modelled", "model"]
 
-_DETAILED = 300_000  # actions up to which every rank is simulated, and every collective can be recorded
+DETAILED_ACTIONS = 300_000  # actions up to which every rank is simulated, and every collective can be recorded
 _EACH = 6  # actions of a rank for each micro-batch, about: forward, backward and their messages
 
 
@@ -70,7 +70,7 @@ def model(
     """Compile and simulate one step; `record` keeps the timeline."""
     if ownership is None:
         ownership = own_by_strength(layout, compute)
-    folded = fold(layout, compute) if _actions(layout) > _DETAILED else None
+    folded = fold(layout, compute) if _actions(layout) > DETAILED_ACTIONS else None
     if folded is None:
         program = compile_program(layout, compute, ownership=ownership)
     else:
@@ -93,7 +93,7 @@ def _simulate(program: Program, compute: ComputeModel, folded: Fold | None, *, r
     if folded is not None:
         return simulate(program, folded.compute, record=record, sub_events=False)
     actions = sum(len(actions) for actions in program.devices)
-    return simulate(program, compute, record=record, sub_events=actions <= _DETAILED)
+    return simulate(program, compute, record=record, sub_events=actions <= DETAILED_ACTIONS)
 
 
 def _actions(layout: Layout) -> int:
