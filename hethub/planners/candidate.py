@@ -107,7 +107,7 @@ def least_tail(chains: Chains, team: Team) -> float:
 
 
 class Rates(NamedTuple):
-    """Row-decoders per second of one of `copies` alike pipelines, at the very most: of its quickest stage and of all."""
+    """Row-decoders per second of one of `copies` alike pipelines, at the most: of its quickest stage and of all."""
 
     copies: int
     stage: float

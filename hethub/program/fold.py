@@ -100,7 +100,7 @@ class _GroupCompute(ComputeModel):
 
 def fold(layout: Layout, compute: ComputeModel) -> Fold | None:
     """Fold every group into its first device, or None where that cannot be: ranks of unlike devices or shares (then
-    their own times differ), or a device that has other partners in another stage."""
+    their own times differ), or a device that has other partners or another share in another stage."""
     groups: dict[int, _Ranks] = {}
     leader: dict[int, int] = {}
     for pipeline in layout.pipelines:

@@ -51,7 +51,7 @@ class _Traffic:
         self.sharing = {d: beside[places[d]] for d in layout.used}
 
     def seconds(self, devices: Iterable[int], layers: Span) -> float:
-        """Until the gradients of these layers are exchanged, both ways at once, every device of a node doing the same."""
+        """Until these layers' gradients are exchanged, both ways at once, every device of a node doing the same."""
         worst = 0.0
         for device in devices:
             if device in self.slowest:

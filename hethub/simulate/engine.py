@@ -23,6 +23,7 @@ from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Lane, Timeline, 
 __all__ = ["Simulation", "simulate"]
 
 _SEND, _RECEIVE = int(Kind.SEND), int(Kind.RECEIVE)
+_CARRIED = (_RECEIVE, int(Kind.GATHER))
 _FIRST = Lane.ACTIVATIONS  # at one instant
 _CHUNK = 1 << 16  # rows that wait as tuples, four times as big as records, before they become an array
 _Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, float, float, float, int]
@@ -52,7 +53,8 @@ class _Engine:
         self.at = [0] * len(program.devices)
         # Places in the first step's lists that take what a step before would have sent.
         self.absent = [
-            {i for i, action in enumerate(actions) if program.carried(action)} for actions in program.devices
+            {i for i, a in enumerate(actions) if a.kind in _CARRIED and program.carried(a)}
+            for actions in program.devices
         ]
         self.sent: dict[int, float] = {}
         self.arrival: dict[int, float] = {}
@@ -88,7 +90,9 @@ class _Engine:
 
     def _key(self, device: int, action: Action) -> int:
         """A message of the step that the device is in, or of the one before where it is carried over."""
-        step = self.at[device] // len(self.program.devices[device]) - self.program.carried(action)
+        step = self.at[device] // len(self.program.devices[device])
+        if action.kind == _RECEIVE and self.program.carried(action):
+            step -= 1
         return step * len(self.program.messages) + action.message
 
     def _next(self, device: int, now: float) -> None:

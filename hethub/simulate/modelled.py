@@ -20,7 +20,7 @@ from hethub.timeline.summary import DeviceSummary, summarize
 
 __all__ = ["DETAILED_ACTIONS", "Modelled", "model"]
 
-DETAILED_ACTIONS = 300_000  # actions up to which every rank is simulated, and every collective can be recorded
+DETAILED_ACTIONS = 100_000  # about; up to here every rank is simulated, and every collective can be recorded
 _EACH = 6  # actions of a rank for each micro-batch, about: forward, backward and their messages
 
 
