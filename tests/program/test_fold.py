@@ -32,7 +32,7 @@ def _cluster(degree: int) -> Cluster:
         power_watts=None,
         usd_per_hour=None,
     )
-    intra = Link(name="link", bandwidth_bytes_per_second=1e8, latency_seconds=1e-5, transport="native")
+    intra = Link(name="link", bandwidth_bytes_per_second=1e7, latency_seconds=1e-5, transport="native")
     inter = Link(name="link", bandwidth_bytes_per_second=4e7, latency_seconds=1e-5, transport="native")
     group = NodeGroup(
         name="g",
