@@ -18,7 +18,7 @@ _LATENCIES = 4  # a bucket's transfer is at least so many latencies of its path,
 _LEAST_SECONDS = 5e-4  # of a part's backward: what starting an action may cost
 _MOST_PARTS = 32
 _MOST_MESSAGES = (
-    100_000  # of gradients in a step, beyond which a program would take long to make and to simulate
+    20_000  # of gradients in a step, beyond which a program would take long to make and to simulate
 )
 
 
