@@ -31,7 +31,7 @@ from hethub.launch.shards import Shards
 from hethub.program.actions import Program, What
 from hethub.program.ownership import Ownership
 
-__all__ = ["Agreed", "agree"]
+__all__ = ["Agreed", "agree", "describe", "look_at"]
 
 _IN_PLACE = (What.REDUCE, What.WEIGHTS)
 
@@ -66,7 +66,8 @@ def _table(heap: Heap, tensors: Mapping[str, Tensor], first: Mapping[str, int]) 
     return found
 
 
-def _describe(heap: Heap, shards: Shards) -> dict[str, Any]:
+def describe(heap: Heap, shards: Shards) -> dict[str, Any]:
+    """Where a heap is and what lies where in it, for `look_at` in another process."""
     return {
         "host": _host(),
         "process": os.getpid(),
@@ -77,7 +78,7 @@ def _describe(heap: Heap, shards: Shards) -> dict[str, Any]:
     }
 
 
-def _map(ownership: Ownership, told: Mapping[str, Any]) -> Shards | None:
+def look_at(ownership: Ownership, told: Mapping[str, Any]) -> Shards | None:
     """Map another worker's heap; None where that cannot be done."""
     try:
         file = os.open(f"/proc/{told['process']}/fd/{told['file']}", os.O_RDONLY | os.O_CLOEXEC)
@@ -123,12 +124,12 @@ def agree(
     ways = {n: t for n, t in enumerate(program.transfers) if t.what in _IN_PLACE and device in t[1:3]}
     sources = {t.source for t in ways.values()} - {device}
     others = sorted(sources | {t.destination for t in ways.values()} - {device})
-    mine = {"host": ""} if heap is None else _describe(heap, shards)
+    mine = {"host": ""} if heap is None else describe(heap, shards)
     told = _ask(dict.fromkeys(others, mine), rank_of)
     neighbours = {}
     for other in sources:
         if mine["host"] and told[other]["host"] == mine["host"]:
-            found = _map(shards.ownership, told[other])
+            found = look_at(shards.ownership, told[other])
             if found is not None:
                 neighbours[other] = found
     reads = _ask({other: other in neighbours for other in others}, rank_of)

@@ -389,6 +389,10 @@ class Worker:
         self.evaluating.settle()
         return total
 
+    def reads_in_place(self) -> set[int]:
+        """The devices whose parameters this one reads where they lie."""
+        return set(self.agreed.neighbours) if self.training is not None else set()
+
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""
         return self.recorder.take()
