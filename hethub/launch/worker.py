@@ -86,7 +86,7 @@ class Task:
     can. `peak_bytes` is the predicted peak memory by device.
     """
 
-    cluster: Cluster
+    graph: CostGraph
     workload: Workload
     program: Program
     evaluation: Program | None
@@ -101,6 +101,11 @@ class Task:
     faults: tuple[PlannedFault, ...] = ()
     read_in_place: bool = True
     peak_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that the plan is for."""
+        return self.graph.cluster
 
 
 def make_batches(task: Task) -> Batches:
@@ -330,7 +335,7 @@ class Worker:
             self._links = None
         if self.task.links_file is None:
             return None
-        graph = CostGraph(self.task.cluster)
+        graph = self.task.graph
         table = self._links = LinkTable(self.task.links_file, graph.cell_count)
         return lambda destination, size, now: table.reserve(
             graph.path(self.setup.device, destination), size, now

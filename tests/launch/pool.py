@@ -163,7 +163,7 @@ class Pool:
         Beacon.create(self.folder / "beacon", len(compute.graph.devices))
         LinkTable.create(self.folder / "links", compute.graph.cell_count)
         task = Task(
-            cluster=plan.cluster,
+            graph=compute.graph,
             workload=plan.workload,
             program=program,
             evaluation=evaluation,
