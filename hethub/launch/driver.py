@@ -138,7 +138,6 @@ def _compile(plan: Plan) -> _Compiled:
     prove(evaluation)
     assert simulation.timeline is not None
     return _Compiled(
-    return _Compiled(
         plan,
         compute.graph,
         program,
@@ -146,7 +145,6 @@ def _compile(plan: Plan) -> _Compiled:
         simulation.timeline,
         simulation.step_seconds,
         figures(plan, modelled),
-    )
     )
 
 
