@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from hethub.program.compile import compile_program
@@ -76,7 +78,7 @@ def _plan(degree: int, heads: list[int]) -> Plan:
             in_flight=4 - number,
             replicas=[Replica(rows=1, ranks=ranks(number))],
         )
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for number, (start, stop) in enumerate(pairwise(cuts))
     ]
     pipeline = Pipeline(repeat=2, micro_batches=8, micro_batch_rows=1, stages=stages)
     return Plan(name="groups", pipelines=[pipeline], cluster=_cluster(degree), workload=workload)
