@@ -20,7 +20,8 @@ __all__ = ["Coefficients", "StagePrice", "stage_price"]
 class Coefficients:
     """The few figures that calibration may set; the defaults change nothing.
 
-    `slow_down` by device type: how much longer work takes in a whole run than a lone layer's profile says.
+    `slow_down` by device type: how much longer the device's work takes in a whole run than a lone layer's profile says
+    (what launches take is left alone).
     `host_pause_seconds`: what a received message costs the device, since the host waits for its header and launches
     nothing meanwhile. `overhead_bytes` by device type: context, libraries and the allocator's reserve.
     """
@@ -48,24 +49,24 @@ def stage_price(
     Raises InputError naming the device type, layer kind and degree where the profile lacks a layer.
     """
     first, last = run.stages[stage].layers
+    slow = coefficients.slow_down.get(device_type, 1.0)
     forward = backward = update = 0.0
     for layer in range(first, last):
         kind: str = layer_kind(run.model, layer)
         kind = "decoder_first" if layer == 1 and _has(profile, run, device_type, "decoder_first") else kind
         key = _key(run, device_type, kind)
-        seconds = profile.seconds(key, "forward", run.micro_batch)
+        seconds = profile.seconds(key, "forward", run.micro_batch, slow)
         if seconds is None:
             raise InputError(
                 f"the profile has no {kind} of {run.model.name} on {device_type} at tensor-parallel degree "
                 f"{run.tensor_parallel}, {run.sequence_length} tokens, {run.dtype}. Measure it, or leave the run out."
             )
         forward += seconds
-        timed = profile.seconds(key, "backward", run.micro_batch)
+        timed = profile.seconds(key, "backward", run.micro_batch, slow)
         backward += timed if timed is not None else _embedding_backward(run, device_type)
         update += profile.seconds(key, "update", run.micro_batch) or 0.0
-    slow = coefficients.slow_down.get(device_type, 1.0)
     gather = coefficients.host_pause_seconds + _gather(run, device_type, profile)
-    return StagePrice(forward * slow, backward * slow, update, gather)
+    return StagePrice(forward, backward, update, gather)
 
 
 def _key(run: EngineRun, device_type: str, kind: str) -> LayerKey:

@@ -18,16 +18,17 @@ class Engine:
     """What a predictor must know of an engine.
 
     `order` is the schedule: `lockstep` (DeepSpeed's TrainSchedule: a stage exchanges with one neighbour a step and sends
-    what it made the step before) or `1f1b` (sends at once). With `blocking_sends` sender and receiver meet for each
-    message; else it waits in the library's buffer. With `slices` a tensor-parallel rank sends its share and the
+    what it made the step before) or `1f1b` (sends at once). A message of up to `buffered_bytes` a rank waits in
+    the library's buffer; for a larger one sender and receiver meet, and both are held until it is through. With `slices` a tensor-parallel rank sends its share and the
     receiving group gathers them; else every rank sends the whole. With `barrier` all devices meet before the gradient
     all-reduce. `dropout` keeps masks and dropped scores, `keeps_feed_forward_input` the input of an activation
-    function that cannot work in place (GELU).
+    function that cannot work in place (GELU). The head keeps `logit_copies` of the logits, and its backward works on as
+    many more.
     """
 
     name: str
     order: Literal["lockstep", "1f1b"]
-    blocking_sends: bool
+    buffered_bytes: int
     slices: bool
     barrier: bool
     weight_bytes: int
@@ -36,6 +37,7 @@ class Engine:
     bucket_bytes: int
     dropout: bool
     keeps_feed_forward_input: bool
+    logit_copies: int
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -43,12 +45,13 @@ class Engine:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.bucket_bytes
 
 
-# DeepSpeed 0.16.5 with Megatron-DeepSpeed, fp32, ZeRO off. NCCL takes messages of a few MiB into its buffers and the
-# sender goes on, so sends do not block: of the engine's own blocking calls the host's wait for the header remains.
+_NCCL_BUFFER = 4 * 2**20  # NCCL_BUFFSIZE, its default: what a channel takes before the receiver has to come
+
+# DeepSpeed 0.16.5 with Megatron-DeepSpeed, fp32, ZeRO off.
 DEEPSPEED = Engine(
     name="deepspeed-pipeline",
     order="lockstep",
-    blocking_sends=False,
+    buffered_bytes=_NCCL_BUFFER,
     slices=True,
     barrier=True,
     weight_bytes=4,
@@ -57,12 +60,13 @@ DEEPSPEED = Engine(
     bucket_bytes=4,
     dropout=False,
     keeps_feed_forward_input=False,
+    logit_copies=2,  # measured: layer_memory of the head; the loss works on a copy
 )
 # Megatron-LM as Aceso builds it, fp32: gradients are added up in one contiguous buffer, which is also reduced.
 MEGATRON = Engine(
     name="megatron-1f1b",
     order="1f1b",
-    blocking_sends=False,
+    buffered_bytes=2**62,  # sends and receives of a step are posted together
     slices=False,
     barrier=False,
     weight_bytes=4,
@@ -71,6 +75,7 @@ MEGATRON = Engine(
     bucket_bytes=0,
     dropout=True,
     keeps_feed_forward_input=True,
+    logit_copies=1,  # its cross-entropy exponentiates fp32 logits in place
 )
 ENGINES = {engine.name: engine for engine in (DEEPSPEED, MEGATRON)}
 
@@ -111,6 +116,12 @@ class EngineRun:
     def in_flight(self, stage: int) -> int:
         """Micro-batches whose activations a stage holds at once under 1F1B."""
         return min(len(self.stages) - stage, self.micro_batches)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the two ends of a message between stages meet."""
+        size = self.message_bytes / (self.tensor_parallel if self.engine.slices else 1)
+        return size > self.engine.buffered_bytes
 
     @property
     def message_bytes(self) -> int:

@@ -53,8 +53,11 @@ def stage_footprint(run: EngineRun, stage: int) -> Footprint:
     unit = run.sequence_length * model.hidden_size * run.micro_batch * BYTES[run.dtype]
     kept = attention * _attention_bytes(run, unit) + feed_forward * _feed_forward_bytes(run, unit)
     logits = _logits_bytes(run)
-    kept += unit * embedding + (2 * logits + unit) * head
-    workspace = 2 * logits + unit if head else 3 * _scores_bytes(run) + unit
+    copies = run.engine.logit_copies * logits
+    kept += unit * embedding + (copies + unit) * head
+    # With a head either its backward is the peak, or the last decoder's when the head's tensors are gone.
+    decoder = 3 * _scores_bytes(run) + unit
+    workspace = max(copies + unit, decoder - copies - unit) if head else decoder
     parameters = _parameters(run, embedding, attention, feed_forward, head)
     return Footprint(
         persistent_bytes=parameters * run.engine.bytes_per_parameter,

@@ -18,6 +18,9 @@ from hethub.simulate.least_squares import Coefficient, Fit, Vector, fit
 __all__ = ["EngineCalibration", "MemoryFit", "calibrate_memory", "calibrate_time"]
 
 _PAUSE = "host_pause_seconds"
+# A pause is a wake-up, one engine instruction in Python and a first launch: less than launching a whole layer, whose
+# forward takes 1.2 ms where launches bound it (GH200, degree 1, one row).
+_LONGEST_PAUSE = 1.2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def calibrate_time(runs: Sequence[MeasuredRun], profile: Profile) -> EngineCalib
     """
     types = tuple(dict.fromkeys(name for run in runs for name in device_types(run)))
     coefficients = [Coefficient(f"slow_down.{name}", 1.0, 0.5, 2.0, 1.0) for name in types]
-    coefficients.append(Coefficient(_PAUSE, 5e-4, 0.0, 1e-2, 1e-3))
+    coefficients.append(Coefficient(_PAUSE, 5e-4, 0.0, _LONGEST_PAUSE, 1e-3))
     known: dict[tuple[int, tuple[float, ...]], float] = {}
 
     def errors(values: Vector, numbers: Sequence[int]) -> Vector:

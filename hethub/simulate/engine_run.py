@@ -70,8 +70,8 @@ class _Builder:
         return self.numbers[key]
 
     def send(self, what: What, source: int, destination: int, size: float, tag: object) -> None:
-        """With blocking sends the two ends meet before, and the sender waits until it is taken."""
-        meets = self.run.engine.blocking_sends and what in (What.ACTIVATION, What.GRADIENT)
+        """Where messages block, the two ends meet before, and the sender waits until it is taken."""
+        meets = self.run.blocks and what in (What.ACTIVATION, What.GRADIENT)
         if meets:
             self.take(What.NORM, destination, source, 0, (what, tag, "ready"))
         number = self.message(what, source, destination, size, tag)
@@ -81,7 +81,7 @@ class _Builder:
 
     def take(self, what: What, source: int, destination: int, size: float, tag: object) -> None:
         """The receiving end of `send`."""
-        meets = self.run.engine.blocking_sends and what in (What.ACTIVATION, What.GRADIENT)
+        meets = self.run.blocks and what in (What.ACTIVATION, What.GRADIENT)
         if meets:
             self.send(What.NORM, destination, source, 0, (what, tag, "ready"))
         number = self.message(what, source, destination, size, tag)

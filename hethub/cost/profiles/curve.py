@@ -33,6 +33,16 @@ class Curve:
         ]
         return cls(tuple(size for size, _ in kept), tuple(seconds for _, seconds in kept))
 
+    @property
+    def best_rate(self) -> float:
+        """Least seconds per unit of all points: what the device itself needs when launches do not hold it up."""
+        return min(seconds / size for size, seconds in zip(self.sizes, self.seconds, strict=True))
+
+    def slowed(self, size: float, slow_down: float) -> float:
+        """Seconds at `size` on a device that works `slow_down` times as long: what the host's launches take stays."""
+        seconds = self.at(size)
+        return seconds + (slow_down - 1) * min(seconds, self.best_rate * size)
+
     def at(self, size: float) -> float:
         """Seconds at `size`, never negative."""
         sizes, seconds = self.sizes, self.seconds

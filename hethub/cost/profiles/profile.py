@@ -122,8 +122,11 @@ class Profile:
         """The measured micro-batches of a layer."""
         return tuple(self._by_layer.get(key, ()))
 
-    def seconds(self, key: LayerKey, what: str, micro_batch: float) -> float | None:
-        """`what` (forward, backward or update) at a micro-batch; None where that was never measured."""
+    def seconds(
+        self, key: LayerKey, what: str, micro_batch: float, slow_down: float = 1.0
+    ) -> float | None:
+        """`what` (forward, backward or update) at a micro-batch, the device's own part `slow_down` times as long (see
+        `Curve.slowed`); None where that was never measured."""
         place = (key, what)
         if place not in self._curves:
             points = {
@@ -133,7 +136,7 @@ class Profile:
             }
             self._curves[place] = Curve.through(points) if points else None
         curve = self._curves[place]
-        return None if curve is None else curve.at(micro_batch)
+        return None if curve is None else curve.slowed(micro_batch, slow_down)
 
     def transfer_seconds(
         self, operation: str, link_class: str, group_size: int, message_bytes: float
