@@ -288,4 +288,3 @@ def _device_type(name: str) -> DeviceType:
         power_watts=known.power_watts,
         usd_per_hour=known.usd_per_hour,
     )
-

@@ -34,9 +34,7 @@ def lockstep(stages: int, stage: int, micro_batches: int) -> Iterator[Step]:
             now = half - stages + (stage + 1) // 2 + (1 - odd)
         neighbour = stage > 0 if forward else stage < stages - 1
         if neighbour:
-            leaving, taken = (
-                (What.GRADIENT, What.ACTIVATION) if forward else (What.ACTIVATION, What.GRADIENT)
-            )
+            leaving, taken = (What.GRADIENT, What.ACTIVATION) if forward else (What.ACTIVATION, What.GRADIENT)
             moves = [(leaving, True, before), (taken, False, now)]
             for what, away, micro_batch in moves if forward else reversed(moves):
                 if 0 <= micro_batch < micro_batches:
