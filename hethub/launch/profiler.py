@@ -9,12 +9,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from hethub.cost.profiles.profile import LayerRow
+from hethub.cost.profiles.profile import LayerKey, LayerRow
 from hethub.cost.shapes import LayerKind, Parameter, layer_kind
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
@@ -94,6 +94,11 @@ class LayerProfiler:
         for layer in (0, 1, self.model.layers + 1):
             yield layer_kind(self.model, layer), layer
 
+    def key(self, layer: int) -> LayerKey:
+        """What a layer's rows are found by."""
+        kind = layer_kind(self.model, layer)
+        return LayerKey(self.model.name, self.device_type, kind, 1, self.sequence_length, self.precision)
+
     def measure(self, layer: int, rows: int, budget_seconds: float) -> tuple[LayerRow, dict[str, Spread]]:
         """One layer's row for micro-batches of `rows` sequences, and how repeatable its times were."""
         stage = self._stage((layer, layer + 1))
@@ -114,13 +119,8 @@ class LayerProfiler:
         names = ("forward", "backward", "update")
         spreads = dict(zip(names, repeated(once, budget_seconds), strict=True))
         row = LayerRow(
-            model=self.model.name,
-            device_type=self.device_type,
-            layer_kind=layer_kind(self.model, layer),
-            tensor_parallel=1,
+            **asdict(self.key(layer)),
             micro_batch=rows,
-            sequence_length=self.sequence_length,
-            dtype=self.precision,
             forward_seconds=spreads["forward"].seconds,
             backward_seconds=spreads["backward"].seconds,
             update_seconds=spreads["update"].seconds,
