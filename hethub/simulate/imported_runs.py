@@ -167,9 +167,7 @@ def _megatron_run(path: Path, name: str, rows: list[dict[str, str]]) -> Measured
         repeated_seconds=None,
         peak_bytes=max(number(row, "device_used_mib") for row in rows) * _MIB,
         stages=tuple(
-            MeasuredStage(
-                number(row, "peak_allocated_mib") * _MIB, number(row, "device_used_mib") * _MIB
-            )
+            MeasuredStage(number(row, "peak_allocated_mib") * _MIB, number(row, "device_used_mib") * _MIB)
             for row in rows
         ),
         published={},
@@ -180,9 +178,7 @@ def _cut(first: int, end: int, model: Model, groups: tuple[ReplicaGroup, ...]) -
     """A range of operators (1 embedding, 13 a decoder, 2 head) as halves, and as the layers nearest to it."""
 
     def held(operator: int) -> int:
-        return sum(
-            first <= 1 + layer * _OPS_PER_DECODER + operator < end for layer in range(model.layers)
-        )
+        return sum(first <= 1 + layer * _OPS_PER_DECODER + operator < end for layer in range(model.layers))
 
     ends = [_layer_at(first, model), _layer_at(end, model)]
     return RunStage((ends[0], ends[1]), groups, (held(_ATTENTION_OP), held(_FEED_FORWARD_OP)))
@@ -194,4 +190,3 @@ def _layer_at(operator: int, model: Model) -> int:
     if operator >= 1 + model.layers * _OPS_PER_DECODER + _HEAD_OPS:
         return model.layers + 2
     return 1 + round((operator - 1) / _OPS_PER_DECODER)
-

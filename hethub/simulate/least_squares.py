@@ -18,7 +18,9 @@ Errors = Callable[[Vector, Sequence[int]], Vector]
 """Relative errors (predicted / measured - 1) of the runs with these numbers, under these coefficients."""
 
 _RUNS_PER_COEFFICIENT = 3  # as many runs a coefficient as leave a mean error that means something
-_OUTLIER = 0.05  # relative error from which a run counts linearly, not squared: about the runs' own repeatability
+_OUTLIER = (
+    0.05  # relative error from which a run counts linearly, not squared: about the runs' own repeatability
+)
 _STEP = 0.02  # relative step of the differences; predictions are piecewise linear, so a visible one
 _EVALUATIONS = 12
 
@@ -49,8 +51,8 @@ class Fit:
 def fit(errors: Errors, runs: int, coefficients: Sequence[Coefficient]) -> Fit:
     """Fit `coefficients` to the runs numbered 0 to `runs` - 1.
 
-    Minimises the sum of soft-L1 losses of the relative errors (scipy). Raises InputError when there are fewer than three
-    runs a coefficient or when the runs do not tell a coefficient, MachineError without scipy.
+    Minimises the sum of soft-L1 losses of the relative errors (scipy). Raises InputError when there are fewer than
+    three runs a coefficient or when the runs do not tell a coefficient, MachineError without scipy.
     """
     wanted = _RUNS_PER_COEFFICIENT * len(coefficients)
     if runs < wanted:
@@ -112,9 +114,7 @@ def _require_told(jacobian: Vector, coefficients: Sequence[Coefficient]) -> None
         raise InputError(f"the runs do not tell {names} from each other. Fit fewer, or add unlike runs.")
 
 
-def _half_widths(
-    jacobian: Vector, errors: Vector, coefficients: Sequence[Coefficient]
-) -> tuple[float, ...]:
+def _half_widths(jacobian: Vector, errors: Vector, coefficients: Sequence[Coefficient]) -> tuple[float, ...]:
     """95 % intervals of the linearised fit: t x sqrt(diagonal of s^2 (J'J)^-1), s^2 from the residuals."""
     from scipy.stats import t
 
@@ -122,6 +122,4 @@ def _half_widths(
     variance = float(errors @ errors) / free
     covariance = variance * np.linalg.inv(jacobian.T @ jacobian)
     quantile = float(t.ppf(0.975, free))
-    return tuple(
-        quantile * math.sqrt(float(covariance[n, n])) * c.scale for n, c in enumerate(coefficients)
-    )
+    return tuple(quantile * math.sqrt(float(covariance[n, n])) * c.scale for n, c in enumerate(coefficients))

@@ -122,9 +122,7 @@ class Profile:
         """The measured micro-batches of a layer."""
         return tuple(self._by_layer.get(key, ()))
 
-    def seconds(
-        self, key: LayerKey, what: str, micro_batch: float, slow_down: float = 1.0
-    ) -> float | None:
+    def seconds(self, key: LayerKey, what: str, micro_batch: float, slow_down: float = 1.0) -> float | None:
         """`what` (forward, backward or update) at a micro-batch, the device's own part `slow_down` times as long (see
         `Curve.slowed`); None where that was never measured."""
         place = (key, what)

@@ -126,7 +126,9 @@ def read_table(path: Path, table: str, columns: Sequence[Column]) -> list[Row]:
         raise InputError(f"{path}: cannot be read as text ({error}). Name a profile file.") from None
     wanted = f"# hethub profile {table} {VERSION}"
     if not lines or lines[0].strip() != wanted:
-        raise InputError(f"{path}:1: the first line is not `{wanted}`. Name a file of that table and version.")
+        raise InputError(
+            f"{path}:1: the first line is not `{wanted}`. Name a file of that table and version."
+        )
     cells = list(csv.reader(lines[1:]))
     if not cells:
         raise InputError(f"{path}:2: has no header. Name the columns.")
