@@ -24,7 +24,6 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 9))
 @pytest.mark.parametrize("name", ORDERS)
 @given(shape=shapes)
 def test_a_stage_does_each_micro_batch_once_and_holds_no_more_than_the_stages_behind_it(name, shape):
-    """Seeded bug: `half - (stage + 1) // 2` for a forward's micro-batch; odd stages left one out."""
     stages, micro_batches = shape
     for stage in range(stages):
         steps = [s for s in ORDERS[name](stages, stage, micro_batches) if isinstance(s.kind, Kind)]
@@ -58,6 +57,7 @@ def test_what_one_stage_sends_its_neighbour_takes_in_the_same_order(name, shape)
     engine=st.sampled_from((BUFFERED, BLOCKING, MEGATRON)),
 )
 def test_no_run_deadlocks_and_none_is_faster_than_its_slowest_stage(stages, replicas, micro_batches, engine):
+    """Seeded bug: `half - (stage + 1) // 2` for a forward's micro-batch; a deadlock of two stages."""
     run = small_run(stages, replicas=replicas, micro_batches=micro_batches, engine=engine)
     step = predict_engine_run(run, small_profile())
     layers = max(b - a for a, b in (s.layers for s in run.stages)) - 1
