@@ -2,8 +2,8 @@
 
 Real steps of OPT-350M on GH200 nodes and on mixed RTX cards, under DeepSpeed's and Megatron-LM's pipelines, are
 predicted from measured layer times, links and collectives by the code that predicts ours (`hethub.simulate`). Few
-coefficients are fitted; the figures are leave-one-out: each run under coefficients fitted to all others. GH200 steps are
-scored against the mean of two campaigns, which differ by up to 16 % themselves.
+coefficients are fitted; the figures are leave-one-out: each run under coefficients fitted to all others. GH200 steps
+are scored against the mean of two campaigns, which differ by up to 16 % themselves.
 
 The cheapest cheats, and what makes them fail:
 - times edited by hand: the importer drops rows that are marked as edited;
@@ -29,6 +29,7 @@ from hethub.cost.footprint import stage_footprint
 from hethub.cost.profiles.artifact import import_artifact
 from hethub.simulate.engine_calibration import calibrate_memory, calibrate_time
 from hethub.simulate.imported_runs import MeasuredRun, load_megatron_runs, load_runs
+from hethub.simulate.sailor import SailorCosts, load_sailor_costs, sailor_peak_bytes, sailor_step_seconds
 
 FAMILIES = ("gh200", "mixed", "turing")
 
@@ -81,6 +82,7 @@ def main() -> int:
     stages = list(stage_errors(load_megatron_runs(folder / "measured_runs_megatron.csv")))
     figures["stage_memory_mean_abs_error"] = mean_of([entry["error"] for entry in stages])
     raw["stage_memory"] = stages
+    figures["sailor_mode_max_difference"] = sailor_difference(runs, load_sailor_costs(folder))
     print_table(raw)
     print_figures(figures)
     print(f"wrote {write_result('predictor_accuracy', figures, raw, emulated=False)}")
@@ -109,6 +111,16 @@ def stage_errors(runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
         for run in runs
         for number, stage in enumerate(run.stages)
     ]
+
+
+def sailor_difference(runs: Sequence[MeasuredRun], costs: SailorCosts) -> float:
+    """The largest relative difference, of time or memory, between our Sailor mode and its own answers."""
+    differences = []
+    for run in runs:
+        theirs = run.published["sailor"]
+        differences.append(sailor_step_seconds(run.run, costs) / theirs["iteration_s"] - 1)
+        differences.append(sailor_peak_bytes(run.run, costs) / 2**20 / theirs["peak_memory_mib"] - 1)
+    return max(map(abs, differences))
 
 
 def print_table(raw: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ __all__ = ["DEEPSPEED", "ENGINES", "MEGATRON", "Engine", "EngineRun", "ReplicaGr
 class Engine:
     """What a predictor must know of an engine.
 
-    `order` is the schedule: `lockstep` (DeepSpeed's TrainSchedule: a stage exchanges with one neighbour a step and sends
-    what it made the step before) or `1f1b` (sends at once). A message of up to `buffered_bytes` a rank waits in
-    the library's buffer; for a larger one sender and receiver meet, and both are held until it is through. With `slices` a tensor-parallel rank sends its share and the
-    receiving group gathers them; else every rank sends the whole. With `barrier` all devices meet before the gradient
-    all-reduce. `dropout` keeps masks and dropped scores, `keeps_feed_forward_input` the input of an activation
-    function that cannot work in place (GELU). The head keeps `logit_copies` of the logits, and its backward works on as
-    many more.
+    `order` is the schedule: `lockstep` (DeepSpeed's TrainSchedule: a stage exchanges with one neighbour a step and
+    sends what it made the step before) or `1f1b` (sends at once). A message of up to `buffered_bytes` a rank waits in
+    the library's buffer; for a larger one sender and receiver meet, and both are held until it is through. With
+    `slices` a tensor-parallel rank sends its share and the receiving group gathers them; else every rank sends the
+    whole. With `barrier` all devices meet before the gradient all-reduce. `dropout` keeps masks and dropped scores,
+    `keeps_feed_forward_input` the input of an activation function that cannot work in place (GELU). The head keeps
+    `logit_copies` of the logits, and its backward works on as many more.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a Llama-like or GPT-like model is made of: its parameters and, per layer, the operations of forward and backward.
+"""What a Llama- or GPT-like model is made of: its parameters and, per layer, the operations of forward and backward.
 
 Layer 0 is the embedding, 1 to L the decoders, L + 1 the final norm and head. Names are Hugging Face's.
 """

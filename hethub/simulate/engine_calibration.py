@@ -15,7 +15,14 @@ from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun
 from hethub.simulate.least_squares import Coefficient, Fit, Vector, fit
 
-__all__ = ["EngineCalibration", "MemoryFit", "calibrate_memory", "calibrate_time"]
+__all__ = [
+    "EngineCalibration",
+    "MemoryFit",
+    "calibrate_memory",
+    "calibrate_overhead",
+    "calibrate_time",
+    "platforms",
+]
 
 _PAUSE = "host_pause_seconds"
 # A pause is a wake-up, one engine instruction in Python and a first launch: less than launching a whole layer, whose
@@ -39,7 +46,7 @@ class MemoryFit:
     left_out_errors: tuple[float, ...]
 
 
-def device_types(run: MeasuredRun) -> tuple[str, ...]:
+def _device_types(run: MeasuredRun) -> tuple[str, ...]:
     """The device types that a run uses, in order of first use."""
     return tuple(dict.fromkeys(g.device_type for s in run.run.stages for g in s.replicas))
 
@@ -49,7 +56,7 @@ def calibrate_time(runs: Sequence[MeasuredRun], profile: Profile) -> EngineCalib
 
     Raises InputError where the runs cannot bear them.
     """
-    types = tuple(dict.fromkeys(name for run in runs for name in device_types(run)))
+    types = tuple(dict.fromkeys(name for run in runs for name in _device_types(run)))
     coefficients = [Coefficient(f"slow_down.{name}", 1.0, 0.5, 2.0, 1.0) for name in types]
     coefficients.append(Coefficient(_PAUSE, 5e-4, 0.0, _LONGEST_PAUSE, 1e-3))
     known: dict[tuple[int, tuple[float, ...]], float] = {}
@@ -59,7 +66,7 @@ def calibrate_time(runs: Sequence[MeasuredRun], profile: Profile) -> EngineCalib
 
     def error(number: int, values: Vector) -> float:
         measured = runs[number]
-        slow = {name: float(values[types.index(name)]) for name in device_types(measured)}
+        slow = {name: float(values[types.index(name)]) for name in _device_types(measured)}
         key = (number, (*slow.values(), float(values[-1])))
         if key not in known:
             chosen = Coefficients(slow, float(values[-1]))
@@ -82,6 +89,27 @@ def calibrate_memory(runs: Sequence[MeasuredRun]) -> MemoryFit:
         assert run.peak_bytes is not None
         errors.append((_allocated(run) + others) / run.peak_bytes - 1)
     return MemoryFit(median(rest), tuple(errors))
+
+
+def platforms(runs: Sequence[MeasuredRun]) -> tuple[frozenset[str], ...]:
+    """Device types that runs use together, directly or by way of others: one installation, one overhead."""
+    found: list[frozenset[str]] = []
+    for run in runs:
+        types = frozenset(_device_types(run))
+        joined = [group for group in found if group & types]
+        found = [group for group in found if group not in joined]
+        found.append(types.union(*joined))
+    return tuple(found)
+
+
+def calibrate_overhead(runs: Sequence[MeasuredRun]) -> dict[str, MemoryFit]:
+    """An overhead for every device type of each platform that has two runs with a measured peak."""
+    fits: dict[str, MemoryFit] = {}
+    for group in platforms(runs):
+        chosen = [run for run in runs if group & set(_device_types(run)) and run.peak_bytes is not None]
+        if len(chosen) > 1:
+            fits |= dict.fromkeys(sorted(group), calibrate_memory(chosen))
+    return fits
 
 
 def _allocated(run: MeasuredRun) -> float:

@@ -2,7 +2,7 @@
 
 A tensor-parallel group is one device here: its ranks do the same at the same time, their messages share their node's
 link fairly and so arrive together, and the profile's times hold for the group. The order, the way of sending and the
-ring all-reduce are the engine's (`cost.engines`), prices are `cost.engine_prices`, links are fitted from measured sends.
+ring all-reduce are the engine's (`cost.engines`), prices are `cost.engine_prices`, links are fitted from sends.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class Fit:
 def fit(errors: Errors, runs: int, coefficients: Sequence[Coefficient]) -> Fit:
     """Fit `coefficients` to the runs numbered 0 to `runs` - 1.
 
-    Minimises the sum of soft-L1 losses of the relative errors (scipy). Raises InputError when there are fewer than three
-    runs a coefficient or when the runs do not tell a coefficient, MachineError without scipy.
+    Minimises the sum of soft-L1 losses of the relative errors (scipy). Raises InputError when there are fewer than
+    three runs a coefficient or when the runs do not tell a coefficient, MachineError without scipy.
     """
     wanted = _RUNS_PER_COEFFICIENT * len(coefficients)
     if runs < wanted:

@@ -21,17 +21,15 @@ class Step(NamedTuple):
 def lockstep(stages: int, stage: int, micro_batches: int) -> Iterator[Step]:
     """DeepSpeed's TrainSchedule (runtime/pipe/schedule.py): every stage counts the same steps.
 
-    Even stages do forwards in even steps, odd ones in odd steps. Before a forward the gradient of the step before leaves
-    and the activation is taken; before a backward the gradient is taken and the activation of the step before leaves.
+    Even stages do forwards in even steps, odd ones in odd steps. Before a forward the gradient of the step before
+    leaves and the activation is taken; before a backward the gradient is taken and the activation of the step before
+    leaves.
     """
     before = -1
     for number in range(2 * (micro_batches + stages - 1)):
         forward = number % 2 == stage % 2
         half, odd = number // 2, stage % 2
-        if forward:
-            now = half - stage // 2
-        else:
-            now = half - stages + (stage + 1) // 2 + (1 - odd)
+        now = half - stage // 2 if forward else half - stages + (stage + 1) // 2 + 1 - odd
         neighbour = stage > 0 if forward else stage < stages - 1
         if neighbour:
             leaving, taken = (What.GRADIENT, What.ACTIVATION) if forward else (What.ACTIVATION, What.GRADIENT)

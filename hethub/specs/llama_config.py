@@ -161,7 +161,9 @@ def model_from_config(config: Mapping[str, Any], name: str, report: Report) -> M
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """The mapping that `model_from_config` reads back as an equal model."""
+    """The mapping that `model_from_config` reads back as an equal model; Llama's family only."""
+    if model.family != "llama":
+        raise ValueError(f"{model.name} is of the {model.family} family, which no plan file can hold")
     config: dict[str, Any] = {"name": model.name}
     config |= {key: getattr(model, ours) for key, ours in (_SIZES | _OPTIONAL_SIZES).items()}
     config |= {
@@ -207,7 +209,11 @@ class _Reader:
             return None
         return Model(
             name=own,
-            **sizes,
+            hidden_size=sizes["hidden_size"],
+            layers=sizes["layers"],
+            heads=heads,
+            ffn_size=sizes["ffn_size"],
+            vocab_size=sizes["vocab_size"],
             kv_heads=kv_heads,
             head_dim=head_dim,
             tied=tied,
