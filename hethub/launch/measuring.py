@@ -13,12 +13,22 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from hethub import catalog
 from hethub.cost.profiles.profile import Profile, TransferRow, load_profile, save_profile
 from hethub.cost.shapes import layer_kind
 from hethub.errors import MachineError
-from hethub.launch.profiler import LayerProfiler, Spread, repeated
+from hethub.launch.profiler import (
+    LayerProfiler,
+    Spread,
+    copy_bytes_per_second,
+    product_flops_per_second,
+    repeated,
+)
+from hethub.launch.worker import DTYPES
+from hethub.specs.cluster import DeviceType
+from hethub.specs.workload import Workload
 
-__all__ = ["Measured", "measure_layers", "measure_sends"]
+__all__ = ["Measured", "measure_device", "measure_layers", "measure_sends"]
 
 _SEND_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _ANSWER_SECONDS = 120.0
@@ -29,6 +39,43 @@ class Measured(NamedTuple):
 
     what: str
     spread: Spread
+
+
+def measure_device(
+    device_type: DeviceType,
+    workload: Workload,
+    rows: Sequence[int],
+    folder: Path,
+    budget_seconds: float,
+    link_class: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Measure this machine as a device of `device_type` for a workload: layers at these rows, what a product and a copy
+    reach, and messages as `link_class` where one is named. Raises MachineError where torch has no such device."""
+    torch_device = torch.device(catalog.vendor(device_type.vendor).torch_device)
+    module = getattr(torch, torch_device.type, None)
+    if torch_device.type != "cpu" and not (module and module.is_available()):
+        raise MachineError(
+            f"torch finds no {torch_device.type} device here. Measure on a machine that has one."
+        )
+    precision = device_type.dtype_for(workload.precision)
+    dtype = DTYPES[precision]
+
+    def tell(measured: Measured) -> None:
+        spread = measured.spread
+        say(
+            f"{measured.what:34} {spread.seconds * 1e3:10.3f} ms   quartiles {100 * spread.ratio:5.1f} % apart"
+        )
+
+    profiler = LayerProfiler(
+        workload.model, device_type.name, workload.sequence_length, workload.precision, dtype, torch_device
+    )
+    new = measure_layers(profiler, rows, folder, budget_seconds, tell)
+    new += measure_sends(link_class, folder, budget_seconds, tell) if link_class else 0
+    flops = product_flops_per_second(torch_device, dtype, budget_seconds)
+    traffic = copy_bytes_per_second(torch_device, budget_seconds)
+    say(f"a product reaches {flops / 1e9:.4g} Gflop/s ({precision}), a copy moves {traffic / 1e9:.4g} GB/s")
+    say(f"{new} new rows in {folder}")
 
 
 def open_profile(folder: Path) -> Profile:
