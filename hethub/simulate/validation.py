@@ -42,7 +42,8 @@ _SLOW, _PAUSE, _OVERHEAD = "slow_down.", "host_pause_seconds", "overhead_bytes."
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCheck:
     """One run. `terms` are measured less predicted seconds of a step by cause, the mean over devices, where the run
-    recorded causes; bytes are the fullest device's, None where they were not measured."""
+    recorded causes; `substitutes` what stands in for missing profiles. Bytes are the fullest device's, None where they
+    were not measured."""
 
     name: str
     emulated: bool
@@ -51,6 +52,7 @@ class RunCheck:
     predicted_bytes: float | None
     measured_bytes: float | None
     terms: Mapping[str, float]
+    substitutes: tuple[str, ...] = ()
 
     @property
     def time_error(self) -> float:
@@ -137,9 +139,11 @@ def _terms(summaries: Sequence[DeviceSummary], steps: int) -> dict[str, float]:
     }
 
 
-def check_imported_run(run: MeasuredRun, profile: Profile, coefficients: Coefficients) -> RunCheck:
+def check_imported_run(
+    run: MeasuredRun, profile: Profile, coefficients: Coefficients, *, strict: bool = False
+) -> RunCheck:
     """Another engine's run; the bytes are compared where an overhead is known for its devices."""
-    predicted = predict_engine_run(run.run, profile, coefficients)
+    predicted = predict_engine_run(run.run, profile, coefficients, strict=strict)
     types = {group.device_type for stage in run.run.stages for group in stage.replicas}
     known = types <= set(coefficients.overhead_bytes)
     return RunCheck(
@@ -150,6 +154,7 @@ def check_imported_run(run: MeasuredRun, profile: Profile, coefficients: Coeffic
         predicted_bytes=predicted.peak_bytes if known else None,
         measured_bytes=run.peak_bytes,
         terms={},
+        substitutes=predicted.substitutes,
     )
 
 
