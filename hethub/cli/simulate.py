@@ -26,26 +26,29 @@ def simulate(
     from hethub.cost.graph import CostGraph
     from hethub.errors import InputError
     from hethub.program.check import require_valid
-    from hethub.simulate.report import predict, stage_rows
+    from hethub.simulate.modelled import model
+    from hethub.simulate.report import figures, stage_rows
+    from hethub.specs.layout import lay_out
     from hethub.specs.plan import load_plan
 
     loaded, document = load_plan(plan)
     require_valid(loaded, document, str(plan))
     compute = ComputeModel(CostGraph(loaded.cluster), loaded.workload)
-    program, simulation, figures = predict(loaded, compute)
-    if trace is not None and simulation.timeline is not None:
+    modelled = model(lay_out(loaded), compute)
+    timeline = modelled.simulation.timeline
+    if trace is not None and timeline is not None:
         from hethub.timeline.trace import write_chrome_trace
 
         try:
-            write_chrome_trace(trace, [simulation.timeline], range(1))
+            write_chrome_trace(trace, [timeline], range(1))
         except OSError as error:
             raise InputError(
                 f"{trace}: cannot be written ({error.strerror}). Give another --trace."
             ) from error
     if as_json:
-        typer.echo(json.dumps(figures, indent=2))
+        typer.echo(json.dumps(figures(loaded, modelled), indent=2))
         return
     from hethub.cli.split import print_split
 
     heading = f"{loaded.workload.model.name} on {loaded.cluster.name}: {plan}"
-    print_split(heading, stage_rows(loaded, compute, program, simulation), figures)
+    print_split(heading, stage_rows(loaded, modelled), figures(loaded, modelled))

@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import reserve
-from hethub.program.actions import Action, Program
+from hethub.program.actions import Action, Program, Transfer
 from hethub.program.prove import ProgramError
-from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Timeline, TimelineInfo
+from hethub.timeline.record import COMPUTE_KINDS, RECORD, Kind, Lane, Timeline, TimelineInfo
 
 __all__ = ["Simulation", "simulate"]
 
 _SEND, _RECEIVE = int(Kind.SEND), int(Kind.RECEIVE)
+_CARRIED = (_RECEIVE, int(Kind.GATHER))
+_FIRST = Lane.ACTIVATIONS  # at one instant
 _CHUNK = 1 << 16  # rows that wait as tuples, four times as big as records, before they become an array
 _Row = tuple[int, int, int, int, int, int, int, int, int, float, float, float, float, float, float, int]
 
@@ -51,7 +53,8 @@ class _Engine:
         self.at = [0] * len(program.devices)
         # Places in the first step's lists that take what a step before would have sent.
         self.absent = [
-            {i for i, action in enumerate(actions) if program.carried(action)} for actions in program.devices
+            {i for i, a in enumerate(actions) if a.kind in _CARRIED and program.carried(a)}
+            for actions in program.devices
         ]
         self.sent: dict[int, float] = {}
         self.arrival: dict[int, float] = {}
@@ -60,16 +63,18 @@ class _Engine:
         self.sub_events = sub_events
         self.rows: list[_Row] | None = [] if record else None
         self.chunks: list[npt.NDArray[np.void]] = []
-        self.queue: list[tuple[float, int]] = []
+        self.queue: list[
+            tuple[float, Lane, int]
+        ] = []  # (time, what the device does then at the earliest, device)
         self.ends = [[0.0] * len(program.devices) for _ in range(steps)]
 
     def run(self) -> float:
         """Simulate to the end; returns the seconds of the middle step (of the only one)."""
-        self.queue = [(0.0, d) for d, actions in enumerate(self.program.devices) if actions]
+        self.queue = [(0.0, _FIRST, d) for d, actions in enumerate(self.program.devices) if actions]
         heapq.heapify(self.queue)
         while self.queue:
-            now, device = heapq.heappop(self.queue)
-            self.advance(device, now)
+            now, lane, device = heapq.heappop(self.queue)
+            self.advance(device, now, lane)
         stuck = [d for d, actions in enumerate(self.actions) if self.at[d] < len(actions)]
         if stuck:
             shown = "; ".join(f"rank {d} at {self.program.describe(d, self._place(d))}" for d in stuck[:6])
@@ -85,7 +90,9 @@ class _Engine:
 
     def _key(self, device: int, action: Action) -> int:
         """A message of the step that the device is in, or of the one before where it is carried over."""
-        step = self.at[device] // len(self.program.devices[device]) - self.program.carried(action)
+        step = self.at[device] // len(self.program.devices[device])
+        if action.kind == _RECEIVE and self.program.carried(action):
+            step -= 1
         return step * len(self.program.messages) + action.message
 
     def _next(self, device: int, now: float) -> None:
@@ -94,35 +101,42 @@ class _Engine:
         if self.at[device] % len(self.program.devices[device]) == 0:
             self.ends[self.at[device] // len(self.program.devices[device]) - 1][device] = now
 
-    def advance(self, device: int, now: float) -> None:
-        """Run a device until it waits or until another device's event comes first."""
+    def advance(self, device: int, now: float, lane: Lane) -> None:
+        """Run a device until it waits or until another device's event comes first.
+
+        At one instant all devices' sends of activations go before anyone's parameters, else one rank's gradients would
+        hold up the activations that its neighbours send beside it.
+        """
         actions = self.actions[device]
         while True:
             if self.at[device] == len(actions):
                 return
             if self.queue and self.queue[0][0] < now:
-                heapq.heappush(self.queue, (now, device))
+                heapq.heappush(self.queue, (now, _FIRST, device))
                 return
             action = actions[self.at[device]]
             if self.at[device] in self.absent[device]:
                 self._next(device, now)
             elif action.kind == _SEND:
-                self.send(device, action, now)
+                transfer = self.program.transfer(action.message)
+                if transfer.lane > lane:
+                    heapq.heappush(self.queue, (now, transfer.lane, device))
+                    return
+                self.send(device, action, transfer, now)
             elif action.kind == _RECEIVE:
                 key = self._key(device, action)
                 if key not in self.arrival:
                     self.waiting[key] = (device, now)
                     return
-                now = self.receive(device, key, now)
+                now, lane = self.receive(device, key, now), _FIRST
             else:
                 group = self.program.group(device, action)
                 if len(group) > 1:
                     self.meet(device, group, now)
                     return
-                now = self.work(device, now, now)
+                now, lane = self.work(device, now, now), _FIRST
 
-    def send(self, device: int, action: Action, now: float) -> None:
-        transfer = self.program.transfer(action.message)
+    def send(self, device: int, action: Action, transfer: Transfer, now: float) -> None:
         path = self.graph.path(device, transfer.destination)
         key = self._key(device, action)
         arrival = self.arrival[key] = reserve(self.free_at, path, transfer.bytes, now)
@@ -131,7 +145,7 @@ class _Engine:
         self._next(device, now)
         if key in self.waiting:
             receiver, since = self.waiting.pop(key)
-            heapq.heappush(self.queue, (max(since, arrival), receiver))
+            heapq.heappush(self.queue, (max(since, arrival), _FIRST, receiver))
             self.receive(receiver, key, since)
 
     def receive(self, device: int, key: int, since: float) -> float:
@@ -156,7 +170,7 @@ class _Engine:
         if len(here) == len(group):
             start = max(here.values())
             for member in group:
-                heapq.heappush(self.queue, (self.work(member, here[member], start), member))
+                heapq.heappush(self.queue, (self.work(member, here[member], start), _FIRST, member))
             here.clear()
 
     def collectives(self, device: int, start: float) -> None:
