@@ -126,7 +126,7 @@ def sailor_difference(runs: Sequence[MeasuredRun], costs: SailorCosts) -> float:
         theirs = run.published["sailor"]
         differences.append(sailor_step_seconds(run.run, costs) / theirs["iteration_s"] - 1)
         differences.append(sailor_peak_bytes(run.run, costs) / 2**20 / theirs["peak_memory_mib"] - 1)
-    return max(map(abs, differences))
+    return max(abs(float(difference)) for difference in differences)
 
 
 def time_errors(
