@@ -32,6 +32,7 @@ __all__ = [
     "load_coefficients",
     "load_own_run",
     "own_step_seconds",
+    "slowed",
 ]
 
 _WARM_UP_STEPS = 3
@@ -98,8 +99,8 @@ def load_own_run(folder: Path) -> OwnRun:
     return OwnRun(str(folder), plan, predicted, measured, first, int(numbers[-1]), float(np.median(chosen)))
 
 
-def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
-    """A plan's step where each device type works `slow_down` times as long (1 where it is not named)."""
+def slowed(plan: Plan, slow_down: Mapping[str, float]) -> Plan:
+    """The plan on devices that work `slow_down` times as long (1 where a type is not named)."""
     types = {
         name: replace(
             kind,
@@ -108,7 +109,13 @@ def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
         )
         for name, kind in plan.cluster.device_types.items()
     }
-    compute = ComputeModel(CostGraph(replace(plan.cluster, device_types=types)), plan.workload)
+    return plan.model_copy(update={"cluster": replace(plan.cluster, device_types=types)})
+
+
+def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
+    """A plan's step on slowed devices, between two others."""
+    plan = slowed(plan, slow_down)
+    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
     return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
 
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from hethub.cli.main import app
 from hethub.cost.compute import ComputeModel
 from hethub.cost.engine_prices import Coefficients
 from hethub.cost.graph import CostGraph
@@ -64,3 +68,15 @@ def test_a_folder_that_lacks_a_timeline_is_refused(tmp_path):
     save_plan(NAMED_PLANS["single device"](), tmp_path / "plan.yaml")
     with pytest.raises(InputError, match="predicted"):
         load_own_run(tmp_path)
+
+
+def test_simulate_reads_a_calibration_and_says_what_it_lacks(tmp_path):
+    save_plan(NAMED_PLANS["single device"](), tmp_path / "plan.yaml")
+    (tmp_path / "c.json").write_text(json.dumps({"coefficients": {"slow_down.fast": {"value": 2.0}}}))
+    plain = CliRunner().invoke(app, ["simulate", str(tmp_path / "plan.yaml"), "--json"])
+    slow = CliRunner().invoke(
+        app, ["simulate", str(tmp_path / "plan.yaml"), "--json", "--calibration", str(tmp_path / "c.json")]
+    )
+    plain_seconds, slow_seconds = (json.loads(r.stdout)["step_seconds"] for r in (plain, slow))
+    assert slow_seconds == pytest.approx(2 * plain_seconds, rel=1e-6)
+    assert "has nothing on middle, slow" in slow.stderr
