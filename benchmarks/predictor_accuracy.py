@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import print_figures, write_result
+from hethub.cost.engine_prices import Coefficients
 from hethub.cost.footprint import stage_footprint
 from hethub.cost.profiles.artifact import import_artifact
+from hethub.cost.profiles.profile import Profile
 from hethub.simulate.engine_calibration import calibrate_memory, calibrate_time
+from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun, load_megatron_runs, load_runs
 from hethub.simulate.sailor import SailorCosts, load_sailor_costs, sailor_peak_bytes, sailor_step_seconds
 
@@ -79,7 +82,10 @@ def main() -> int:
             "overhead_bytes": memory.overhead_bytes,
             "errors": list(memory.left_out_errors),
         }
-    stages = list(stage_errors(load_megatron_runs(folder / "measured_runs_megatron.csv")))
+    megatron = load_megatron_runs(folder / "measured_runs_megatron.csv")
+    raw["megatron_time"] = time_errors(megatron, profile, calibration.coefficients)
+    figures["megatron_time_mean_abs_error"] = mean_of([entry["error"] for entry in raw["megatron_time"]])
+    stages = stage_errors(megatron)
     figures["stage_memory_mean_abs_error"] = mean_of([entry["error"] for entry in stages])
     raw["stage_memory"] = stages
     figures["sailor_mode_max_difference"] = sailor_difference(runs, load_sailor_costs(folder))
@@ -120,12 +126,26 @@ def sailor_difference(runs: Sequence[MeasuredRun], costs: SailorCosts) -> float:
         theirs = run.published["sailor"]
         differences.append(sailor_step_seconds(run.run, costs) / theirs["iteration_s"] - 1)
         differences.append(sailor_peak_bytes(run.run, costs) / 2**20 / theirs["peak_memory_mib"] - 1)
-    return max(map(abs, differences))
+    return max(abs(float(difference)) for difference in differences)
+
+
+def time_errors(
+    runs: Sequence[MeasuredRun], profile: Profile, coefficients: Coefficients
+) -> list[dict[str, Any]]:
+    """Error of each run's step under coefficients that were fitted to another engine's runs."""
+    return [
+        {
+            "run": run.run.name,
+            "measured_seconds": run.seconds,
+            "error": predict_engine_run(run.run, profile, coefficients).step_seconds / run.seconds - 1,
+        }
+        for run in runs
+    ]
 
 
 def print_table(raw: dict[str, Any]) -> None:
     """A line for each run and coefficient."""
-    for entry in raw["runs"]:
+    for entry in (*raw["runs"], *raw["megatron_time"]):
         print(f"{entry['run']:34} {entry['measured_seconds']:10.4f} s {100 * entry['error']:7.1f} %")
     for name, entry in raw["coefficients"].items():
         low, high = entry["interval_95"]

@@ -17,6 +17,9 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file that `hethub calibrate` wrote from our own runs.")
+    ] = None,
 ) -> None:
     """Predict one step of a plan: its time, and how busy every device is.
 
@@ -33,6 +36,16 @@ def simulate(
 
     loaded, document = load_plan(plan)
     require_valid(loaded, document, str(plan))
+    if calibration is not None:
+        from hethub.simulate.validation import load_coefficients, slowed
+
+        slow_down = load_coefficients(calibration).slow_down
+        lacking = [name for name in loaded.cluster.device_types if name not in slow_down]
+        if lacking:
+            typer.echo(
+                f"{calibration} has nothing on {', '.join(lacking)}: taken as their figures say", err=True
+            )
+        loaded = slowed(loaded, slow_down)
     compute = ComputeModel(CostGraph(loaded.cluster), loaded.workload)
     modelled = model(lay_out(loaded), compute)
     timeline = modelled.simulation.timeline

@@ -24,6 +24,9 @@ def validate(
         Path | None, typer.Option(help="Folder with layers.csv and transfers.csv for imported runs.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a scatter plot here.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a run whose layers the profile lacks.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Compare predicted with measured step times and peak memory.
@@ -40,10 +43,13 @@ def validate(
     if sources.imported:
         assert sources.profile is not None  # imported with the runs
         checks += [
-            check_imported_run(run, sources.profile, chosen or Coefficients()) for run in sources.imported
+            check_imported_run(run, sources.profile, chosen or Coefficients(), strict=strict)
+            for run in sources.imported
         ]
     answer = _answer(checks)
     typer.echo(json.dumps(answer, indent=2) if as_json else _text(answer))
+    for text in sorted({text for check in checks for text in check.substitutes}):
+        typer.echo(text, err=True)
     if html is not None:
         from hethub.timeline.scatter import write_scatter
 
@@ -78,6 +84,7 @@ def _as_object(check: RunCheck) -> dict[str, Any]:
         "measured_bytes": check.measured_bytes,
         "memory_error": check.memory_error,
         "worst_term": check.worst_term,
+        "substitutes": list(check.substitutes),
         "terms_measured_less_predicted_seconds": dict(check.terms),
     }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hethub import catalog
 from hethub.cost.engines import EngineRun
-from hethub.cost.footprint import rank_parameters
+from hethub.cost.footprint import rank_parameters, rank_share
 from hethub.cost.profiles.artifact import intra_link_class
 from hethub.cost.profiles.profile import LayerKey, Profile
-from hethub.cost.shapes import BYTES, layer_kind
+from hethub.cost.shapes import BYTES, LayerKind, Work, layer_kind, layer_segments
 from hethub.errors import InputError
+from hethub.timeline.record import Kind
 
 __all__ = ["Coefficients", "StagePrice", "stage_price"]
 
@@ -33,65 +35,145 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class StagePrice:
-    """Seconds of one micro-batch on one replica, without messages; `gather_seconds` after each received one."""
+    """Seconds of one micro-batch on one replica, without messages; `gather_seconds` after each received one.
+
+    `substitutes` says in words what was not measured and what stands in for it.
+    """
 
     forward_seconds: float
     backward_seconds: float
     update_seconds: float
     gather_seconds: float
+    substitutes: frozenset[str]
+
+
+class _Layer(NamedTuple):
+    forward_seconds: float
+    backward_seconds: float
+    update_seconds: float
+    substitute: str | None
 
 
 def stage_price(
-    run: EngineRun, stage: int, device_type: str, profile: Profile, coefficients: Coefficients
+    run: EngineRun,
+    stage: int,
+    device_type: str,
+    profile: Profile,
+    coefficients: Coefficients,
+    *,
+    strict: bool = False,
 ) -> StagePrice:
-    """Times of a stage on one device type.
+    """Times of a stage on one device type; a layer that was not measured is priced by a roofline.
 
-    Raises InputError naming the device type, layer kind and degree where the profile lacks a layer.
+    Raises InputError where the catalog or the profile lacks a figure; with `strict` also where it lacks a layer.
     """
-    first, last = run.stages[stage].layers
-    slow = coefficients.slow_down.get(device_type, 1.0)
-    forward = backward = update = 0.0
-    for layer in range(first, last):
-        kind: str = layer_kind(run.model, layer)
-        kind = "decoder_first" if layer == 1 and _has(profile, run, device_type, "decoder_first") else kind
-        key = _key(run, device_type, kind)
-        seconds = profile.seconds(key, "forward", run.micro_batch, slow)
-        if seconds is None:
-            raise InputError(
-                f"the profile has no {kind} of {run.model.name} on {device_type} at tensor-parallel degree "
-                f"{run.tensor_parallel}, {run.sequence_length} tokens, {run.dtype}. Measure it, or leave the run out."
-            )
-        forward += seconds
-        timed = profile.seconds(key, "backward", run.micro_batch, slow)
-        backward += timed if timed is not None else _embedding_backward(run, device_type)
-        update += profile.seconds(key, "update", run.micro_batch) or 0.0
+    layers = [
+        _layer(run, device_type, kind, profile, coefficients, strict=strict)
+        for kind in (_kind(run, layer, device_type, profile) for layer in range(*run.stages[stage].layers))
+    ]
     gather = coefficients.host_pause_seconds + _gather(run, device_type, profile)
-    return StagePrice(forward, backward, update, gather)
+    return StagePrice(
+        sum(layer.forward_seconds for layer in layers),
+        sum(layer.backward_seconds for layer in layers),
+        sum(layer.update_seconds for layer in layers),
+        gather,
+        frozenset(layer.substitute for layer in layers if layer.substitute is not None),
+    )
+
+
+def _kind(run: EngineRun, layer: int, device_type: str, profile: Profile) -> str:
+    """A layer's kind as the profile has it: some tell the first decoder from the others."""
+    if layer == 1 and profile.rows(_key(run, device_type, "decoder_first")):
+        return "decoder_first"
+    return layer_kind(run.model, layer)
 
 
 def _key(run: EngineRun, device_type: str, kind: str) -> LayerKey:
     return LayerKey(run.model.name, device_type, kind, run.tensor_parallel, run.sequence_length, run.dtype)
 
 
-def _has(profile: Profile, run: EngineRun, device_type: str, kind: str) -> bool:
-    return bool(profile.rows(_key(run, device_type, kind)))
+def _layer(
+    run: EngineRun,
+    device_type: str,
+    kind: str,
+    profile: Profile,
+    coefficients: Coefficients,
+    *,
+    strict: bool,
+) -> _Layer:
+    key, slow = _key(run, device_type, kind), coefficients.slow_down.get(device_type, 1.0)
+    forward = profile.seconds(key, "forward", run.micro_batch, slow)
+    if forward is None:
+        missing = (
+            f"the profile has no {kind} of {run.model.name} on {device_type} at tensor-parallel degree "
+            f"{run.tensor_parallel}, {run.sequence_length} tokens, {run.dtype}"
+        )
+        if strict:
+            raise InputError(f"{missing}. Measure it, or leave the run out.")
+        forward, backward, update = _roofline(run, device_type, kind, profile)
+        return _Layer(forward * slow, backward * slow, update, f"{missing}: a roofline stands in")
+    timed = profile.seconds(key, "backward", run.micro_batch, slow)
+    backward = timed if timed is not None else _embedding_backward(run, device_type)
+    return _Layer(forward, backward, profile.seconds(key, "update", run.micro_batch) or 0.0, None)
+
+
+def _rates(device_type: str, dtype: str) -> tuple[float, float]:
+    """Achievable flop/s and bytes/s. Raises InputError where the catalog lacks one."""
+    try:
+        known = catalog.device(device_type)
+    except catalog.UnknownName as error:
+        raise InputError(f"device type {device_type}: {error}") from None
+    peak = known.peak_tflops.get(dtype)
+    if peak is None or known.memory_bandwidth_gb_s is None:
+        raise InputError(
+            f"{device_type}: the catalog lacks its {dtype} peak or its bandwidth. Measure the layer."
+        )
+    return (
+        peak * 1e12 * (known.matmul_efficiency or catalog.DEFAULT_MATMUL_EFFICIENCY),
+        known.memory_bandwidth_gb_s * 1e9 * (known.memory_efficiency or catalog.DEFAULT_MEMORY_EFFICIENCY),
+    )
+
+
+def _roofline(run: EngineRun, device_type: str, kind: str, profile: Profile) -> tuple[float, float, float]:
+    """Forward, backward and update as `cost.shapes` counts them: backward is twice the forward; a decoder reduces twice
+    each way, an embedding forward, a head backward; the update reads and writes weight, gradient and moments."""
+    flops, bandwidth = _rates(device_type, run.dtype)
+    plain: LayerKind = "embedding" if kind == "embedding" else "head" if kind == "head" else "decoder"
+    size, degree = BYTES[run.dtype], run.tensor_parallel
+    segments = layer_segments(
+        run.model,
+        plain,
+        rank_share(run.model, degree),
+        run.micro_batch,
+        seq=run.sequence_length,
+        size=size,
+        work=Work(Kind.FORWARD, members=degree, training=False),
+    )
+    compute = sum(max(o.flops / flops, o.bytes / bandwidth) for s in segments for o in s.operations)
+    reduce = 0.0
+    if degree > 1:
+        name = intra_link_class(device_type)
+        found = profile.transfer_seconds("all_reduce", name, degree, run.message_bytes)
+        if found is None:
+            raise InputError(f"the profile has no all_reduce of {degree} devices over {name}. Measure it.")
+        reduce = found
+    ways = {"embedding": (1, 0), "decoder": (2, 2), "head": (0, 1)}[plain]
+    layer = {"embedding": 0, "decoder": 1, "head": run.model.layers + 1}[plain]
+    update = 7 * size * rank_parameters(run.model, layer, degree) / bandwidth
+    return compute + ways[0] * reduce, 2 * compute + ways[1] * reduce, update
 
 
 def _embedding_backward(run: EngineRun, device_type: str) -> float:
     """Roofline: the gradient of every row is read and added into the table's, which is cleared and added once."""
-    known = catalog.device(device_type)
-    if known.memory_bandwidth_gb_s is None:
-        raise InputError(f"no memory bandwidth is known for {device_type}. Give it in the catalog.")
-    share = known.memory_efficiency or catalog.DEFAULT_MEMORY_EFFICIENCY
     rows = 3 * run.micro_batch * run.sequence_length * run.model.hidden_size
     table = 4 * rank_parameters(run.model, 0, run.tensor_parallel)
-    return BYTES[run.dtype] * (rows + table) / (known.memory_bandwidth_gb_s * 1e9 * share)
+    return BYTES[run.dtype] * (rows + table) / _rates(device_type, run.dtype)[1]
 
 
 def _gather(run: EngineRun, device_type: str, profile: Profile) -> float:
-    """All-gather of the ranks' slices inside the receiving group."""
+    """All-gather of the ranks' slices inside the receiving group, where a message is received at all."""
     degree = run.tensor_parallel
-    if degree == 1 or not run.engine.slices:
+    if degree == 1 or not run.engine.slices or len(run.stages) == 1:
         return 0.0
     name = intra_link_class(device_type)
     seconds = profile.transfer_seconds("all_gather", name, degree, run.message_bytes / degree)

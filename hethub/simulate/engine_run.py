@@ -36,13 +36,15 @@ _SCALAR_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class EnginePrediction:
-    """One predicted step: seconds, the part after the last backward, and bytes at the peak of each stage."""
+    """One predicted step: seconds, the part after the last backward, and bytes at the peak of each stage;
+    `substitutes` says what was not measured and what stands in for it."""
 
     step_seconds: float
     reduce_seconds: float
     stage_allocated_bytes: tuple[float, ...]
     peak_bytes: float
     simulation: Simulation
+    substitutes: tuple[str, ...]
 
 
 class _Builder:
@@ -56,6 +58,7 @@ class _Builder:
         self.messages: list[Message] = []
         self.prices: dict[tuple[int, int, Kind, int], Price] = {}
         self.numbers: dict[tuple[object, ...], int] = {}
+        self.substitutes: set[str] = set()
 
     def message(self, what: What, source: int, destination: int, size: float, tag: object) -> int:
         """The number of a message; both ends ask with the same arguments."""
@@ -93,6 +96,7 @@ class _Builder:
 
     def price(self, device: int, stage: int, price: StagePrice) -> None:
         """Gathering a received message is communication inside the action that needs it."""
+        self.substitutes |= price.substitutes
         last = len(self.run.stages) - 1
         entries = (
             (Kind.FORWARD, price.forward_seconds, price.gather_seconds if stage else 0.0),
@@ -166,9 +170,9 @@ class _Builder:
 
 
 def engine_program(
-    run: EngineRun, profile: Profile, coefficients: Coefficients
-) -> tuple[Program, ComputeModel]:
-    """The step's lists and the cluster that it runs on, a node for each replica.
+    run: EngineRun, profile: Profile, coefficients: Coefficients, *, strict: bool = False
+) -> tuple[Program, ComputeModel, tuple[str, ...]]:
+    """The step's lists, the cluster that it runs on, a node for each replica, and what stands in for missing profiles.
 
     Raises InputError where the profile lacks a layer, a collective or a link.
     """
@@ -178,7 +182,7 @@ def engine_program(
     for number, stage in enumerate(run.stages):
         order = tuple(ORDERS[run.engine.order](stages, number, run.micro_batches))
         for replica, group in enumerate(stage.replicas):
-            price = stage_price(run, number, group.device_type, profile, coefficients)
+            price = stage_price(run, number, group.device_type, profile, coefficients, strict=strict)
             builder.price(places[number, replica], number, price)
             for step in order:
                 builder.step(number, replica, step)
@@ -197,15 +201,17 @@ def engine_program(
         precision=run.dtype,
         optimizer="adamw",
     )
-    return builder.build(), ComputeModel(CostGraph(cluster), workload)
+    compute = ComputeModel(CostGraph(cluster), workload)
+    return builder.build(), compute, tuple(sorted(builder.substitutes))
 
 
 def predict_engine_run(
-    run: EngineRun, profile: Profile, coefficients: Coefficients | None = None
+    run: EngineRun, profile: Profile, coefficients: Coefficients | None = None, *, strict: bool = False
 ) -> EnginePrediction:
-    """Time and peak memory of one step of another engine. Raises InputError as `engine_program` does."""
+    """Time and peak memory of one step of another engine. Raises InputError as `stage_price` does, and where the
+    profile lacks a link."""
     coefficients = coefficients or Coefficients()
-    program, compute = engine_program(run, profile, coefficients)
+    program, compute, substitutes = engine_program(run, profile, coefficients, strict=strict)
     simulation = simulate(program, compute, sub_events=False)
     assert simulation.timeline is not None  # recorded
     records = simulation.timeline.records
@@ -217,7 +223,7 @@ def predict_engine_run(
         for group in stage.replicas
     )
     seconds = simulation.step_seconds
-    return EnginePrediction(seconds, seconds - last_backward, allocated, peak, simulation)
+    return EnginePrediction(seconds, seconds - last_backward, allocated, peak, simulation, substitutes)
 
 
 def _cluster(run: EngineRun, profile: Profile) -> tuple[Cluster, dict[tuple[int, int], int]]:
@@ -273,7 +279,10 @@ def _link(profile: Profile, names: tuple[str, ...], pairs: int) -> Link:
 
 def _device_type(name: str) -> DeviceType:
     """What the catalog knows; prices come from profiles, so no achievable share is needed."""
-    known = catalog.device(name)
+    try:
+        known = catalog.device(name)
+    except catalog.UnknownName as error:
+        raise InputError(f"device type {name}: {error}") from None
     return DeviceType(
         name=known.name,
         catalog=known.name,

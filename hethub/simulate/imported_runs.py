@@ -84,9 +84,26 @@ def load_runs(path: Path) -> tuple[MeasuredRun, ...]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}). Name measured_runs.json.") from None
     try:
+        for entry in content["runs"]:
+            _require_uniform(path, entry)
         return tuple(_run(entry) for entry in content["runs"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: a run lacks {error}. Name measured_runs.json.") from None
+
+
+def _require_uniform(path: Path, entry: dict[str, Any]) -> None:
+    """Refuse a plan that an `EngineRun` cannot hold: it would be read as another one."""
+    stages = entry["plan"]["stages"]
+    for number, stage in enumerate(stages):
+        for key in ("tensor_parallel", "micro_batch"):
+            if any(replica.get(key, entry[key]) != entry[key] for replica in stage["replicas"]):
+                raise InputError(
+                    f"{path}: {entry['run_id']} plan.stages[{number}]: a replica's {key} is not the run's "
+                    f"{entry[key]}. Leave the run out."
+                )
+    counts = {sum(replica["count"] for replica in stage["replicas"]) for stage in stages}
+    if len(counts) != 1:
+        raise InputError(f"{path}: {entry['run_id']}: stages have {counts} replicas. Leave the run out.")
 
 
 def _run(entry: dict[str, Any]) -> MeasuredRun:

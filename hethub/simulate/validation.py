@@ -32,6 +32,7 @@ __all__ = [
     "load_coefficients",
     "load_own_run",
     "own_step_seconds",
+    "slowed",
 ]
 
 _WARM_UP_STEPS = 3
@@ -42,7 +43,8 @@ _SLOW, _PAUSE, _OVERHEAD = "slow_down.", "host_pause_seconds", "overhead_bytes."
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCheck:
     """One run. `terms` are measured less predicted seconds of a step by cause, the mean over devices, where the run
-    recorded causes; bytes are the fullest device's, None where they were not measured."""
+    recorded causes; `substitutes` what stands in for missing profiles. Bytes are the fullest device's, None where they
+    were not measured."""
 
     name: str
     emulated: bool
@@ -51,6 +53,7 @@ class RunCheck:
     predicted_bytes: float | None
     measured_bytes: float | None
     terms: Mapping[str, float]
+    substitutes: tuple[str, ...] = ()
 
     @property
     def time_error(self) -> float:
@@ -96,8 +99,8 @@ def load_own_run(folder: Path) -> OwnRun:
     return OwnRun(str(folder), plan, predicted, measured, first, int(numbers[-1]), float(np.median(chosen)))
 
 
-def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
-    """A plan's step where each device type works `slow_down` times as long (1 where it is not named)."""
+def slowed(plan: Plan, slow_down: Mapping[str, float]) -> Plan:
+    """The plan on devices that work `slow_down` times as long (1 where a type is not named)."""
     types = {
         name: replace(
             kind,
@@ -106,7 +109,13 @@ def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
         )
         for name, kind in plan.cluster.device_types.items()
     }
-    compute = ComputeModel(CostGraph(replace(plan.cluster, device_types=types)), plan.workload)
+    return plan.model_copy(update={"cluster": replace(plan.cluster, device_types=types)})
+
+
+def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
+    """A plan's step on slowed devices, between two others."""
+    plan = slowed(plan, slow_down)
+    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
     return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
 
 
@@ -137,9 +146,11 @@ def _terms(summaries: Sequence[DeviceSummary], steps: int) -> dict[str, float]:
     }
 
 
-def check_imported_run(run: MeasuredRun, profile: Profile, coefficients: Coefficients) -> RunCheck:
+def check_imported_run(
+    run: MeasuredRun, profile: Profile, coefficients: Coefficients, *, strict: bool = False
+) -> RunCheck:
     """Another engine's run; the bytes are compared where an overhead is known for its devices."""
-    predicted = predict_engine_run(run.run, profile, coefficients)
+    predicted = predict_engine_run(run.run, profile, coefficients, strict=strict)
     types = {group.device_type for stage in run.run.stages for group in stage.replicas}
     known = types <= set(coefficients.overhead_bytes)
     return RunCheck(
@@ -150,6 +161,7 @@ def check_imported_run(run: MeasuredRun, profile: Profile, coefficients: Coeffic
         predicted_bytes=predicted.peak_bytes if known else None,
         measured_bytes=run.peak_bytes,
         terms={},
+        substitutes=predicted.substitutes,
     )
 
 

@@ -109,3 +109,14 @@ def test_a_folder_without_runs_is_named(tmp_path):
     result = call("validate", tmp_path)
     assert isinstance(result.exception, InputError)
     assert str(tmp_path) in result.exception.message
+
+
+@pytest.mark.parametrize(
+    ("replica", "what"), [({"tensor_parallel": 2}, "tensor_parallel"), ({"micro_batch": 2}, "micro_batch")]
+)
+def test_a_run_whose_replicas_differ_is_refused_not_misread(tmp_path, replica, what):
+    entry = run("mixed", micro_batches=1, seconds=1)
+    entry["plan"]["stages"][0]["replicas"][0] |= replica
+    (tmp_path / "measured_runs.json").write_text(json.dumps({"runs": [entry]}))
+    with pytest.raises(InputError, match=f"mixed plan.stages.0.: a replica's {what}"):
+        load_runs(tmp_path / "measured_runs.json")
