@@ -29,7 +29,6 @@ class Columns:
     actions: npt.NDArray[np.int32]  # [actions, fields of Action]
     price_busy: npt.NDArray[np.float64]
     price_numbers: dict[tuple[int, int, Kind, int], int]
-    transfer_lane: npt.NDArray[np.int8]
     channels: int
     cells: int
 
@@ -70,7 +69,6 @@ def columns_of(program: Program, graph: CostGraph) -> Columns:
         actions=actions,
         price_busy=prices.busy,
         price_numbers={key: number for number, key in enumerate(program.prices)},
-        transfer_lane=ways.lane,
         channels=ways.channels,
         cells=graph.cell_count,
     )
@@ -177,7 +175,6 @@ class _Ways:
             chain.from_iterable((t.source, t.destination, t.lane, t.bytes) for t in transfers), np.int64
         )
         source, destination, lane, size = np.ascontiguousarray(facts.reshape(-1, 4).T)
-        self.lane = lane.astype(np.int8)
         pairs, path = np.unique(source * len(program.devices) + destination, return_inverse=True)
         lanes, channel = np.unique(path * len(Lane) + lane, return_inverse=True)
         self.channels = max(1, len(lanes))
@@ -186,7 +183,7 @@ class _Ways:
         self.tables = {
             "transfer_path": path,
             "transfer_channel": channel,
-            "transfer_waits": (self.lane == Lane.ACTIVATIONS).astype(np.int8),
+            "transfer_lane": lane,
             "transfer_source": source,
             "transfer_destination": destination,
             "transfer_bytes": size.astype(np.float64),

@@ -4,8 +4,9 @@ The functions here run as they stand, over lists, and compiled by numba, over ar
 source, equal results. So they keep to what numba understands. Indices: a *key* is a message of one step
 (step x messages + message), a *row* an action of one step (step x actions + action).
 
-Events are (seconds, number): a device that goes on, or, past the devices, a cell that has carried the next of its
-transfers. Among equal times the smaller number comes first, so that the same program gives the same bits.
+Events are (seconds, number), and among equal times the smaller number comes first: a device that goes on; past the
+devices, one whose next action sends parameters (so that at one instant all activations leave before anyone's
+parameters, which would hold them up); past those, a cell that has carried the next of its transfers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Tables(NamedTuple):
     message_transfer: Ints
     transfer_path: Ints
     transfer_channel: Ints
-    transfer_waits: Ints  # 1 where its lane's sends wait for a buffer, if sends wait at all
+    transfer_lane: Ints
     transfer_source: Ints
     transfer_destination: Ints
     transfer_bytes: Floats
@@ -104,19 +105,20 @@ def run_events(t: Tables, s: State, rules: Rules) -> None:
     queue = [(0.0, device) for device in range(devices) if t.first[device] < t.first[device + 1]]
     while len(queue) > 0:
         now, number = heappop(queue)
-        if number < devices:
+        if number < 2 * devices:
             advance(t, s, rules, queue, number, now)
-        elif now == s.event[number - devices]:  # else the cell's sharers have changed since
-            carry(t, s, rules, queue, number - devices, now)
+        elif now == s.event[number - 2 * devices]:  # else the cell's sharers have changed since
+            carry(t, s, rules, queue, number - 2 * devices, now)
 
 
-def advance(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: float) -> None:
+def advance(t: Tables, s: State, rules: Rules, queue: Queue, number: int, now: float) -> None:
     """Run a device until it waits or until another event comes first."""
+    devices, actions = len(t.first) - 1, len(t.code)
+    device, lane = number % devices, number // devices
     action, step, stop = s.at[device], s.step[device], t.first[device + 1]
-    actions = len(t.code)
     while True:
         if action == stop:
-            s.ends[step * (len(t.first) - 1) + device] = now
+            s.ends[step * devices + device] = now
             step += 1
             s.step[device] = step
             if step == rules.steps:
@@ -138,8 +140,13 @@ def advance(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: f
             now = lengthened(s, rules, device, now, now + t.price_seconds[price])
             s.end[step * actions + action] = now
             action += 1
+            lane = 0
         elif code == SEND:
             s.at[device] = action
+            own = t.transfer_lane[t.message_transfer[t.subject[action]]]
+            if own > lane:
+                heappush(queue, (now, own * devices + device))
+                return
             now = send(t, s, rules, queue, device, now)
             if now < 0.0:
                 return
@@ -157,6 +164,7 @@ def advance(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: f
             s.end[step * actions + action] = now
             read(t, s, rules, queue, t.subject[action], now)
             action += 1
+            lane = 0
     s.at[device] = action
 
 
@@ -202,7 +210,7 @@ def send(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: floa
     transfer = t.message_transfer[message]
     key = step * len(t.message_transfer) + message
     channel = t.transfer_channel[transfer]
-    if rules.buffers >= 0 and t.transfer_waits[transfer] == 1:
+    if rules.buffers >= 0 and t.transfer_lane[transfer] == 0:
         if s.unread[channel] >= rules.buffers and s.waiting[key] < 0:
             s.held[channel] = device
             s.blocked[device] = 1
@@ -255,7 +263,7 @@ def deliver(t: Tables, s: State, rules: Rules, queue: Queue, key: int, arrival: 
 def read(t: Tables, s: State, rules: Rules, queue: Queue, message: int, now: float) -> None:
     """A message is taken out of its buffer."""
     transfer = t.message_transfer[message]
-    if rules.buffers > 0 and t.transfer_waits[transfer] == 1:
+    if rules.buffers > 0 and t.transfer_lane[transfer] == 0:
         channel = t.transfer_channel[transfer]
         s.unread[channel] -= 1
         wake(t, s, queue, channel, now, rules)
@@ -347,7 +355,7 @@ def expect(t: Tables, s: State, queue: Queue, cell: int, bandwidth: float, now: 
         slot = s.slot_next[slot]
     left = max(0.0, left - s.work_done[cell])
     s.event[cell] = now + left * s.sharers[cell] / bandwidth
-    heappush(queue, (s.event[cell], len(t.first) - 1 + cell))
+    heappush(queue, (s.event[cell], 2 * (len(t.first) - 1) + cell))
 
 
 def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float) -> None:

@@ -62,7 +62,7 @@ def _add_messages(
     left[sent_in[send] * messages + subject[send]] = found["start"][send]
     for chosen, other in ((send, t.transfer_destination), (code == RECEIVE, t.transfer_source)):
         transfer = np.asarray(t.message_transfer)[subject[chosen]]
-        found["lane"][chosen] = columns.transfer_lane[transfer]
+        found["lane"][chosen] = np.asarray(t.transfer_lane)[transfer]
         found["peer"][chosen] = np.asarray(other)[transfer]
         found["bytes"][chosen] = np.asarray(t.transfer_bytes)[transfer]
         found["sent"][chosen] = left[sent_in[chosen] * messages + subject[chosen]]

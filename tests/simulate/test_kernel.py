@@ -14,7 +14,7 @@ from hethub.simulate.columns import Columns, columns_of, new_state
 from hethub.simulate.engine import simulate
 from hethub.simulate.kernel import COMPUTE, RECEIVE, SEND, Rules, State, Tables, run_events
 from hethub.specs.plan import Plan
-from hethub.timeline.record import Kind
+from hethub.timeline.record import Kind, Lane
 from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plans
 
 rules = st.builds(
@@ -73,6 +73,7 @@ def run(
     bandwidths: list[float],
     rules: Rules,
     seconds: list[float] | None = None,
+    lanes: list[Lane] | None = None,
 ) -> tuple[Tables, State]:
     """Run lists whose compute actions are single devices' work of `seconds`; every pair of devices has one channel."""
     flat = [entry for own in lists for entry in own]
@@ -90,7 +91,7 @@ def run(
         message_transfer=list(range(len(messages))),
         transfer_path=list(range(len(messages))),
         transfer_channel=[pairs.index((source, destination)) for source, destination, _, _ in messages],
-        transfer_waits=[1] * len(messages),
+        transfer_lane=[int(lane) for lane in lanes or [Lane.ACTIVATIONS] * len(messages)],
         transfer_source=[message[0] for message in messages],
         transfer_destination=[message[1] for message in messages],
         transfer_bytes=[message[2] for message in messages],
@@ -104,7 +105,6 @@ def run(
         actions=np.zeros((0, 5), dtype=np.int32),
         price_busy=np.zeros(0),
         price_numbers={},
-        transfer_lane=np.zeros(0, dtype=np.int8),
         channels=len(pairs),
         cells=len(bandwidths),
     )
@@ -178,6 +178,14 @@ def test_messages_of_a_channel_follow_each_other_where_links_are_shared() -> Non
     messages: Messages = [(0, 1, 100.0, [0]), (0, 1, 10.0, [0])]
     _, state = run(lists, messages, [10.0], Rules(sharing=True))
     assert state.arrival == [10.5, 11.5]
+
+
+def test_at_one_instant_activations_leave_before_parameters() -> None:
+    """The first device's gradients would else hold up the second one's activations on the node's link."""
+    lists: Lists = [[(COMPUTE, 0), (SEND, 0)], [(COMPUTE, 0), (SEND, 1)], [(RECEIVE, 0)], [(RECEIVE, 1)]]
+    messages: Messages = [(0, 2, 100.0, [0]), (1, 3, 10.0, [0])]
+    _, state = run(lists, messages, [10.0], Rules(), [1.0], lanes=[Lane.PARAMETERS, Lane.ACTIVATIONS])
+    assert state.arrival == [12.5, 2.5]
 
 
 @pytest.mark.parametrize("sharing", [False, True])
