@@ -74,6 +74,7 @@ def run(
     rules: Rules,
     seconds: list[float] | None = None,
     lanes: list[Lane] | None = None,
+    latencies: list[float] | None = None,
 ) -> tuple[Tables, State]:
     """Run lists whose compute actions are single devices' work of `seconds`; every pair of devices has one channel."""
     flat = [entry for own in lists for entry in own]
@@ -98,7 +99,7 @@ def run(
         path_first=np.cumsum([0, *(len(message[3]) for message in messages)]).tolist(),
         path_cell=cells,
         path_bandwidth=[bandwidths[cell] for cell in cells],
-        path_latency=[0.5] * len(messages),
+        path_latency=latencies or [0.5] * len(messages),
     )
     columns = Columns(
         tables=tables,
