@@ -158,7 +158,7 @@ class Ours(CrewEngine):
             ]
         )
         task = Task(
-            cluster=plan.cluster,
+            graph=compute.graph,
             workload=plan.workload,
             program=program,
             evaluation=None,

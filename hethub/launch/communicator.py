@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hethub.launch.tally import StorageTally
-from hethub.program.actions import Channel, Program, What
+from hethub.program.actions import Channel, Program, Transfer, What
 from hethub.program.memory import TRAILER_BYTES, acknowledged
 from hethub.timeline.record import Lane
 
@@ -24,6 +24,7 @@ __all__ = ["Communicator", "Delivery", "PeerLostError", "Reserve", "guard"]
 
 T = TypeVar("T")
 Reserve = Callable[[int, int, float], float]  # (destination, bytes, now) -> arrival
+_BELL = torch.zeros(1, dtype=torch.uint8)
 
 
 class PeerLostError(Exception):
@@ -58,7 +59,8 @@ class Communicator:
     `rank_of` maps device indices to ranks of the job's process group. With `reserve` given, links are emulated: the
     sender reserves the path and the message carries its arrival time. A `tally` counts the buffers. The library's own
     threads move the bytes while the device computes. Buffers of activations are kept and used again; those of
-    parameters, which come once a step, give their memory to activations meanwhile.
+    parameters, which come once a step, give their memory to activations meanwhile. Messages of the transfers in `bells`
+    only say that what they would carry can be read where it lies.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Communicator:
         rank_of: Mapping[int, int],
         reserve: Reserve | None = None,
         tally: StorageTally | None = None,
+        bells: frozenset[int] = frozenset(),
     ) -> None:
         self.program = program
         self.device = device
@@ -81,7 +84,11 @@ class Communicator:
         self._spare: dict[int, list[Tensor]] = {}
         self._inbound = [channel for channel in program.order if channel[1] == device]
         self._told = acknowledged(program, {channel[0] for channel in self._inbound})
-        self._size = [program.transfers[m.transfer].bytes + self._extra for m in program.messages]
+        self._bells = bells
+        self._size = [
+            _BELL.numel() if m.transfer in bells else program.transfers[m.transfer].bytes + self._extra
+            for m in program.messages
+        ]
 
     def begin(self, lane: Lane) -> None:
         """Post the first receives of a lane for the coming step; all of the step before have been consumed."""
@@ -126,6 +133,9 @@ class Communicator:
         transfer = self.program.transfer(message)
         # Nobody told of the last step's, as in evaluation: it has long left, but may not be dropped before it is known.
         self._reclaim(message)
+        if self.program.messages[message].transfer in self._bells:
+            self._start(message, transfer, _BELL, None)
+            return
         size = sum(part.numel() * part.element_size() for part in parts)
         if size != transfer.bytes:
             raise AssertionError(f"message {message} holds {size} bytes, the program says {transfer.bytes}")
@@ -144,10 +154,14 @@ class Communicator:
         if self.reserve is not None:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)
             payload[size:].view(torch.float64).fill_(arrival)
+        self._start(message, transfer, payload, transfer.lane if own else None)
+
+    def _start(self, message: int, transfer: Transfer, payload: Tensor, lane: Lane | None) -> None:
+        """Hand bytes to the library; `lane` is that of a buffer of ours."""
         rank = self.rank_of[transfer.destination]
         work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
         assert work is not None
-        self._sending[message] = (work, payload, transfer.lane if own else None)
+        self._sending[message] = (work, payload, lane)
 
     def _packed(self, parts: Sequence[Tensor], size: int, lane: Lane) -> Tensor:
         """A buffer of `size` bytes that begins with the parts' elements."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -76,6 +78,7 @@ class _Compiled:
     """A plan, its programs, and what the simulator says of it."""
 
     plan: Plan
+    graph: CostGraph
     program: Program
     evaluation: Program
     predicted: Timeline
@@ -127,7 +130,9 @@ def _compile(plan: Plan) -> _Compiled:
     evaluation = compile_program(program.layout, compute, ownership=program.ownership, training=False)
     prove(evaluation)
     assert simulation.timeline is not None
-    return _Compiled(plan, program, evaluation, simulation.timeline, simulation.step_seconds, figures)
+    return _Compiled(
+        plan, compute.graph, program, evaluation, simulation.timeline, simulation.step_seconds, figures
+    )
 
 
 def choose_plans(job: Job) -> tuple[Plan, Plan | None]:
@@ -195,6 +200,12 @@ def _refuse_inputs_inside(job: Job) -> None:
             raise InputError(
                 f"{job.output}: output would be emptied, and holds {path}, which the job reads. Name another folder."
             )
+
+
+def _import_ahead() -> None:
+    """Import what the driver needs of torch while Ray starts, not while all workers import it too."""
+    with contextlib.suppress(Exception):  # the import that needs it tells what is wrong
+        import hethub.launch.worker  # noqa: F401
 
 
 class _Run:
@@ -322,7 +333,7 @@ class _Run:
         if self.emulated:
             LinkTable.create(self.links_file, CostGraph(job.cluster).cell_count)
         task = Task(
-            cluster=job.cluster,
+            graph=compiled.graph,
             workload=compiled.plan.workload,
             program=compiled.program,
             evaluation=compiled.evaluation,
@@ -597,6 +608,7 @@ def _run(
     devices = sorted({device for c in plans for device in c.program.layout.used})
     say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
     laps = [begin, time.monotonic()]
+    threading.Thread(target=_import_ahead, daemon=True).start()
     with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
         run = _Run(job, crew, folder, tokens)
         try:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from hethub.launch.groups import SoloGroup
 from hethub.launch.model import StageModel
 from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
+from hethub.launch.shards import Shards
 from hethub.launch.tally import DeviceMemoryError, Held
 from hethub.program.actions import Action, Program, Transfer, What
 from hethub.program.memory import opens_parameters
@@ -111,6 +113,20 @@ def held_out_rows(batches: Batches, turn: int, rows: int, global_batch: int, seq
     return Rows(get, rows * sequence_length)
 
 
+def local_shards(
+    program: Program, device: int, stages: Mapping[int, StageModel], sink: WeightGradients
+) -> Shards:
+    """What a device holds of the parameters, over all of its stages."""
+    weights: dict[str, Tensor] = {}
+    first: dict[str, int] = {}
+    for index, place in local_places(program, device).items():
+        for parameter in program.ownership.parameters:
+            if parameter.name in stages[index].parameters:
+                weights[parameter.name] = stages[index].parameters[parameter.name]
+                first[parameter.name] = parameter_span(parameter, place.rank.share)[0]
+    return Shards(program.ownership, weights, sink.buffers, first)
+
+
 @dataclass(slots=True)
 class _Leaving:
     """A stage's result until the last of its sends; a tally counts it as long."""
@@ -124,7 +140,8 @@ class Executor:
     """Runs a program's steps on one device.
 
     `stages` are this device's models by stage index and `sink` takes their weight gradients; both may be shared by a
-    training and an evaluation program. `mark(step, action)` is called before each action.
+    training and an evaluation program. `shards` are both seen by
+    parameter. `mark(step, action)` is called before each action; `neighbours` as in `ParameterLane`.
     """
 
     def __init__(
@@ -134,12 +151,14 @@ class Executor:
         *,
         stages: Mapping[int, StageModel],
         sink: WeightGradients,
+        shards: Shards,
         compute: ComputeDevice,
         communicator: Communicator,
         recorder: Recorder,
         settings: OptimizerSettings,
         total_steps: int,
         mark: Callable[[int, int], None] = lambda step, action: None,
+        neighbours: Mapping[int, Shards] = MappingProxyType({}),
     ) -> None:
         self.program = program
         self.device = device
@@ -154,15 +173,7 @@ class Executor:
         self.places = local_places(program, device)
         self.actions = program.devices[device]
         self._solo = SoloGroup()
-        self.weights: dict[str, Tensor] = {}
-        first: dict[str, int] = {}
-        for index, stage in stages.items():
-            share = self.places[index].rank.share
-            for parameter in program.ownership.parameters:
-                if parameter.name in stage.parameters:
-                    self.weights[parameter.name] = stage.parameters[parameter.name]
-                    first[parameter.name] = parameter_span(parameter, share)[0]
-        self.lane = ParameterLane(program, device, self.weights, sink.buffers, first, settings)
+        self.lane = ParameterLane(program, device, shards, settings, neighbours)
         self._pieces = self._cut_flights()
         self._opening = opens_parameters(program, device)
         self._letters: list[Tensor] = []  # buffers of parameter mail that has not been read yet
@@ -193,7 +204,7 @@ class Executor:
             m for o in updater.optimizers for ms in (o.first_moments, o.second_moments) for m in ms.values()
         ]
         own = [t for m in updater.masters.values() for t in (m, m.grad) if t is not None]
-        return [*self.weights.values(), *self.sink.buffers.values(), *own, *moments]
+        return [*self.lane.shards.weights.values(), *self.sink.buffers.values(), *own, *moments]
 
     def _cut_flights(self) -> dict[tuple[int, int], tuple[Span, ...]]:
         """The pieces of each micro-batch that some action runs part by part; the others go whole."""

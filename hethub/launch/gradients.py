@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hethub.launch.heap import Allocate, in_private
+
 __all__ = ["Deferred", "Packed", "WeightGradients", "add_product", "wide_dtype"]
 
 
@@ -53,7 +55,9 @@ class WeightGradients:
     takes them later. Norm weights' gradients fall out of the input gradient's work and are never deferred.
     """
 
-    def __init__(self, stages: Iterable[Packed]) -> None:
+    def __init__(self, stages: Iterable[Packed], allocate: Allocate = in_private) -> None:
+        """`allocate` gives the zeros that they lie in."""
+        self._allocate = allocate
         self.buffers: dict[str, Tensor] = {}
         self.deferred: list[Deferred] | None = None
         self._packs: dict[tuple[str, ...], Tensor] = {}
@@ -69,7 +73,7 @@ class WeightGradients:
                 shapes[names] = (sum(len(w) for w in weights), *weights[0].shape[1:])
         some = next(iter(stage.parameters.values()))
         sizes = [math.prod(shape) for shape in shapes.values()]
-        arena = torch.zeros(sum(sizes), dtype=wide_dtype(some.dtype), device=some.device)
+        arena = self._allocate(sum(sizes), wide_dtype(some.dtype), some.device)
         for (names, shape), flat in zip(shapes.items(), arena.split(sizes), strict=True):
             pack = self._packs[names] = flat.view(shape)
             rows = [len(stage.parameters[name]) for name in names]

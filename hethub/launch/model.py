@@ -24,6 +24,7 @@ from hethub.cost.shapes import (
 )
 from hethub.launch.gradients import WeightGradients, wide_dtype
 from hethub.launch.groups import SoloGroup, TensorGroup
+from hethub.launch.heap import Allocate, in_private
 from hethub.launch.kernels import Attention, Block, Cell, Embedding, FeedForward, HeadLoss, Heads
 from hethub.specs.layout import Share, Span
 from hethub.specs.workload import Model
@@ -103,10 +104,12 @@ class StageModel:
         group: TensorGroup | None = None,
         recompute: str = "none",
         held: Mapping[str, Tensor] | None = None,
+        allocate: Allocate = in_private,
     ) -> None:
         """`recompute` is none or selective here (the attention core is done again); full is for the caller to do.
 
         `held` are parameters that the device has already in another stage: a tied table, which is one tensor.
+        `allocate` gives the memory of the weights.
         """
         self.model = model
         self.layers = layers
@@ -127,21 +130,23 @@ class StageModel:
                 elif names not in shards:
                     parts = [weights(here[n], parameter_span(here[n], share)) for n in names]
                     shards[names] = [part.to(device, dtype) for part in parts]
-        self._add_packs(shards)
+        self.dtype = dtype
+        self._add_packs(shards, allocate)
         self.first = layers[0] == 0
         self.last = layers[1] == model.layers + 2
-        self.dtype = dtype
         self.sequence_length = sequence_length
         cos, sin = _rotary_table(model, sequence_length, dtype, device)
         heads, kv = (span[1] - span[0] for span in (share.heads, share.kv))
         self._heads = Heads(heads, kv, model.head_dim, cos, sin)
         self._largest_vocab: int | None = None
 
-    def _add_packs(self, shards: dict[tuple[str, ...], list[Tensor]]) -> None:
+    def _add_packs(self, shards: dict[tuple[str, ...], list[Tensor]], allocate: Allocate) -> None:
         """All weights lie one after the other in one storage, so that neighbours can be sent as one."""
         if not shards:
             return
-        arena = torch.cat([part.flatten() for parts in shards.values() for part in parts])
+        flat = [part.flatten() for parts in shards.values() for part in parts]
+        arena = allocate(sum(len(part) for part in flat), self.dtype, flat[0].device)
+        torch.cat(flat, out=arena)
         at = 0
         for names, parts in shards.items():
             self.packs.append(names)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from hethub.program.ownership import Ownership
+from hethub.launch.shards import Shards
 from hethub.specs.job import OptimizerSettings
 
 __all__ = ["AdamW", "Updater", "adamw", "clip_scale", "decay_groups", "learning_rate"]
@@ -131,25 +131,19 @@ class Updater:
 
     def __init__(
         self,
-        ownership: Ownership,
+        shards: Shards,
         buckets: Sequence[Sequence[int]],
-        weights: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        first: Mapping[str, int],
         settings: OptimizerSettings,
     ) -> None:
-        self.ownership = ownership
-        self.weights = weights
-        self.gradients = gradients
-        self.first = first
+        self.shards = shards
         self.settings = settings
         self.buckets = buckets
         self.owned = tuple(number for bucket in buckets for number in bucket)
         self.masters: dict[int, Tensor] = {}
         self._apart: set[int] = set()  # slices whose gradient is copied to be contiguous
         for number in self.owned:
-            gradient = self.view(number, gradients)
-            view = self.view(number, weights).detach()
+            gradient = shards.gradient(number)
+            view = shards.weight(number)
             if not gradient.is_contiguous():
                 gradient = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
                 self._apart.add(number)
@@ -163,24 +157,17 @@ class Updater:
 
     def _optimizer(self, bucket: Sequence[int]) -> AdamW:
         named: dict[str, list[Tensor]] = {}
-        parameters = self.ownership.parameters
+        parameters = self.shards.ownership.parameters
         for number in bucket:
-            name = parameters[self.ownership.slices[number].parameter].name
+            name = parameters[self.shards.ownership.slices[number].parameter].name
             named.setdefault(name, []).append(self.masters[number])
         matrices = {p.name for p in parameters if len(p.shape) > 1}
         return AdamW(decay_groups(named, matrices, self.settings), self.settings)
 
-    def view(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Slice `number` of tensors shaped like this device's shards."""
-        entry = self.ownership.slices[number]
-        parameter = self.ownership.parameters[entry.parameter]
-        start = entry.start - self.first[parameter.name]
-        return tensors[parameter.name].narrow(parameter.axis, start, entry.stop - entry.start)
-
     def sum_of_squares(self) -> float:
         """Of the summed gradients of all owned slices, added up in fp64."""
         for number in self._apart:
-            self._gradient(number).copy_(self.view(number, self.gradients))
+            self._gradient(number).copy_(self.shards.gradient(number))
         return math.fsum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in self._pieces)
 
     def _gradient(self, number: int) -> Tensor:
@@ -194,6 +181,6 @@ class Updater:
         scale = clip_scale(norm, self.settings.clip_norm)
         self.optimizers[bucket].step(learning_rate(self.settings, step, steps), scale)
         for number in self.buckets[bucket]:
-            view, master = self.view(number, self.weights), self.masters[number]
+            view, master = self.shards.weight(number), self.masters[number]
             if view.data_ptr() != master.data_ptr():
                 view.copy_(master)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hethub.launch.optimizer import Updater, joined
+from hethub.launch.shards import Shards
 from hethub.program.actions import Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
 
@@ -19,26 +20,22 @@ __all__ = ["ParameterLane"]
 class ParameterLane:
     """What a device holds of the parameters, and what the actions of the parameter lane do with it.
 
-    `weights` and `gradients` (wide) map parameter names to this device's shards, `first` to the first index of the cut
-    axis that each begins at.
+    `neighbours` are devices whose shards are read where they lie; messages from them carry nothing.
     """
 
     def __init__(
         self,
         program: Program,
         device: int,
-        weights: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        first: Mapping[str, int],
+        shards: Shards,
         settings: OptimizerSettings,
+        neighbours: Mapping[int, Shards],
     ) -> None:
         self.program = program
         self.device = device
-        self.weights = weights
-        self.gradients = gradients
-        self.updater = Updater(
-            program.ownership, program.buckets.get(device, ()), weights, gradients, first, settings
-        )
+        self.shards = shards
+        self.neighbours = neighbours
+        self.updater = Updater(shards, program.buckets.get(device, ()), settings)
         self.is_root = device == program.layout.used[0]
         self._pieces: dict[int, dict[int, Tensor]] = defaultdict(dict)  # slice -> sender -> gradient
         self._new: dict[int, Tensor] = {}  # slice -> new weight
@@ -61,8 +58,8 @@ class ParameterLane:
         if transfer.what in (What.REDUCE, What.WEIGHTS):
             key = (transfer.what, transfer.slices)
             if key not in self._places:
-                held = self.gradients if transfer.what == What.REDUCE else self.weights
-                self._places[key] = joined([self.updater.view(n, held).detach() for n in transfer.slices])
+                place = self.shards.gradient if transfer.what == What.REDUCE else self.shards.weight
+                self._places[key] = joined([place(n) for n in transfer.slices])
             return self._places[key]
         if transfer.what == What.NORM:
             return [torch.tensor([self.squares, self.loss], dtype=torch.float64)]
@@ -77,17 +74,27 @@ class ParameterLane:
             else:
                 self._totals = values
             return
-        wanted = self.gradients if transfer.what == What.REDUCE else self.weights
+        pieces = self._apart(transfer, payload)
+        if transfer.what == What.REDUCE:
+            for number, piece in pieces:
+                self._pieces[number][transfer.source] = piece
+        else:
+            self._new.update(pieces)
+
+    def _apart(self, transfer: Transfer, payload: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The slices of a message, shaped like this device's own: in the payload, or where a neighbour has them."""
+        held = self.neighbours.get(transfer.source)
+        if held is not None:
+            place = held.gradient if transfer.what == What.REDUCE else held.weight
+            yield from ((number, place(number)) for number in transfer.slices)
+            return
+        own = self.shards.gradient if transfer.what == What.REDUCE else self.shards.weight
         at = 0
         for number in transfer.slices:
-            view = self.updater.view(number, wanted)
-            stop = at + view.numel() * view.element_size()
-            piece = payload[at:stop].view(view.dtype).view(view.shape)
+            like = own(number)
+            stop = at + like.numel() * like.element_size()
+            yield number, payload[at:stop].view(like.dtype).view(like.shape)
             at = stop
-            if transfer.what == What.REDUCE:
-                self._pieces[number][transfer.source] = piece
-            else:
-                self._new[number] = piece
 
     # -- work ------------------------------------------------------------------------------------------------------
 
@@ -99,13 +106,17 @@ class ParameterLane:
         """
         for number in self.program.buckets[self.device][bucket]:
             pieces = self._pieces.pop(number, {})
-            own = self.updater.view(number, self.gradients)
+            own = self.shards.gradient(number)
             total: Tensor | None = None
+            ours = False  # whether the sum may be changed: a neighbour's gradient may not
             for holder in self.program.ownership.slices[number].holders:
-                if holder == self.device:
-                    total = own if total is None else own.add_(total)
+                term = own if holder == self.device else pieces[holder]
+                if total is None:
+                    total, ours = term, holder not in self.neighbours
+                elif holder == self.device:
+                    total, ours = own.add_(total), True
                 else:
-                    total = pieces[holder] if total is None else total.add_(pieces[holder])
+                    total, ours = (total.add_(term) if ours else total + term), True
 
     def norm(self) -> None:
         """This device's part of the squared norm: of what it updates."""
@@ -136,5 +147,5 @@ class ParameterLane:
     def gather(self) -> None:
         """Put the new weights that have come into place."""
         for number, value in self._new.items():
-            self.updater.view(number, self.weights).copy_(value)
+            self.shards.weight(number).copy_(value)
         self._new.clear()

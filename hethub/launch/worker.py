@@ -25,15 +25,25 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
 from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
-from hethub.launch.executor import Executor, StepResult, held_out_rows, local_places, training_rows
+from hethub.launch.executor import (
+    Executor,
+    StepResult,
+    held_out_rows,
+    local_places,
+    local_shards,
+    training_rows,
+)
 from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, NativeGroup
+from hethub.launch.heap import Allocate, Heap, in_private
 from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.links import LinkTable
 from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
+from hethub.launch.shards import Shards
+from hethub.launch.shared_memory import Agreed, agree
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
@@ -72,10 +82,11 @@ class Task:
     `evaluation` is the forward-only program, None without held-out rows. With `links_file` the devices are emulated
     and that file holds their links; without it they are real. `beacon_file` is where workers say where they are.
     `history` is where they record what they trained on, None where that is not kept; `faults` are interruptions on
-    purpose in training. `peak_bytes` is the predicted peak memory by device.
+    purpose in training. With `read_in_place` workers of one host read each other's parameters where they lie, if they
+    can. `peak_bytes` is the predicted peak memory by device.
     """
 
-    cluster: Cluster
+    graph: CostGraph
     workload: Workload
     program: Program
     evaluation: Program | None
@@ -88,7 +99,13 @@ class Task:
     beacon_file: Path | None = None
     history: HistorySettings | None = None
     faults: tuple[PlannedFault, ...] = ()
+    read_in_place: bool = True
     peak_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that the plan is for."""
+        return self.graph.cluster
 
 
 def make_batches(task: Task) -> Batches:
@@ -142,14 +159,18 @@ class Worker:
             return
         self.batches = make_batches(task)
         self.compute = self._device()
-        stages = self._stages()
-        sink = WeightGradients(stages.values())
+        heap = self._heap()
+        allocate = in_private if heap is None else heap.allocate
+        stages = self._stages(allocate)
+        sink = WeightGradients(stages.values(), allocate)
+        shards = local_shards(task.program, self.setup.device, stages, sink)
+        self.agreed = self._agree(heap, shards)
         reserve, mark = self._reserve(), self._mark()
-        self.training = self._executor(task.program, stages, sink, self.recorder, reserve, mark)
+        self.training = self._executor(task.program, stages, sink, shards, self.recorder, reserve, mark)
         self.history, self.training.hook = self._history(), self._hook()
         if task.evaluation is not None:
             self.evaluating = self._executor(
-                task.evaluation, stages, sink, Recorder(task.evaluation), reserve, mark
+                task.evaluation, stages, sink, shards, Recorder(task.evaluation), reserve, mark
             )
         for stage in stages.values():
             stage.sink = sink
@@ -181,7 +202,26 @@ class Worker:
             self.task.peak_bytes.get(self.setup.device),
         )
 
-    def _stages(self) -> dict[int, StageModel]:
+    def _heap(self) -> Heap | None:
+        """Where weights and gradients lie that neighbours may read in place; None where that is not done."""
+        device = self.compute.torch_device
+        if not self.task.read_in_place or self.task.links_file is not None or device.type != "cpu":
+            return None
+        try:
+            return Heap()
+        except OSError:
+            return None
+
+    def _agree(self, heap: Heap | None, shards: Shards) -> Agreed:
+        if self.task.links_file is not None:  # emulated links carry everything
+            return Agreed({}, frozenset())
+        try:
+            return agree(self.task.program, self.setup.device, self.setup.rank_of, heap, shards)
+        finally:
+            if heap is not None:
+                heap.close()
+
+    def _stages(self, allocate: Allocate) -> dict[int, StageModel]:
         task = self.task
         devices = task.cluster.devices()
         dtype = DTYPES[devices[self.setup.device].type.dtype_for(task.workload.precision)]
@@ -207,6 +247,7 @@ class Worker:
                 group=groups.get(index),
                 recompute=place.stage.recompute if place.stage.recompute == "selective" else "none",
                 held=shared,
+                allocate=allocate,
             )
             shared.update(stage.parameters)
             stages[index] = stage
@@ -253,6 +294,7 @@ class Worker:
         program: Program,
         stages: Mapping[int, StageModel],
         sink: WeightGradients,
+        shards: Shards,
         recorder: Recorder,
         reserve: Reserve | None,
         mark: Callable[[int, int], None],
@@ -263,14 +305,21 @@ class Worker:
             self.setup.device,
             stages=stages,
             sink=sink,
+            shards=shards,
             compute=self.compute,
             communicator=Communicator(
-                program, self.setup.device, self.setup.rank_of, reserve, self.compute.tally
+                program,
+                self.setup.device,
+                self.setup.rank_of,
+                reserve,
+                self.compute.tally,
+                self.agreed.bells if program.training else frozenset(),
             ),
             recorder=recorder,
             settings=task.settings,
             total_steps=task.total_steps,
             mark=mark,
+            neighbours=self.agreed.neighbours,
         )
 
     def _mark(self) -> Callable[[int, int], None]:
@@ -286,7 +335,7 @@ class Worker:
             self._links = None
         if self.task.links_file is None:
             return None
-        graph = CostGraph(self.task.cluster)
+        graph = self.task.graph
         table = self._links = LinkTable(self.task.links_file, graph.cell_count)
         return lambda destination, size, now: table.reserve(
             graph.path(self.setup.device, destination), size, now
@@ -328,8 +377,8 @@ class Worker:
         digests = None
         if self.history.digests_due(step, self.task.total_steps):
             self.training.settle()
-            view, weights = self.training.lane.updater.view, self.training.weights
-            digests = {n: digest(_to_numpy(view(n, weights).detach()).tobytes()) for n in self.history.held}
+            weight = self.training.lane.shards.weight
+            digests = {n: digest(_to_numpy(weight(n)).tobytes()) for n in self.history.held}
         self.history.add(step, result.loss, digests)
 
     def evaluate(self, rows: int) -> float:
@@ -344,6 +393,10 @@ class Worker:
             ).loss
         self.evaluating.settle()
         return total
+
+    def reads_in_place(self) -> set[int]:
+        """The devices whose parameters this one reads where they lie."""
+        return set(self.agreed.neighbours) if self.training is not None else set()
 
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""
@@ -373,14 +426,14 @@ class Worker:
         """Slice number -> values, of the slices that this device updates."""
         if self.training is None:
             return {}
-        updater = self.training.lane.updater
-        return {n: _to_numpy(updater.view(n, self.training.weights).detach()) for n in updater.owned}
+        lane = self.training.lane
+        return {n: _to_numpy(lane.shards.weight(n)) for n in lane.updater.owned}
 
     def held_weights(self) -> dict[str, npt.NDArray[np.generic]]:
         """Parameter name -> this device's shard, for comparing replicas."""
         if self.training is None:
             return {}
-        return {name: _to_numpy(w.detach()) for name, w in self.training.weights.items()}
+        return {name: _to_numpy(w.detach()) for name, w in self.training.lane.shards.weights.items()}
 
     def time_stages(self, repeats: int = 5) -> tuple[float, float]:
         """(wall seconds of real math, predicted seconds) of one forward and backward of this device's stages, alone and

@@ -149,9 +149,11 @@ class Pool:
         seeds: Sequence[int] = (1,),
         faults: Sequence[Fault] = (),
         history: HistorySettings | None = None,
+        read_in_place: bool = True,
     ) -> Trained:
         """Train a plan from the first step on all its devices; `time_scale` emulates them, `faults` are interruptions
-        on purpose, whose predicted actions take a second."""
+        on purpose, whose predicted actions take a second. Parameters go by messages where devices are emulated or not
+        `read_in_place`."""
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
         program = compile_program(lay_out(plan), compute)
@@ -161,7 +163,7 @@ class Pool:
         Beacon.create(self.folder / "beacon", len(compute.graph.devices))
         LinkTable.create(self.folder / "links", compute.graph.cell_count)
         task = Task(
-            cluster=plan.cluster,
+            graph=compute.graph,
             workload=plan.workload,
             program=program,
             evaluation=evaluation,
@@ -174,6 +176,7 @@ class Pool:
             beacon_file=self.folder / "beacon",
             faults=plan_faults(faults, program, lambda device, action: 1.0),
             history=history,
+            read_in_place=read_in_place,
             peak_bytes={d: peak.total for d, peak in program_memory(program, compute).items()},
         )
         self.call("load", task)

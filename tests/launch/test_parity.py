@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from hethub.cost.shapes import parameter_span
 from hethub.launch.executor import local_places
@@ -61,10 +62,11 @@ def _check_replicas(trained: Trained) -> None:
 @pytest.mark.parametrize("name", sorted(NAMED_PLANS))
 def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: str) -> None:
     plan = NAMED_PLANS[name](precision)
-    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
+    in_place = precision == "fp64"
+    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place), STEPS)
 
 
-@given(plan=plans("fp64"))
+@given(plan=plans("fp64"), in_place=st.booleans())
 @settings(
     max_examples=12,
     deadline=None,
@@ -73,12 +75,13 @@ def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: st
     database=None,
     phases=[Phase.generate],  # a failure leaves the pool as it is: show it rather than shrink it
 )
-def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan) -> None:
-    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS), STEPS)
+def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan, in_place: bool) -> None:
+    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place), STEPS)
 
 
-def test_the_same_plan_twice_is_the_same_bits(pool: Pool) -> None:
+def test_the_same_plan_is_the_same_bits_again_and_by_messages(pool: Pool) -> None:
     plan = NAMED_PLANS["everything uneven at once"]("fp32")
-    one, other = (pool.train(plan, 5) for _ in range(2))
-    assert [x.hex() for x in one.losses] == [x.hex() for x in other.losses]
-    assert all(np.array_equal(one.weights[name], other.weights[name]) for name in one.weights)
+    one, other, by_messages = (pool.train(plan, 5, read_in_place=where) for where in (True, True, False))
+    for another in (other, by_messages):
+        assert [x.hex() for x in one.losses] == [x.hex() for x in another.losses]
+        assert all(np.array_equal(one.weights[name], another.weights[name]) for name in one.weights)
