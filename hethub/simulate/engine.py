@@ -26,7 +26,7 @@ __all__ = ["Rules", "Simulation", "simulate"]
 
 # Rows from which loading the compiled loop, a third of a second, pays; links that are shared take more events.
 _COMPILED = 400_000
-_COMPILED_SHARING = 60_000
+_COMPILED_SHARING = 30_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ def simulate(
     last new weights have arrived, which following steps hide under their first forwards: it is the longer figure.
     `sub_events` records the collectives inside compute actions too, which are most of the
     records of a big plan and change no share of a summary. `loop` runs the events compiled or not, with equal results;
-    by default as the size of the program suggests. Raises ProgramError on a deadlock.
+    by default as the size of the program suggests. Without `rules` sends are overlapped and links are as the cost graph
+    says. Raises ProgramError on a deadlock.
     """
     columns = columns_of(program, compute.graph)
-    rules = (rules or Rules())._replace(steps=steps)
+    rules = (rules or Rules(sharing=compute.graph.shares_links))._replace(steps=steps)
     rows = steps * len(columns.tables.code)
-    enough = _COMPILED_SHARING if rules.sharing else _COMPILED
-    compiled = rows >= enough if loop is None else loop == "compiled"
+    compiled = _pays(rows, rules) if loop is None else loop == "compiled"
     state = new_state(columns, rules)
     if compiled:
         compiled_events()(columns.tables, state, rules)
@@ -86,6 +86,12 @@ def simulate(
     return Simulation(
         seconds, Timeline(info, records_of(program, columns, state, steps, sub_events=sub_events))
     )
+
+
+def _pays(rows: int, rules: Rules) -> bool:
+    """Whether the compiled loop is loaded, or so many rows are worth loading it."""
+    loaded = compiled_events.cache_info().currsize > 0
+    return loaded or rows >= (_COMPILED_SHARING if rules.sharing else _COMPILED)
 
 
 def _as_list(column: Any) -> Any:
