@@ -16,6 +16,7 @@ from hethub.cost.memory import usable_bytes
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.program.memory import MemoryPeak, program_memory
+from hethub.simulate.energy import joules_of
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import PipelinePlace, Span, StagePlace, lay_out
 from hethub.specs.plan import Plan, plan_to_spec
@@ -37,8 +38,7 @@ def predict(
 
     Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and
     the even split are searches of their own: they are taken from `plan.bounds`, and null with a reason
-    under `missing` where the plan does not hold them. `joules_per_token` takes every used device at its
-    full rated power.
+    under `missing` where the plan does not hold them.
     """
     if program is None:
         program = compile_program(lay_out(plan), compute)
@@ -80,7 +80,7 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
             "not_a_bound": stored.get("not_a_bound"),
         },
         "device_types": _device_types(compute, program, simulation),
-        "joules_per_token": _joules_per_token(program, compute, seconds, tokens, missing),
+        "joules_per_token": _joules_per_token(program, compute, simulation, tokens, missing),
         "usd_per_million_tokens": _usd_per_million_tokens(program, compute, seconds, tokens, missing),
         "baselines": {"even_tokens_per_second": even},
         "emulated": plan.cluster.emulated_time_scale is not None,
@@ -120,19 +120,19 @@ def _summaries(simulation: Simulation) -> list[DeviceSummary]:
 
 
 def _joules_per_token(
-    program: Program, compute: ComputeModel, seconds: float, tokens: int, missing: dict[str, str]
+    program: Program, compute: ComputeModel, simulation: Simulation, tokens: int, missing: dict[str, str]
 ) -> float | None:
-    """Energy at full rated power of the devices in use."""
-    watts = 0.0
+    """Energy of the devices in use (`energy.joules_of`)."""
+    summaries = _summaries(simulation)
+    joules = 0.0
     for device in program.layout.used:
-        power = compute.graph.devices[device].type.power_watts
-        if power is None:
-            missing["joules_per_token"] = (
-                f"power_watts of {compute.graph.devices[device].type.name} is not known"
-            )
+        device_type = compute.graph.devices[device].type
+        own = joules_of(device_type, summaries[device])
+        if own is None:
+            missing["joules_per_token"] = f"power_watts of {device_type.name} is not known"
             return None
-        watts += power
-    return watts * seconds / tokens
+        joules += own
+    return joules / tokens
 
 
 def _usd_per_million_tokens(
