@@ -51,7 +51,7 @@ SPECS = Path(__file__).parent / "specs"
 # file, pipelines, stages of each kind in one pipeline (each a node of eight devices)
 SIZES = {
     "devices_768": (ROOT / "cluster_specs" / "hethub-768.yaml", 8, {"amd": 2, "a800": 10}),
-    "devices_10000": (SPECS / "ten-thousand.yaml", 50, {"fast": 20, "slow": 5}),
+    "devices_10000": (SPECS / "ten-thousand.yaml", 10, {"fast": 100, "slow": 25}),
 }
 MICRO_BATCHES = 64
 SPLITS, STAGES, REPEATS, CHECKED = 8192, 8, 9, 64
