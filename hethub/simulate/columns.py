@@ -112,6 +112,7 @@ def new_state(columns: Columns, rules: Rules) -> State:
         sharers=full(cells, 0),
         event=full(cells, -1, float),
         head=full(cells, -1),
+        least=full(cells, 0, float),
         slot_next=full(channels * hops, -1),
         slot_target=full(channels * hops, 0, float),
     )

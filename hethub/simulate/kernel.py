@@ -80,6 +80,7 @@ class State(NamedTuple):
     sharers: Ints  # [cells]
     event: Floats  # [cells] when it is done with the next of them
     head: Ints  # [cells] its first slot
+    least: Floats  # [cells] the least target of its slots
     slot_next: Ints  # [channels x hops]
     slot_target: Floats  # [channels x hops] of work_done
 
@@ -339,21 +340,18 @@ def load(t: Tables, s: State, queue: Queue, channel: int, key: int, now: float) 
             s.work_done[cell] = 0.0
         s.updated[cell] = now
         slot = channel * hops + place - first
-        s.slot_target[slot] = s.work_done[cell] + t.transfer_bytes[transfer]
+        target = s.work_done[cell] + t.transfer_bytes[transfer]
+        s.slot_target[slot] = target
         s.slot_next[slot] = s.head[cell]
         s.head[cell] = slot
+        s.least[cell] = target if s.sharers[cell] == 0 else min(s.least[cell], target)
         s.sharers[cell] += 1
         expect(t, s, queue, cell, t.path_bandwidth[place], now)
 
 
 def expect(t: Tables, s: State, queue: Queue, cell: int, bandwidth: float, now: float) -> None:
     """Announce when the next of a cell's sharers is through."""
-    left = s.slot_target[s.head[cell]]
-    slot = s.slot_next[s.head[cell]]
-    while slot >= 0:
-        left = min(left, s.slot_target[slot])
-        slot = s.slot_next[slot]
-    left = max(0.0, left - s.work_done[cell])
+    left = max(0.0, s.least[cell] - s.work_done[cell])
     s.event[cell] = now + left * s.sharers[cell] / bandwidth
     heappush(queue, (s.event[cell], 2 * (len(t.first) - 1) + cell))
 
@@ -361,34 +359,29 @@ def expect(t: Tables, s: State, queue: Queue, cell: int, bandwidth: float, now: 
 def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float) -> None:
     """A cell is through with the sharers of the least target."""
     hops = len(s.slot_next) // len(s.carrying)
-    least = s.slot_target[s.head[cell]]
-    slot = s.head[cell]
-    while slot >= 0:
-        least = min(least, s.slot_target[slot])
-        slot = s.slot_next[slot]
-    s.work_done[cell] = least
+    reached = s.least[cell]
+    s.work_done[cell] = reached
     s.updated[cell] = now
     s.event[cell] = -1.0
     through = [0 for _ in range(0)]
     kept, slot = -1, s.head[cell]
-    bandwidth = 0.0
     while slot >= 0:
         following = s.slot_next[slot]
-        channel = slot // hops
-        path = t.transfer_path[t.message_transfer[s.carrying[channel] % len(t.message_transfer)]]
-        bandwidth = t.path_bandwidth[t.path_first[path] + slot % hops]
-        if s.slot_target[slot] <= least:
+        if s.slot_target[slot] <= reached:
+            channel = slot // hops
             s.sharers[cell] -= 1
             s.hops_left[channel] -= 1
             if s.hops_left[channel] == 0:
                 through.append(channel)
         else:
+            s.least[cell] = s.slot_target[slot] if kept < 0 else min(s.least[cell], s.slot_target[slot])
             s.slot_next[slot] = kept
             kept = slot
         slot = following
     s.head[cell] = kept
     if kept >= 0:
-        expect(t, s, queue, cell, bandwidth, now)
+        path = t.transfer_path[t.message_transfer[s.carrying[kept // hops] % len(t.message_transfer)]]
+        expect(t, s, queue, cell, t.path_bandwidth[t.path_first[path] + kept % hops], now)
     for channel in through:
         unload(t, s, rules, queue, channel, now)
 
