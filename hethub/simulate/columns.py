@@ -110,6 +110,7 @@ def new_state(columns: Columns, rules: Rules) -> State:
         work_done=full(cells, 0, float),
         updated=full(cells, 0, float),
         sharers=full(cells, 0),
+        due=full(cells, -1, float),
         event=full(cells, -1, float),
         head=full(cells, -1),
         least=full(cells, 0, float),

@@ -78,7 +78,8 @@ class State(NamedTuple):
     work_done: Floats  # [cells] bytes that every channel on it got since it was last idle
     updated: Floats  # [cells] when work_done was so
     sharers: Ints  # [cells]
-    event: Floats  # [cells] when it is done with the next of them
+    due: Floats  # [cells] when it is done with the next of them
+    event: Floats  # [cells] when it is looked at next: then or, since sharers may have come, before
     head: Ints  # [cells] its first slot
     least: Floats  # [cells] the least target of its slots
     slot_next: Ints  # [channels x hops]
@@ -108,8 +109,8 @@ def run_events(t: Tables, s: State, rules: Rules) -> None:
         now, number = heappop(queue)
         if number < 2 * devices:
             advance(t, s, rules, queue, number, now)
-        elif now == s.event[number - 2 * devices]:  # else the cell's sharers have changed since
-            carry(t, s, rules, queue, number - 2 * devices, now)
+        else:
+            look(t, s, rules, queue, number - 2 * devices, now)
 
 
 def advance(t: Tables, s: State, rules: Rules, queue: Queue, number: int, now: float) -> None:
@@ -352,8 +353,22 @@ def load(t: Tables, s: State, queue: Queue, channel: int, key: int, now: float) 
 def expect(t: Tables, s: State, queue: Queue, cell: int, bandwidth: float, now: float) -> None:
     """Announce when the next of a cell's sharers is through."""
     left = max(0.0, s.least[cell] - s.work_done[cell])
-    s.event[cell] = now + left * s.sharers[cell] / bandwidth
-    heappush(queue, (s.event[cell], 2 * (len(t.first) - 1) + cell))
+    s.due[cell] = now + left * s.sharers[cell] / bandwidth
+    if s.event[cell] < 0.0 or s.due[cell] < s.event[cell]:
+        s.event[cell] = s.due[cell]
+        heappush(queue, (s.event[cell], 2 * (len(t.first) - 1) + cell))
+
+
+def look(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float) -> None:
+    """See whether a cell is done with the next of its sharers; if not, look again when it is."""
+    if now != s.event[cell]:
+        return  # it was to be looked at earlier, and was
+    s.event[cell] = -1.0
+    if s.due[cell] > now:
+        s.event[cell] = s.due[cell]
+        heappush(queue, (s.event[cell], 2 * (len(t.first) - 1) + cell))
+    else:
+        carry(t, s, rules, queue, cell, now)
 
 
 def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float) -> None:
@@ -362,7 +377,6 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
     reached = s.least[cell]
     s.work_done[cell] = reached
     s.updated[cell] = now
-    s.event[cell] = -1.0
     through = [0 for _ in range(0)]
     kept, slot = -1, s.head[cell]
     while slot >= 0:

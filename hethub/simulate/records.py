@@ -18,54 +18,63 @@ __all__ = ["records_of"]
 Records = npt.NDArray[np.void]
 Floats = npt.NDArray[np.float64]
 
+_AT_ONCE = 1 << 16  # rows
+
 
 def records_of(program: Program, columns: Columns, state: State, steps: int, *, sub_events: bool) -> Records:
     """All records, by step, device and action; the collectives inside actions, if wanted, last."""
     t = columns.tables
-    count = len(t.code)
-    start, end = np.asarray(state.start), np.asarray(state.end)
-    rows = np.flatnonzero(~np.isnan(end))
-    step, place = np.divmod(rows, max(1, count))
-    actions = columns.actions[place]
-    code, subject = np.asarray(t.code)[place], np.asarray(t.subject)[place]
-    first = np.asarray(t.first)
-    device = np.repeat(np.arange(len(first) - 1, dtype=np.int32), np.diff(first))[place]
-    found = np.zeros(len(rows), dtype=RECORD)
-    found["step"] = step - steps // 2
-    found["device"], found["action"] = device, place - first[device]
-    found["kind"], found["stage"], found["micro_batch"] = actions[:, 0], actions[:, 1], actions[:, 2]
-    found["message"] = actions[:, 3]
-    found["lane"] = found["peer"] = -1
-    found["start"], found["end"] = start[rows], end[rows]
-    found["sent"] = np.nan
-    works = code == COMPUTE
-    found["busy"][works] = columns.price_busy[subject[works]]
-    found["real"] = found["busy"]
-    _add_messages(found, columns, code, subject, step - np.asarray(t.carried)[place])
+    rows = np.flatnonzero(~np.isnan(np.asarray(state.end)))
+    left = np.full(len(state.arrival), np.nan)
+    found = np.empty(len(rows), dtype=RECORD)
+    # Sends first, since receives tell when their message left. Part by part: fresh memory for columns of millions of
+    # rows would take longer than filling it.
+    parts = [slice(first, first + _AT_ONCE) for first in range(0, len(rows), _AT_ONCE)]
+    for part in parts:
+        _note_sends(left, columns, state, rows[part])
+    for part in parts:
+        _fill(found[part], columns, state, rows[part], left)
+    found["step"] -= steps // 2
     if not sub_events:
         return found
+    place = rows % max(1, len(t.code))
+    works, subject = np.asarray(t.code)[place] == COMPUTE, np.asarray(t.subject)[place]
     return np.concatenate([found, *_collectives(program, columns, found, works, subject)])
 
 
-def _add_messages(
-    found: Records,
-    columns: Columns,
-    code: npt.NDArray[np.int8],
-    subject: npt.NDArray[np.int32],
-    sent_in: npt.NDArray[np.int64],
-) -> None:
-    """Fill the columns that only sends and receives have; `sent_in` is the step in which each message left."""
+def _note_sends(left: Floats, columns: Columns, state: State, rows: npt.NDArray[np.intp]) -> None:
+    """Write down when the messages of some rows left: [steps x messages]."""
     t = columns.tables
-    messages = len(t.message_transfer)
-    left = np.full((int(sent_in.max(initial=0)) + 1) * messages, np.nan)
-    send = code == SEND
-    left[sent_in[send] * messages + subject[send]] = found["start"][send]
-    for chosen, other in ((send, t.transfer_destination), (code == RECEIVE, t.transfer_source)):
+    step, place = np.divmod(rows, len(t.code))
+    send = np.asarray(t.code)[place] == SEND
+    messages = np.asarray(t.subject)[place[send]]
+    left[step[send] * len(t.message_transfer) + messages] = np.asarray(state.start)[rows[send]]
+
+
+def _fill(found: Records, columns: Columns, state: State, rows: npt.NDArray[np.intp], left: Floats) -> None:
+    """Fill the records of some rows."""
+    t = columns.tables
+    step, place = np.divmod(rows, len(t.code))
+    code, subject = np.asarray(t.code)[place], np.asarray(t.subject)[place]
+    actions, first = columns.actions[place], np.asarray(t.first)
+    device = np.searchsorted(first, place, side="right") - 1
+    found["step"], found["device"], found["action"] = step, device, place - first[device]
+    for column, name in enumerate(("kind", "stage", "micro_batch", "message")):
+        found[name] = actions[:, column]
+    found["start"], found["end"] = np.asarray(state.start)[rows], np.asarray(state.end)[rows]
+    found["lane"] = found["peer"] = -1
+    found["sent"] = np.nan
+    found["busy"] = found["overrun"] = found["bytes"] = 0
+    works = code == COMPUTE
+    found["busy"][works] = columns.price_busy[subject[works]]
+    found["real"] = found["busy"]
+    sent_in = step - np.asarray(t.carried)[place]
+    for chosen, other in ((code == SEND, t.transfer_destination), (code == RECEIVE, t.transfer_source)):
         transfer = np.asarray(t.message_transfer)[subject[chosen]]
         found["lane"][chosen] = np.asarray(t.transfer_lane)[transfer]
         found["peer"][chosen] = np.asarray(other)[transfer]
         found["bytes"][chosen] = np.asarray(t.transfer_bytes)[transfer]
-        found["sent"][chosen] = left[sent_in[chosen] * messages + subject[chosen]]
+        found["sent"][chosen] = left[sent_in[chosen] * len(t.message_transfer) + subject[chosen]]
 
 
 def _collectives(
