@@ -14,6 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[launch,plots,dev]'
 	@$(BIN)/python -m compileall -q hethub
+	@$(BIN)/python -m hethub.simulate.compiled
 	@touch $@
 
 demo: $(VENV)/installed ## plan a mixed cluster of emulated devices and train a model on it, against the best even split

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hethub import __version__
+from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
 from hethub.cli.data import app as data_app
 from hethub.cli.launch import launch
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(simulate)
+app.command()(bound)
 app.command()(launch)
 app.command()(timeline)
 app.command()(validate)

@@ -130,7 +130,12 @@ def _money(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Energy and money, where they are known."""
     joules, usd = figures["joules_per_token"], figures["usd_per_million_tokens"]
     return [
-        ("energy", "" if joules is None else f"{joules:.4g} J per token at full power"),
+        (
+            "energy",
+            ""
+            if joules is None
+            else f"{joules:.4g} J per token, at full power where a type's idle power is not given",
+        ),
         ("cost", "" if usd is None else f"{usd:.4g} USD per million tokens"),
     ]
 

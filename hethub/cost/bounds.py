@@ -20,11 +20,14 @@ class PhysicalBound:
     """The smallest conceivable step time, and each device type's share of the throughput (adds up to 1).
 
     The linear program may give one type all of the head and another none, so shares are taken from what
-    each type would reach by itself under the same bound.
+    each type would reach by itself under the same bound. `layer_seconds[type][kind]` are seconds of the whole batch on
+    one device of the type, a layer; `split[type][kind]` is what the program gives the type of that kind's work.
     """
 
     step_seconds: float
     shares: dict[str, float]
+    layer_seconds: dict[str, dict[str, float]]
+    split: dict[str, dict[str, float]]
 
 
 def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> PhysicalBound:
@@ -74,7 +77,18 @@ def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> Ph
     solution = minimize([0.0] * width + [1.0], at_most=at_most, equal=equal)
     speeds = [1.0 / sum(row) for row in work]
     shares = {name: speed / sum(speeds) for name, speed in zip(types, speeds, strict=True)}
-    return PhysicalBound(step_seconds=solution.value * unit, shares=shares)
+    return PhysicalBound(
+        step_seconds=solution.value * unit,
+        shares=shares,
+        layer_seconds={
+            name: {kind: row[place] * counts[name] / layers[kind] for place, kind in enumerate(_KINDS)}
+            for name, row in zip(types, work, strict=True)
+        },
+        split={
+            name: {kind: solution.x[number * len(_KINDS) + place] for place, kind in enumerate(_KINDS)}
+            for number, name in enumerate(types)
+        },
+    )
 
 
 def physical_step_seconds(compute: ComputeModel) -> float:

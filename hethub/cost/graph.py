@@ -111,6 +111,12 @@ class CostGraph:
         """How many cells `reserve` may index."""
         return self._first_shared_cell + 2 * len(self.cluster.links)
 
+    @property
+    def shares_links(self) -> bool:
+        """Whether concurrent transfers share a link fairly, as real ones do; emulated links serve first come, first
+        served, since a sender reserves them and cannot take that back (`reserve`)."""
+        return self.cluster.emulated_time_scale is None
+
     @cached_property
     def graph(self) -> nx.Graph:
         """The whole graph, for algorithms and drawings."""

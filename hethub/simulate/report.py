@@ -13,6 +13,7 @@ from typing import Any
 from hethub.cost.bounds import physical_step_seconds
 from hethub.cost.compute import ComputeModel
 from hethub.cost.memory import usable_bytes
+from hethub.simulate.energy import joules_of
 from hethub.simulate.modelled import Modelled
 from hethub.specs.layout import PipelinePlace, Span, StagePlace
 from hethub.specs.plan import Plan, plan_to_spec
@@ -25,8 +26,7 @@ __all__ = ["StageRow", "figures", "stage_rows"]
 def figures(plan: Plan, modelled: Modelled) -> dict[str, Any]:
     """The JSON figures of a plan whose simulation kept its timeline. The homogeneous bound and
     the even split are searches of their own: they are taken from `plan.bounds`, and null with a reason
-    under `missing` where the plan does not hold them. `joules_per_token` takes every used device at its
-    full rated power.
+    under `missing` where the plan does not hold them.
     """
     compute = modelled.compute
     seconds = modelled.simulation.step_seconds
@@ -60,7 +60,7 @@ def figures(plan: Plan, modelled: Modelled) -> dict[str, Any]:
             "not_a_bound": stored.get("not_a_bound"),
         },
         "device_types": _device_types(modelled),
-        "joules_per_token": _joules_per_token(modelled, seconds, tokens, missing),
+        "joules_per_token": _joules_per_token(modelled, tokens, missing),
         "usd_per_million_tokens": _usd_per_million_tokens(modelled, seconds, tokens, missing),
         "baselines": {"even_tokens_per_second": even},
         "emulated": plan.cluster.emulated_time_scale is not None,
@@ -93,19 +93,17 @@ def _device_types(modelled: Modelled) -> list[dict[str, Any]]:
     ]
 
 
-def _joules_per_token(
-    modelled: Modelled, seconds: float, tokens: int, missing: dict[str, str]
-) -> float | None:
-    """Energy at full rated power of the devices in use."""
-    watts = 0.0
+def _joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) -> float | None:
+    """Energy of the devices in use (`energy.joules_of`)."""
+    joules = 0.0
     for device in modelled.layout.used:
         device_type = modelled.compute.graph.devices[device].type
-        power = device_type.power_watts
-        if power is None:
+        own = joules_of(device_type, modelled.summaries[device])
+        if own is None:
             missing["joules_per_token"] = f"power_watts of {device_type.name} is not known"
             return None
-        watts += power
-    return watts * seconds / tokens
+        joules += own
+    return joules / tokens
 
 
 def _usd_per_million_tokens(

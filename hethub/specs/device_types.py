@@ -50,6 +50,14 @@ class DeviceTypeSpec(Spec):
         None, gt=0, le=1, description="Share of the bandwidth that copies reach."
     )
     power_watts: float | None = Field(None, gt=0, description="Power of one device at full load, watts.")
+    idle_power_watts: float | None = Field(
+        None,
+        ge=0,
+        description="Power of one device that waits, watts; full power is taken where it is not given.",
+    )
+    communication_power_watts: float | None = Field(
+        None, ge=0, description="Power of one device that only communicates, watts; full power if not given."
+    )
     usd_per_hour: float | None = Field(None, ge=0, description="Price of one device, US dollars per hour.")
     substitute_dtype: dict[Precision, Precision] = Field(
         {}, description="Dtypes to compute in where the device lacks one, such as {bf16: fp16}."
@@ -151,6 +159,8 @@ class _Figures:
             },
             power_watts=self._given("power_watts"),
             usd_per_hour=self._given("usd_per_hour"),
+            idle_power_watts=self.spec.idle_power_watts,
+            communication_power_watts=self.spec.communication_power_watts,
         )
 
     def _refuse(self, key: str, text: str) -> None:
@@ -225,5 +235,10 @@ def write_device_type(device_type: DeviceType) -> dict[str, Any]:
         "memory_efficiency": device_type.memory_efficiency,
         "power_watts": device_type.power_watts,
         "usd_per_hour": device_type.usd_per_hour,
+        **{
+            key: watts
+            for key in ("idle_power_watts", "communication_power_watts")
+            if (watts := getattr(device_type, key)) is not None
+        },
         **({"substitute_dtype": dict(device_type.substitute_dtype)} if device_type.substitute_dtype else {}),
     }

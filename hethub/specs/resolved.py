@@ -29,6 +29,8 @@ class DeviceType:
     substitute_dtype: Mapping[str, str] = field(hash=False)
     power_watts: float | None
     usd_per_hour: float | None
+    idle_power_watts: float | None = None
+    communication_power_watts: float | None = None
 
     def dtype_for(self, precision: str) -> str:
         """The dtype in which this device computes a job of `precision`."""

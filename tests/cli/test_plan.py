@@ -151,3 +151,35 @@ def test_planning_loads_neither_torch_nor_ray_nor_a_solver_nor_plots(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plan.yaml").exists()
+
+
+@pytest.fixture(scope="module")
+def laptop_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The laptop's plan file."""
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    _run("plan", LAPTOP, "-o", path)
+    return path
+
+
+def test_simulate_says_what_a_change_and_a_job_would_be(laptop_plan: Path) -> None:
+    as_is = json.loads(_run("simulate", laptop_plan, "--json", "--tokens", "3.6e6"))
+    slower = json.loads(_run("simulate", laptop_plan, "--json", "--what-if", "type:fast=0.5x"))
+    assert slower["step_seconds"] > as_is["step_seconds"]
+    assert slower["bounds"]["physical_tokens_per_second"] < as_is["bounds"]["physical_tokens_per_second"]
+    assert slower["bounds"]["homogeneous_tokens_per_second"] is None
+    assert as_is["job"]["hours"] == pytest.approx(1000 / as_is["tokens_per_second"])
+    assert sum(as_is["waterfall"].values()) == pytest.approx(1.0)
+    assert "homogeneous" in _run("simulate", laptop_plan, "--what-if", "type:fast=0.5x", "--waterfall")
+
+
+def test_bound_derives_both_bounds(figures: dict[str, Any]) -> None:
+    found = json.loads(_run("bound", LAPTOP, "--json"))
+    for kind in ("embedding", "decoder", "head"):
+        assert sum(split[kind] for split in found["physical"]["split"].values()) == pytest.approx(1.0)
+    assert found["bounds"] == figures["bounds"]
+    alone = [entry["tokens_per_second"] for entry in found["homogeneous"]["types"]]
+    assert sum(alone) == pytest.approx(found["bounds"]["homogeneous_tokens_per_second"])
+    assert sum(found["waterfall"].values()) == pytest.approx(1.0)
+    text = _run("bound", LAPTOP)
+    assert "physical bound\t" in text
+    assert "imbalance\t" in text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from hethub.program.actions import Program, What
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import Rules, simulate
 from hethub.specs.plan import Pipeline, Plan
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Timeline
 from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plans
@@ -15,9 +15,9 @@ from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plan
 COMPUTE = [int(kind) for kind in COMPUTE_KINDS]
 
 
-def run(plan: Plan, steps: int = 1) -> tuple[Program, float, Timeline]:
+def run(plan: Plan, steps: int = 1, rules: Rules | None = None) -> tuple[Program, float, Timeline]:
     program = compile_plan(plan)
-    done = simulate(program, compute_model(plan), steps=steps)
+    done = simulate(program, compute_model(plan), steps=steps, rules=rules)
     assert done.timeline is not None
     return program, done.step_seconds, done.timeline
 
@@ -39,7 +39,9 @@ def end_of(timeline: Timeline, device: int, kind: Kind, micro_batch: int = -1) -
 
 def test_two_stages_and_one_micro_batch_by_hand() -> None:
     plan = two_stages(1)
-    program, step, timeline = run(plan)
+    program, step, timeline = run(
+        plan, rules=Rules()
+    )  # shared, the norm's few bytes would delay the gradient
     front, back = program.layout.used
     path = compute_model(plan).graph.path(front, back)
 
@@ -64,7 +66,7 @@ def test_two_stages_and_one_micro_batch_by_hand() -> None:
 
 def test_two_stages_and_two_micro_batches_by_hand() -> None:
     plan = two_stages(2)
-    program, _, timeline = run(plan)
+    program, _, timeline = run(plan, rules=Rules())
     front, back = program.layout.used
     hop = compute_model(plan).graph.path(front, back).seconds(2 * 16 * 16 * 4)
     f0, b0 = (program.prices[front, 0, kind, -1].price.seconds for kind in (Kind.FORWARD, Kind.BACKWARD))

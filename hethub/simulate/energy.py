@@ -1,0 +1,54 @@
+"""Energy and money of a step and of a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hethub.specs.cluster import DeviceType
+from hethub.timeline.summary import DeviceSummary
+
+__all__ = ["Job", "job_of", "joules_of"]
+
+_JOULES_PER_KWH = 3.6e6
+
+
+def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
+    """Joules of one device over a step, None where its power is not known.
+
+    Full power while it computes, its power of communicating while compute waits for that, its idle power else; a power
+    that is not given is taken as full power, which is never too little.
+    """
+    full = device_type.power_watts
+    if full is None:
+        return None
+    idle = full if device_type.idle_power_watts is None else device_type.idle_power_watts
+    sending = device_type.communication_power_watts
+    busy = summary.busy_ratio + summary.recompute_ratio
+    exposed = summary.exposed_communication_ratio
+    watts = full * busy + (full if sending is None else sending) * exposed + idle * (1.0 - busy - exposed)
+    return watts * summary.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What training over `tokens` takes; None where a price or a power is not known."""
+
+    tokens: float
+    hours: float
+    kwh: float | None
+    usd: float | None
+
+
+def job_of(
+    tokens: float,
+    tokens_per_second: float,
+    joules_per_token: float | None,
+    usd_per_million_tokens: float | None,
+) -> Job:
+    """Scale the figures of a step to a job."""
+    return Job(
+        tokens=tokens,
+        hours=tokens / tokens_per_second / 3600,
+        kwh=None if joules_per_token is None else joules_per_token * tokens / _JOULES_PER_KWH,
+        usd=None if usd_per_million_tokens is None else usd_per_million_tokens * tokens / 1e6,
+    )

@@ -1,0 +1,118 @@
+"""What-if: the same plan on a cluster that differs in a link or in devices.
+
+    link:CLASS=2x          every link of that class twice as fast
+    device:GROUP/NODE/DEVICE=0.8x   one device at 0.8 of its speed, compute and memory traffic alike
+    type:NAME=0.5x         every device of a type at half its speed
+
+The program is compiled anew, so that schedule and updaters follow the changed speeds; the split stays. What more
+devices would bring is a question for the planner.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hethub.cost.graph import CostGraph
+from hethub.errors import InputError
+from hethub.specs.cluster import Cluster, Device, DeviceType, Link
+
+__all__ = ["Change", "changed_graph", "parse_change"]
+
+_FORM = re.compile(r"(link|device|type):(.+)=([0-9.eE+-]+)x")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Everything of this name is `factor` times as fast."""
+
+    what: Literal["link", "device", "type"]
+    name: str
+    factor: float
+
+
+def parse_change(text: str) -> Change:
+    """Read one `--what-if`. Raises InputError where it is none."""
+    found = _FORM.fullmatch(text)
+    try:
+        factor = float(found[3]) if found else math.nan
+    except ValueError:
+        factor = math.nan
+    if found is None or not 0 < factor < math.inf:
+        raise InputError(
+            f"--what-if {text}: not a change. Write link:CLASS=2x, device:GROUP/NODE/DEVICE=0.8x or type:NAME=0.5x."
+        )
+    what: Literal["link", "device", "type"] = found[1]  # type: ignore[assignment]
+    return Change(what, found[2], factor)
+
+
+def changed_graph(cluster: Cluster, changes: Sequence[Change]) -> CostGraph:
+    """The cost graph of a cluster with all changes made. Raises InputError where a name is not in the cluster."""
+    for change in changes:
+        known = sorted(_names(cluster, change.what))
+        if change.name not in known:
+            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            raise InputError(
+                f"--what-if {change.what}:{change.name}: {cluster.name} has no such {change.what}. It has {shown}."
+            )
+    graph = CostGraph(_with_links(cluster, {c.name: c.factor for c in changes if c.what == "link"}))
+    faster: dict[tuple[DeviceType, float], DeviceType] = {}
+    graph.devices = tuple(_changed(device, changes, faster) for device in graph.devices)
+    return graph
+
+
+def _names(cluster: Cluster, what: str) -> set[str]:
+    if what == "device":
+        return {device.name for device in cluster.devices()}
+    if what == "type":
+        return set(cluster.device_types)
+    return {link.name for link in _links(cluster)}
+
+
+def _links(cluster: Cluster) -> Iterator[Link]:
+    for group in cluster.node_groups:
+        yield from (group.intra_link, group.inter_link)
+    yield from (cross.link for cross in cluster.links)
+
+
+def _with_links(cluster: Cluster, factors: dict[str, float]) -> Cluster:
+    def changed(link: Link) -> Link:
+        factor = factors.get(link.name, 1.0)
+        return replace(link, bandwidth_bytes_per_second=link.bandwidth_bytes_per_second * factor)
+
+    groups = tuple(
+        replace(group, intra_link=changed(group.intra_link), inter_link=changed(group.inter_link))
+        for group in cluster.node_groups
+    )
+    crossing = []
+    for cross in cluster.links:
+        total = cross.total_bandwidth_bytes_per_second
+        if total is not None:
+            total *= factors.get(cross.link.name, 1.0)
+        crossing.append(replace(cross, link=changed(cross.link), total_bandwidth_bytes_per_second=total))
+    return replace(cluster, node_groups=groups, links=tuple(crossing))
+
+
+def _changed(
+    device: Device, changes: Sequence[Change], faster: dict[tuple[DeviceType, float], DeviceType]
+) -> Device:
+    """The device with its own speed; devices of one type and speed share a type, named by both."""
+    factor = math.prod(
+        change.factor
+        for change in changes
+        if (change.what, change.name) in (("device", device.name), ("type", device.type.name))
+    )
+    if factor == 1.0:
+        return device
+    own = device.type
+    if (own, factor) not in faster:
+        faster[own, factor] = replace(
+            own,
+            name=f"{own.name} at {factor:g}x",
+            memory_bandwidth_bytes_per_second=own.memory_bandwidth_bytes_per_second * factor,
+            peak_flops_per_second={d: peak * factor for d, peak in own.peak_flops_per_second.items()},
+        )
+    return replace(device, type=faster[own, factor])
