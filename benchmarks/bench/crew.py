@@ -73,6 +73,10 @@ class Crew:
         for connection in self._connections:
             connection.send((method, arguments))
 
+    def start_one(self, number: int, method: str, *arguments: Any) -> None:
+        """Call a method of one object; `finish` wants every object called."""
+        self._connections[number].send((method, arguments))
+
     def finish(self) -> list[Answer]:
         """The answers to `start`. Raises WorkerError with the traceback of the first that fails."""
         answers: dict[int, Answer] = {}

@@ -137,11 +137,8 @@ class Ours(CrewEngine):
     """HetHub's own runtime: real worker processes that run a plan on real CPU devices, no Ray, no emulation."""
 
     def __init__(self, plan: Plan, training: Training, timeout_seconds: float = 300.0) -> None:
-        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-        program = compile_program(lay_out(plan), compute)
-        prove(program)
-        count = len(compute.graph.devices)
-        self.root = program.layout.used[0]
+        self.training = training
+        count = len(plan.cluster.devices())
         super().__init__(
             lambda port: [
                 partial(
@@ -157,6 +154,15 @@ class Ours(CrewEngine):
                 for device in range(count)
             ]
         )
+        self.load(plan)
+
+    def load(self, plan: Plan) -> None:
+        """Train another plan of the same devices, from the first step."""
+        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+        program = compile_program(lay_out(plan), compute)
+        prove(program)
+        self.root, self._step = program.layout.used[0], 0
+        training = self.training
         task = Task(
             graph=compute.graph,
             workload=plan.workload,

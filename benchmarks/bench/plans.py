@@ -8,7 +8,7 @@ from hethub.specs.cluster import Cluster, DeviceType, Link, NodeGroup
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
 from hethub.specs.workload import Model, Workload
 
-__all__ = ["cpu_cluster", "data_parallel", "llama_model", "pipeline", "tensor_parallel"]
+__all__ = ["cpu_cluster", "data_parallel", "llama_model", "pipeline", "rank_of", "tensor_parallel"]
 
 _CORE_FLOPS_PER_SECOND = 80e9  # fp32 products of one core; only ratios of devices matter to the plans here
 _CORE_BYTES_PER_SECOND = 10e9
@@ -77,10 +77,10 @@ def cpu_cluster(cores: Sequence[tuple[str, float, int]]) -> Cluster:
     )
 
 
-def _rank(
+def rank_of(
     model: Model, layers: tuple[int, int], device: str, share: tuple[int, int, int] | None = None
 ) -> Rank:
-    """`share` is (heads, FFN columns, vocabulary rows), None for all of them."""
+    """A device in a stage of `layers`; `share` is (heads, FFN columns, vocabulary rows), None for all of them."""
     heads, ffn, vocab = share or (model.heads, model.ffn_size, model.vocab_size)
     decoders = layers[0] <= model.layers and layers[1] > 1
     ends = layers[0] == 0 or layers[1] == model.layers + 2
@@ -110,7 +110,7 @@ def data_parallel(
     """Every device holds the whole model; device i takes rows[i] of every micro-batch."""
     layers = (0, model.layers + 2)
     replicas = [
-        Replica(rows=n, ranks=[_rank(model, layers, device)])
+        Replica(rows=n, ranks=[rank_of(model, layers, device)])
         for n, device in zip(rows, _names(cluster), strict=True)
     ]
     one = Pipeline(
@@ -130,7 +130,7 @@ def pipeline(
         Stage(
             layers=(a, b),
             in_flight=min(count - i, micro_batches),
-            replicas=[Replica(rows=rows, ranks=[_rank(model, (a, b), device)])],
+            replicas=[Replica(rows=rows, ranks=[rank_of(model, (a, b), device)])],
         )
         for i, (a, b, device) in enumerate(zip(cuts, cuts[1:], _names(cluster), strict=False))
     ]
@@ -146,7 +146,7 @@ def tensor_parallel(
     if any(size % len(names) for size in (model.heads, model.ffn_size, model.vocab_size)):
         raise ValueError(f"{model.name} does not divide by {len(names)}")
     share = (model.heads // len(names), model.ffn_size // len(names), model.vocab_size // len(names))
-    group = Replica(rows=rows, ranks=[_rank(model, layers, device, share) for device in names])
+    group = Replica(rows=rows, ranks=[rank_of(model, layers, device, share) for device in names])
     one = Pipeline(
         micro_batches=micro_batches,
         micro_batch_rows=rows,

@@ -34,8 +34,8 @@ def bound(
     if workload is None:
         raise InputError(f"{cluster}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
     found = answer(loaded, workload)
-    physical = physical_bound(found.compute)
-    lost = predicted_waterfall(found.compute, found.simulation)
+    physical = physical_bound(found.modelled.compute)
+    lost = predicted_waterfall(found.modelled)
     if as_json:
         typer.echo(json.dumps(_as_object(found, physical) | {"waterfall": lost.total}, indent=2))
         return

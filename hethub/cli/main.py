@@ -11,12 +11,15 @@ import typer
 
 from hethub import __version__
 from hethub.cli.bound import bound
+from hethub.cli.calibrate import calibrate
 from hethub.cli.data import app as data_app
 from hethub.cli.launch import launch
 from hethub.cli.plan import plan
+from hethub.cli.profile import app as profile_app
 from hethub.cli.schema import schema
 from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
+from hethub.cli.validate import validate
 from hethub.errors import HetHubError
 
 __all__ = ["app", "run"]
@@ -35,8 +38,11 @@ app.command()(simulate)
 app.command()(bound)
 app.command()(launch)
 app.command()(timeline)
+app.command()(validate)
+app.command()(calibrate)
 app.command()(schema)
 app.add_typer(data_app, name="data")
+app.add_typer(profile_app, name="profile")
 
 
 def _version(wanted: bool) -> None:

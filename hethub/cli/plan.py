@@ -73,7 +73,7 @@ def _print(found: Answer, target: Path | None) -> None:
     from hethub.cli.split import print_split
     from hethub.simulate.report import stage_rows
 
-    rows = stage_rows(found.plan, found.compute, found.program, found.simulation)
+    rows = stage_rows(found.plan, found.modelled)
     heading = f"{found.plan.workload.model.name} on {found.plan.cluster.name}"
     print_split(heading, rows, found.figures)
     for line in _search_lines(found):

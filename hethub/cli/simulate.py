@@ -42,8 +42,11 @@ def simulate(
     from hethub.cost.compute import ComputeModel
     from hethub.program.check import require_valid
     from hethub.simulate.energy import job_of
-    from hethub.simulate.report import predict, stage_rows
+    from hethub.simulate.modelled import model
+    from hethub.simulate.report import figures as figures_of
+    from hethub.simulate.report import stage_rows
     from hethub.simulate.what_if import changed_graph, parse_change
+    from hethub.specs.layout import lay_out
     from hethub.specs.plan import load_plan
 
     changes = [parse_change(text) for text in what_if or ()]
@@ -52,9 +55,10 @@ def simulate(
     if changes:  # bounds and baseline in the file are of the cluster as it is
         loaded = loaded.model_copy(update={"bounds": None})
     compute = ComputeModel(changed_graph(loaded.cluster, changes), loaded.workload)
-    program, simulation, figures = predict(loaded, compute)
-    _write_trace(trace, simulation)
-    lost = predicted_waterfall(compute, simulation)
+    modelled = model(lay_out(loaded), compute)
+    figures = figures_of(loaded, modelled)
+    _write_trace(trace, modelled.simulation)
+    lost = predicted_waterfall(modelled)
     speed, joules, usd = (
         figures[key] for key in ("tokens_per_second", "joules_per_token", "usd_per_million_tokens")
     )
@@ -68,7 +72,7 @@ def simulate(
     heading = f"{loaded.workload.model.name} on {loaded.cluster.name}: {plan}"
     if changes:
         heading += f", if {' and '.join(what_if or ())}"
-    print_split(heading, stage_rows(loaded, compute, program, simulation), figures)
+    print_split(heading, stage_rows(loaded, modelled), figures)
     if job is not None:
         typer.echo(f"job\t{_job_text(job)}")
     if waterfall:

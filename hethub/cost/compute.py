@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.profile import LayerKey, Profile
 from hethub.cost.shapes import (
     BYTES,
     LayerKind,
@@ -86,11 +87,16 @@ def state_bytes(precision: str) -> int:
 
 
 class ComputeModel:
-    """Prices compute on a cluster for one workload; results are kept, since few shapes repeat very often."""
+    """Prices compute on a cluster for one workload; results are kept, since few shapes repeat very often.
 
-    def __init__(self, graph: CostGraph, workload: Workload) -> None:
+    A `profile` sets the level where it has the layer: a whole layer on one rank takes what was measured, and the
+    roofline only shares that out over segments, halves of a backward, and ranks with less than the whole layer.
+    """
+
+    def __init__(self, graph: CostGraph, workload: Workload, profile: Profile | None = None) -> None:
         self.graph = graph
         self.workload = workload
+        self.profile = profile
         self._seconds: dict[tuple[str, LayerKind, Share, int, Work], tuple[float, ...]] = {}
         self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
@@ -122,12 +128,37 @@ class ComputeModel:
         key = (device_type.name, kind, share, rows, work)
         found = self._seconds.get(key)
         if found is None:
-            flops, bandwidth, _ = self._rate(device_type)
-            found = self._seconds[key] = tuple(
-                sum(max(o.flops / flops, o.bytes / bandwidth) for o in segment.operations)
-                for segment in self.segments(device_type, kind, share, rows, work)
+            level = (
+                1.0 if self.profile is None else self._level(self.profile, device_type, kind, rows, work.kind)
             )
+            roofline = self._roofline(device_type, kind, share, rows, work)
+            found = self._seconds[key] = tuple(level * seconds for seconds in roofline)
         return found
+
+    def _roofline(
+        self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Work
+    ) -> tuple[float, ...]:
+        flops, bandwidth, _ = self._rate(device_type)
+        return tuple(
+            sum(max(o.flops / flops, o.bytes / bandwidth) for o in segment.operations)
+            for segment in self.segments(device_type, kind, share, rows, work)
+        )
+
+    def _level(
+        self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, work: Kind
+    ) -> float:
+        """Measured over roofline seconds of a whole layer on one rank; 1 where it was not measured."""
+        model = self.workload.model
+        key = LayerKey(
+            model.name, device_type.name, kind, 1, self.workload.sequence_length, self.workload.precision
+        )
+        forward = work in (Kind.FORWARD, Kind.RECOMPUTE)
+        measured = profile.seconds(key, "forward" if forward else "backward", rows)
+        if measured is None:
+            return 1.0
+        whole = Work(Kind.FORWARD if forward else Kind.BACKWARD)
+        roofline = sum(self._roofline(device_type, kind, Share.whole(model), rows, whole))
+        return measured / roofline if roofline else 1.0
 
     def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
         """Forward and backward of one layer on one device alone, nothing recomputed."""
@@ -163,7 +194,9 @@ class ComputeModel:
         `recompute` is the stage's mode: it says what RECOMPUTE does again, and with "full" the head's gradients move
         from FORWARD to there. Without `training` FORWARD is an evaluation's.
         """
-        key = (ranks, layers, rows, work, recompute, training)
+        # Decoders are alike: their number and the ends tell all.
+        ends = (layers[0] == 0, layers[1] == self.workload.model.layers + 2)
+        key = (ranks, layers[1] - layers[0], ends, rows, work, recompute, training)
         found = self._prices.get(key)
         if found is None:
             largest = max(rank.share.vocab[1] - rank.share.vocab[0] for rank in ranks)

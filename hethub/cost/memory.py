@@ -406,12 +406,20 @@ def device_memory(
     device is taken to update all that it holds, which is the most it can be given, and to wait for no one.
     """
     found: dict[int, _RankUse] = {}
+    known: dict[tuple[object, ...], _RankUse] = {}  # alike ranks of alike stages
     for pipeline in layout.pipelines:
         for stage in pipeline.stages:
+            held = (stage.layers, stage.recompute, stage.in_flight, pipeline.schedule, pipeline.micro_batches)
             for replica in stage.replicas:
                 for member, rank in enumerate(replica.ranks):
                     shape = rank_shape(compute, replica, member)
-                    one = _rank_use(compute, pipeline, stage, rank, shape)
+                    key = (
+                        *(held, shape.share, shape.rows, shape.size, shape.members, member),
+                        *(shape.largest_vocab, on_host(compute, rank.device)),
+                    )
+                    if key not in known:
+                        known[key] = _rank_use(compute, pipeline, stage, rank, shape)
+                    one = known[key]
                     other = found.get(rank.device)
                     found[rank.device] = one if other is None else other + one
     return {

@@ -1,4 +1,4 @@
-"""What a Llama-like model is made of: its parameters and, per layer, the operations of forward and backward.
+"""What a Llama- or GPT-like model is made of: its parameters and, per layer, the operations of forward and backward.
 
 Layer 0 is the embedding, 1 to L the decoders, L + 1 the final norm and head. Names are Hugging Face's.
 """
@@ -65,7 +65,32 @@ def layer_kind(model: Model, layer: int) -> LayerKind:
     return "head" if layer == model.layers + 1 else "decoder"
 
 
+def _gpt_decoder_parameters(model: Model, layer: int) -> list[Parameter]:
+    """A GPT decoder, names of OPT: every product has a bias, every norm too; biases of row products are not cut."""
+    prefix = f"model.decoder.layers.{layer - 1}."
+    hidden, unit, at = model.hidden_size, model.head_dim, (layer,)
+    width = model.heads * unit
+    found = []
+    for norm in ("self_attn_layer_norm", "final_layer_norm"):
+        for part in ("weight", "bias"):
+            found.append(Parameter(f"{prefix}{norm}.{part}", (hidden,), "none", 0, 1, at))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        found.append(Parameter(f"{prefix}self_attn.{name}.weight", (width, hidden), "heads", 0, unit, at))
+        found.append(Parameter(f"{prefix}self_attn.{name}.bias", (width,), "heads", 0, unit, at))
+    found += [
+        Parameter(prefix + "self_attn.out_proj.weight", (hidden, width), "heads", 1, unit, at),
+        Parameter(prefix + "self_attn.out_proj.bias", (hidden,), "none", 0, 1, at),
+        Parameter(prefix + "fc1.weight", (model.ffn_size, hidden), "ffn", 0, 1, at),
+        Parameter(prefix + "fc1.bias", (model.ffn_size,), "ffn", 0, 1, at),
+        Parameter(prefix + "fc2.weight", (hidden, model.ffn_size), "ffn", 1, 1, at),
+        Parameter(prefix + "fc2.bias", (hidden,), "none", 0, 1, at),
+    ]
+    return found
+
+
 def _decoder_parameters(model: Model, layer: int) -> list[Parameter]:
+    if model.family == "gpt":
+        return _gpt_decoder_parameters(model, layer)
     prefix = f"model.layers.{layer - 1}."
     hidden, unit, at = model.hidden_size, model.head_dim, (layer,)
     query, key = (model.heads * unit, hidden), (model.kv_heads * unit, hidden)
@@ -90,9 +115,14 @@ def model_parameters(model: Model) -> tuple[Parameter, ...]:
     table = (model.vocab_size, hidden)
     places = (0, last) if model.tied else (0,)
     found = [Parameter("model.embed_tokens.weight", table, "vocab", 0, 1, places)]
+    if model.positions:
+        positions = (model.positions, hidden)
+        found.append(Parameter("model.embed_positions.weight", positions, "none", 0, 1, (0,)))
     for layer in range(1, last):
         found.extend(_decoder_parameters(model, layer))
     found.append(Parameter("model.norm.weight", (hidden,), "none", 0, 1, (last,)))
+    if model.family == "gpt":
+        found.append(Parameter("model.norm.bias", (hidden,), "none", 0, 1, (last,)))
     if not model.tied:
         found.append(Parameter("lm_head.weight", table, "vocab", 0, 1, (last,)))
     return tuple(found)
@@ -211,18 +241,20 @@ def _decoder_forward(
     width, kv_width, ffn = heads * model.head_dim, kv * model.head_dim, share.ffn[1] - share.ffn[0]
     shard = rows * shard_tokens(seq, members)
     norm, residual = _touch(2 * shard * hidden, size), _touch(3 * shard * hidden, size)
+    gated = model.family == "llama"
+    positions = (_touch(2 * tokens * (width + kv_width), size),) if gated else ()  # rotary ones
     attention = (
         norm,
         _matmul(tokens, hidden, width + 2 * kv_width, size),
-        _touch(2 * tokens * (width + kv_width), size),  # rotary positions
+        *positions,
         _attention_core(model, share, rows, seq, size),
         _matmul(tokens, width, hidden, size),
         residual,
     )
     feed_forward = (
         norm,
-        _matmul(tokens, hidden, 2 * ffn, size),
-        _touch(3 * tokens * ffn, size),
+        _matmul(tokens, hidden, 2 * ffn if gated else ffn, size),
+        _touch((3 if gated else 2) * tokens * ffn, size),
         _matmul(tokens, ffn, hidden, size),
         residual,
     )

@@ -44,7 +44,8 @@ from hethub.program.compile import compile_program
 from hethub.program.memory import program_memory
 from hethub.program.prove import prove
 from hethub.simulate.engine import simulate
-from hethub.simulate.report import predict
+from hethub.simulate.modelled import Modelled
+from hethub.simulate.report import figures
 from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, save_plan
@@ -126,12 +127,24 @@ def _compile(plan: Plan) -> _Compiled:
     prove(program)
     small = sum(len(actions) for actions in program.devices) <= _STEADY_ACTIONS
     simulation = simulate(program, compute, steps=3 if small else 1)
-    program, simulation, figures = predict(plan, compute, program, simulation)
+    modelled = Modelled(
+        layout=program.layout,
+        compute=compute,
+        ownership=program.ownership,
+        program=program,
+        simulation=simulation,
+    )
     evaluation = compile_program(program.layout, compute, ownership=program.ownership, training=False)
     prove(evaluation)
     assert simulation.timeline is not None
     return _Compiled(
-        plan, compute.graph, program, evaluation, simulation.timeline, simulation.step_seconds, figures
+        plan,
+        compute.graph,
+        program,
+        evaluation,
+        simulation.timeline,
+        simulation.step_seconds,
+        figures(plan, modelled),
     )
 
 

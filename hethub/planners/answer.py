@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hethub.cost.bounds import physical_bound
-from hethub.cost.compute import ComputeModel
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
 from hethub.planners.interface import Found, Problem
-from hethub.program.actions import Program
 from hethub.program.check import check_plan
-from hethub.simulate.engine import Simulation
-from hethub.simulate.report import predict
+from hethub.simulate.modelled import Modelled
+from hethub.simulate.report import figures
 from hethub.specs.cluster import Cluster
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
@@ -31,9 +29,7 @@ class Answer:
     `figures`."""
 
     plan: Plan
-    compute: ComputeModel
-    program: Program
-    simulation: Simulation
+    modelled: Modelled
     homogeneous: HomogeneousBound
     even: Found | None
     figures: dict[str, Any]
@@ -73,16 +69,14 @@ def answer(cluster: Cluster, workload: Workload, *, clock: Callable[[], float] =
             },
         }
     )
-    kept = found.simulation if found.simulation.timeline is not None else None
-    program, simulation, figures = predict(plan, problem.compute, found.program, kept)
+    modelled = found.modelled.recorded()
+    told = figures(plan, modelled)
     return Answer(
-        plan=plan.model_copy(update={"prediction": _prediction(figures)}),
-        compute=problem.compute,
-        program=program,
-        simulation=simulation,
+        plan=plan.model_copy(update={"prediction": _prediction(told)}),
+        modelled=modelled,
         homogeneous=homogeneous,
         even=even,
-        figures=_with_search(figures, plan),
+        figures=_with_search(told, plan),
     )
 
 

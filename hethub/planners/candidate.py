@@ -17,12 +17,14 @@ __all__ = [
     "Candidate",
     "Entry",
     "Proposal",
+    "Rates",
     "Team",
     "divisors",
     "least_tail",
     "lower_bound",
     "price",
     "proposals",
+    "quick_bound",
 ]
 
 
@@ -88,20 +90,46 @@ def divisors(number: int) -> list[int]:
 
 def proposals(team: Team, batch: int) -> Iterator[Proposal]:
     """All ways to settle a batch of `batch` rows that leave no pipeline empty."""
+    pipelines, alike = team.pipelines, len(team.crews) == 1
     for rows in divisors(batch):
-        if batch // rows >= team.pipelines:
+        if batch // rows >= pipelines:
             yield Proposal(team, rows, 0)
-    alike = len(team.crews) == 1
     for micro_batches in divisors(batch):
         rows = batch // micro_batches
         # equal rows for alike pipelines are among the first kind already
-        if rows >= team.pipelines and not (alike and rows % team.pipelines == 0):
+        if rows >= pipelines and not (alike and rows % pipelines == 0):
             yield Proposal(team, 0, micro_batches)
 
 
 def least_tail(chains: Chains, team: Team) -> float:
     """Seconds that reduction and update of a team take at least, however the layers are divided."""
     return max(chains.tail_bound(crew, _setting(team, copies, 1, False, 0)) for crew, copies in team.crews)
+
+
+class Rates(NamedTuple):
+    """Row-decoders per second of one of `copies` alike pipelines, at the most: of its quickest stage and of all."""
+
+    copies: int
+    stage: float
+    pipeline: float
+
+
+def quick_bound(layers: int, rates: list[Rates], proposal: Proposal, batch: int) -> float:
+    """A lower bound that needs no prices: rows of any size as quick as the largest, layers in fractions.
+
+    It is below `lower_bound` and much cheaper, so that most proposals are cut off before they have to be priced.
+    """
+    if proposal.micro_batches:
+        # Some pipeline has at least its part of the rows of every round of micro-batches.
+        again = proposal.micro_batches - 1
+        speed = sum(r.copies / (1.0 / r.stage + again / r.pipeline) for r in rates)
+        return layers * (batch // proposal.micro_batches) / speed
+    work = layers * proposal.rows
+    bounds = [(r.copies, work / r.pipeline, work / r.stage) for r in rates]
+    if len(bounds) == 1:
+        copies, period, fill = bounds[0]
+        return fill + (math.ceil(batch // proposal.rows / copies) - 1) * period
+    return _least_seconds(bounds, batch // proposal.rows)
 
 
 def lower_bound(chains: Chains, proposal: Proposal, batch: int) -> float:

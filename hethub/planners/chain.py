@@ -63,7 +63,28 @@ class Chains:
         self._chains: dict[tuple[Crew, int, Setting], Chain | None] = {}
         self._periods: dict[tuple[Crew, int], tuple[float, float]] = {}
         self._tails: dict[tuple[Crew, Setting], float] = {}
+        self._rates: dict[tuple[Crew, int], tuple[float, float]] = {}
+        self._each_row: dict[tuple[int, int, int], float] = {}
         self.links = LinkCosts(costs)
+
+    def rates(self, crew: Crew, most_rows: int) -> tuple[float, float]:
+        """Row-decoders per second of the quickest stage and of all stages, at the very most: a decoder's seconds for
+        each row fall with the rows of a micro-batch, of which there are at most `most_rows`."""
+        found = self._rates.get((crew, most_rows))
+        if found is None:
+            stages = [
+                (sum(s.replicas / self._row_seconds(s.pool, s.degree, most_rows) for s in slot), count)
+                for slot, count in crew
+            ]
+            found = max(rate for rate, _ in stages), sum(rate * count for rate, count in stages)
+            self._rates[crew, most_rows] = found
+        return found
+
+    def _row_seconds(self, pool: int, degree: int, rows: int) -> float:
+        key = (pool, degree, rows)
+        if key not in self._each_row:
+            self._each_row[key] = sum(self.costs.cost(pool, degree, rows).decoder) / rows
+        return self._each_row[key]
 
     def bound(self, crew: Crew, rows: int) -> tuple[float, float]:
         """(least period, least fill) in seconds of any division of the layers, memory and links ignored.
@@ -207,9 +228,7 @@ class Chains:
             StageDraft(stage.staff.seats, n, n > stage.cap_none, held)
             for stage, n, held in zip(stages, decoders, in_flight, strict=True)
         )
-        tail = max(
-            self.links.tail_seconds(stage, n, setting) for stage, n in zip(stages, decoders, strict=True)
-        )
+        tail = self.links.tail_seconds(stages, decoders, setting)
         return Chain(
             crew=crew,
             rows=rows,

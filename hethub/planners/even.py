@@ -8,7 +8,7 @@ embedding in the first stage, head in the last), equal tensor-parallel shares, e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from hethub.apportion import apportion
@@ -80,9 +80,7 @@ class EvenPlanner:
             if done is None:
                 continue
             simulated += 1
-            found = Found(
-                plan=plan, program=done[0], simulation=done[1], considered=len(splits), runners_up=()
-            )
+            found = Found(plan=plan, modelled=done, considered=len(splits), runners_up=())
             if best is None or found.step_seconds < best.step_seconds:
                 best = found
             big = 6 * split.micro_batches * len(pricing.compute.graph.devices) > _BIG
@@ -100,6 +98,8 @@ class _Pricing:
         self.model = problem.workload.model
         self.count = len(self.compute.graph.devices)
         self._times: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._cuts: dict[int, list[int]] = {}  # stages -> first decoder of each, and the end
+        self._kinds: dict[tuple[int, ...], tuple[object, ...]] = {}
 
     def splits(self) -> Iterator[_Split]:
         """All even splits, priced."""
@@ -147,18 +147,17 @@ class _Pricing:
         return list(found.values())
 
     def _layers(self, stage: int, stages: int) -> Span:
-        counts = apportion(self.model.layers, [1.0] * stages)
-        start = 1 + sum(counts[:stage])
-        return (0 if stage == 0 else start, start + counts[stage] + (stage == stages - 1))
+        if stages not in self._cuts:
+            counts = apportion(self.model.layers, [1.0] * stages)
+            self._cuts[stages] = [1, *(1 + n for n in accumulate(counts))]
+        start, stop = self._cuts[stages][stage : stage + 2]
+        return (0 if stage == 0 else start, stop + (stage == stages - 1))
 
     def _seconds(self, group: tuple[int, ...], layers: Span, rows: int) -> tuple[float, float]:
         """(forward and backward, what full recomputation adds: a forward without the head's gradients) of a
         micro-batch; groups of the same types on the same path price alike."""
-        graph = self.compute.graph
-        types = tuple(graph.devices[d].type.name for d in group)
-        apart = tuple(graph.path(a, b) for a, b in pairwise(group))
-        slowest = min((p.bandwidth_bytes_per_second for p in apart), default=0.0)
-        key = (types, slowest, layers, rows)
+        ends = (layers[0] == 0, layers[1] == self.model.layers + 2)
+        key = (self._kind(group), layers[1] - layers[0], ends, rows)
         found = self._times.get(key)
         if found is None:
             shares = even_shares(self.model, len(group))
@@ -170,6 +169,15 @@ class _Pricing:
                 price(ranks, layers, rows, Kind.FORWARD, training=False).seconds,
             )
         return found
+
+    def _kind(self, group: tuple[int, ...]) -> tuple[object, ...]:
+        """Equal for groups that price alike: their types and slowest path."""
+        if group not in self._kinds:
+            graph = self.compute.graph
+            paths = (graph.path(a, b) for a, b in pairwise(group))
+            slowest = min((p.bandwidth_bytes_per_second for p in paths), default=0.0)
+            self._kinds[group] = (*(graph.devices[d].type.name for d in group), slowest)
+        return self._kinds[group]
 
     def _boundary(self, rows: int) -> int:
         workload = self.problem.workload

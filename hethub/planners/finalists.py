@@ -11,11 +11,9 @@ from hethub.planners.candidate import Candidate
 from hethub.planners.interface import Problem
 from hethub.planners.placement import place
 from hethub.planners.pools import Pools
-from hethub.program.actions import Program
-from hethub.program.compile import compile_program
 from hethub.program.ownership import Ownership
 from hethub.program.updaters import own_by_strength
-from hethub.simulate.engine import Simulation, simulate
+from hethub.simulate.modelled import Modelled, model
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
 
@@ -28,13 +26,12 @@ class Finalist:
 
     candidate: Candidate
     plan: Plan
-    program: Program
-    simulation: Simulation
+    modelled: Modelled
 
     @property
     def step_seconds(self) -> float:
         """Simulated seconds of a step."""
-        return self.simulation.step_seconds
+        return self.modelled.simulation.step_seconds
 
 
 def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
@@ -44,17 +41,14 @@ def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
     return all(memory.total <= usable_bytes(devices[device].type) for device, memory in use.items())
 
 
-def simulate_plan(
-    plan: Plan, compute: ComputeModel, *, record: bool = False
-) -> tuple[Program, Simulation] | None:
+def simulate_plan(plan: Plan, compute: ComputeModel, *, record: bool = False) -> Modelled | None:
     """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of
     actions."""
     layout = lay_out(plan)
     ownership = own_by_strength(layout, compute)
     if not fits(compute, layout, ownership):
         return None
-    program = compile_program(layout, compute, ownership=ownership)
-    return program, simulate(program, compute, record=record, sub_events=False)
+    return model(layout, compute, ownership, record=record)
 
 
 def run_off(
@@ -66,7 +60,7 @@ def run_off(
         plan = place(candidate, pools, problem.cluster, problem.workload)
         done = simulate_plan(plan, problem.compute, record=record)
         if done is not None:
-            finalists.append(Finalist(candidate=candidate, plan=plan, program=done[0], simulation=done[1]))
+            finalists.append(Finalist(candidate=candidate, plan=plan, modelled=done))
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
 
 

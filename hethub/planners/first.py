@@ -10,11 +10,12 @@ from hethub.planners.interface import Found, Problem, RunnerUp
 from hethub.planners.pools import Pools
 from hethub.planners.search import rank, with_reach
 from hethub.planners.seats import SeatCosts
+from hethub.simulate.modelled import DETAILED_ACTIONS
 
 __all__ = ["FirstPlanner"]
 
 _FINALISTS = 6
-_ACTIONS = 600_000  # of all simulated finalists together, about; big plans are simulated less often
+_ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -92,8 +93,7 @@ def _found(finalists: list[Finalist], ranked: tuple[Candidate, ...], considered:
             )
     return Found(
         plan=winner.plan,
-        program=winner.program,
-        simulation=winner.simulation,
+        modelled=winner.modelled,
         considered=considered,
         runners_up=tuple(lost.values()) or _second(winner, ranked, pools),
     )
@@ -132,10 +132,12 @@ def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
 
 
 def _actions(candidate: Candidate) -> int:
-    """Actions of a program, about: forward, backward and four messages of every rank and micro-batch."""
-    return sum(
-        6 * entry.repeat * entry.micro_batches * seat.replicas * seat.degree
-        for entry in candidate.entries
-        for stage in entry.chain.stages
-        for seat, _ in stage.seats
-    )
+    """Actions that are simulated, about: forward, backward and four messages of every micro-batch and rank, or of a big
+    plan every group."""
+    ranks = groups = 0
+    for entry in candidate.entries:
+        for stage in entry.chain.stages:
+            for seat, _ in stage.seats:
+                each = 6 * entry.repeat * entry.micro_batches * seat.replicas
+                groups, ranks = groups + each, ranks + each * seat.degree
+    return ranks if ranks <= DETAILED_ACTIONS else groups

@@ -11,7 +11,9 @@ from hethub.planners.interface import Found, Problem
 
 __all__ = ["HomogeneousBound", "TypeBound", "homogeneous_bound"]
 
-_FINALISTS = 2  # of each type and batch: the closed form ranks splits of alike devices well
+_FINALISTS = (
+    2  # of each type: the closed form ranks splits of alike devices well; one for the figure beside it
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,25 +78,25 @@ def _only_type(problem: Problem, whole: Found) -> TypeBound:
 
 def _type_bound(planner: FirstPlanner, problem: Problem, name: str, exact_batch: float) -> TypeBound:
     own = max(1, round(exact_batch))
-    speed = _alone(planner, problem, name, own)
+    speed = _alone(planner, problem, name, own, _FINALISTS)
     return TypeBound(
         device_type=name,
         count=sum(device.type.name == name for device in problem.compute.graph.devices),
         exact_batch=exact_batch,
         global_batch=own,
         tokens_per_second=speed,
-        whole_batch_tokens_per_second=_alone(planner, problem, name, problem.workload.global_batch)
+        whole_batch_tokens_per_second=_alone(planner, problem, name, problem.workload.global_batch, 1)
         if speed
         else 0.0,
     )
 
 
-def _alone(planner: FirstPlanner, problem: Problem, name: str, batch: int) -> float:
+def _alone(planner: FirstPlanner, problem: Problem, name: str, batch: int, finalists: int) -> float:
     limited = replace(
         problem,
         types=frozenset([name]),
         workload=replace(problem.workload, global_batch=batch),
-        finalists=_FINALISTS,
+        finalists=finalists,
     )
     found = planner.search(limited)
     return 0.0 if found is None else _tokens_per_second(problem, batch, found)

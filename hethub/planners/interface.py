@@ -7,8 +7,7 @@ from typing import Protocol
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.program.actions import Program
-from hethub.simulate.engine import Simulation
+from hethub.simulate.modelled import Modelled
 from hethub.specs.cluster import Cluster
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
@@ -48,20 +47,18 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The plan chosen, its compiled program and simulated step, how many candidates were considered, and
-    the finalists that lost, best first. The simulation has a timeline where the planner had reason to keep
-    one."""
+    """The plan chosen, its program as it was simulated, how many candidates were considered, and the finalists that
+    lost, best first. The simulation has a timeline where the planner had reason to keep one."""
 
     plan: Plan
-    program: Program
-    simulation: Simulation
+    modelled: Modelled
     considered: int
     runners_up: tuple[RunnerUp, ...]
 
     @property
     def step_seconds(self) -> float:
         """Simulated seconds of a step."""
-        return self.simulation.step_seconds
+        return self.modelled.simulation.step_seconds
 
 
 class Planner(Protocol):

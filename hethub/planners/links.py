@@ -1,8 +1,9 @@
-"""What links cost a pipeline, roughly: hops between its stages, and the tail in which gradients are
-reduced."""
+"""What links cost a pipeline, roughly: hops between its stages, and the tail in which gradients are reduced and new
+weights sent."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from hethub.cost.graph import Path
@@ -19,12 +20,21 @@ class Hop(NamedTuple):
     load: float
 
 
+class _Rates(NamedTuple):
+    """What follows a stage's last backward, for each element that a rank holds, seconds: the exchange of gradients, and
+    behind the last one everywhere the update and the new weights. Each also takes a latency."""
+
+    gradients: float
+    update: float
+    latency: float
+
+
 class LinkCosts:
     """Closed forms over the paths between pools; tail rates are kept."""
 
     def __init__(self, costs: SeatCosts) -> None:
         self.costs = costs
-        self._tail_rates: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._tail_rates: dict[tuple[object, ...], _Rates] = {}
 
     def hop(self, one: Stage, other: Stage, setting: Setting) -> Hop:
         """To the next stage and back, over the slowest pair of seats."""
@@ -35,14 +45,15 @@ class LinkCosts:
                 if path is None:
                     continue
                 size = min(source.boundary, target.boundary)
-                if not shared:
-                    worst = max(worst, Hop(2 * path.seconds(size), 0.0))
+                # Every rank gets its own rows and tokens, so that a byte travels once each way.
+                load = size / path.bandwidth_bytes_per_second
+                if not shared:  # every rank of a node has a way of its own
+                    load /= min(source.degree, target.degree)
+                    worst = max(worst, Hop(2 * (path.latency_seconds + load), 0.0))
                     continue
-                # Every rank of the receiving group gets the whole activation over the one link of its
-                # node, and groups that share the link wait for half of the others on average.
-                load = size * (source.degree + target.degree) / path.bandwidth_bytes_per_second
-                seconds = 2 * path.latency_seconds + load * (1 + shared) / 2
-                worst = max(worst, Hop(seconds, load / 2 * shared))
+                # Groups that share the link of a node wait for half of the others on average.
+                seconds = 2 * path.latency_seconds + load * (1 + shared)
+                worst = max(worst, Hop(seconds, load * shared))
         return worst
 
     def _path(
@@ -62,45 +73,73 @@ class LinkCosts:
         path = pools.path(source.pool, target.pool, within_node=not apart)
         return (path, groups) if apart else (path, 0)
 
-    def tail_seconds(self, stage: Stage, decoders: int, setting: Setting) -> float:
-        """Reduce, update and gather of the stage's most loaded rank."""
-        worst = 0.0
-        for cost in stage.staff.costs:
-            latency, each = self._tail_rate(cost.pool, cost.degree, stage.holders, setting)
-            worst = max(worst, latency + each * stage.elements(cost, decoders))
-        return worst
+    def tail_seconds(self, stages: Sequence[Stage], decoders: Sequence[int], setting: Setting) -> float:
+        """Reduce, update and new weights behind the last backward of the first stage, where the pipeline ends.
+
+        Later stages end earlier: their gradients travel while the others' last backwards drain, and those of all
+        stages of a node are under way when its first one ends. The updates wait for the last gradient of all.
+        """
+        drained, gradients, update = 0.0, 0.0, 0.0
+        ends = []
+        for stage, count in zip(stages, decoders, strict=True):
+            drained += stage.backward_seconds(count)
+            ends.append(drained)
+        margins = self._margins(stages, ends, setting)
+        for stage, count, margin in zip(stages, decoders, margins, strict=True):
+            for cost in stage.staff.costs:
+                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting)
+                elements = stage.elements(cost, count)
+                gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
+                update = max(update, rates.latency + rates.update * elements)
+        return gradients + update
+
+    def _margins(self, stages: Sequence[Stage], ends: Sequence[float], setting: Setting) -> list[float]:
+        """Seconds from the last backward of the last stage on a node, which begins to fill its link, to the
+        pipeline's end."""
+        if setting.stage_major:  # a node has one stage of many pipelines
+            return list(ends)
+        latest: dict[tuple[int, int], float] = {}
+        nodes = []
+        for stage, end in zip(stages, ends, strict=True):
+            cost = stage.staff.costs[0]
+            each = max(1, self.costs.pools[cost.pool].node_size // cost.degree)
+            node = (cost.pool, stage.units[0] // each)
+            nodes.append(node)
+            latest[node] = end
+        return [latest[node] for node in nodes]
 
     def least_tail_seconds(self, slot: Slot, setting: Setting) -> float:
-        """Least seconds of the tail for each decoder."""
+        """Least seconds of the tail for each decoder: those of the update, which nothing hides."""
         holders = setting.copies * sum(seat.replicas for seat in slot) + setting.others
         worst = 0.0
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             ways = [setting._replace(stage_major=stage_major) for stage_major in (False, True)]
-            worst = max(
-                worst,
-                elements * min(self._tail_rate(seat.pool, seat.degree, holders, way)[1] for way in ways),
-            )
+            rates = [self._tail_rate(seat.pool, seat.degree, holders, way).update for way in ways]
+            worst = max(worst, elements * min(rates))
         return worst
 
-    def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> tuple[float, float]:
-        """(latency, seconds for each element that a rank holds) of reduce, update and gather, roughly:
-        messages of all devices of a node share its link, and every holder exchanges all that it does not
-        update itself."""
+    def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
+        """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
+        update itself, gradients in the accumulators' width and weights in their own."""
         key = (pool, degree, holders, setting.copies, setting.others, setting.pools, setting.stage_major)
         if key not in self._tail_rates:
             self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting)
         return self._tail_rates[key]
 
-    def _find_tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> tuple[float, float]:
+    def _find_tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
         owned, moved = 1.0 / holders, 1.0 - 1.0 / holders
-        traffic = owned * (2 * cost.gradient + 2 * cost.state + 2 * cost.width)
-        traffic += moved * (3 * cost.gradient + 2 * cost.width)
-        each = compute.touch_seconds(pools[pool].type, traffic)
+
+        def touch(each: float) -> float:
+            return compute.touch_seconds(pools[pool].type, each)
+
+        # the update also clears all gradients
+        written = owned * (2 * cost.gradient + 2 * cost.state + 2 * cost.width) + cost.gradient
+        reduced, update = touch(3 * moved * cost.gradient), touch(written + 2 * moved * cost.width)
         if holders == 1:
-            return 0.0, each
+            return _Rates(0.0, update, 0.0)
         size = pools[pool].node_size
         inside = setting.stage_major and not setting.others and setting.copies * degree <= size
         paths = [pools.path(pool, pool, within_node=inside)]
@@ -108,8 +147,8 @@ class LinkCosts:
             paths += [pools.path(pool, other) for other in setting.pools if other != pool]
         known = [path for path in paths if path is not None]
         if not known:
-            return 0.0, each
+            return _Rates(reduced, update, 0.0)
         slowest = min(known, key=lambda path: path.bandwidth_bytes_per_second)
         shared = 1 if inside else size
-        each += moved * (cost.gradient + cost.width) * shared / slowest.bandwidth_bytes_per_second
-        return 2 * slowest.latency_seconds, each
+        each = moved * shared / slowest.bandwidth_bytes_per_second
+        return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from hethub.cost.graph import CostGraph, Path
 from hethub.specs.cluster import DeviceType
@@ -13,7 +14,7 @@ from hethub.specs.cluster import DeviceType
 __all__ = ["Pool", "Pools"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pool:
     """Devices of one type on nodes with alike links in one zone. `nodes` holds device indices, node by
     node."""
@@ -22,12 +23,12 @@ class Pool:
     type: DeviceType
     nodes: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Devices in the pool."""
         return sum(len(node) for node in self.nodes)
 
-    @property
+    @cached_property
     def node_size(self) -> int:
         """Devices of the largest node."""
         return max(len(node) for node in self.nodes)

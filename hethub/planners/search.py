@@ -1,5 +1,5 @@
-"""Best-first search over proposals: cheap lower bounds decide which are priced, closed-form prices which
-are kept."""
+"""Best-first search over proposals: lower bounds, first very cheap and then dearer ones, decide which are priced,
+closed-form prices which are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from hethub.planners.candidate import Candidate, Proposal, Team, least_tail, lower_bound, price, proposals
+from hethub.planners.candidate import (
+    Candidate,
+    Proposal,
+    Rates,
+    Team,
+    least_tail,
+    lower_bound,
+    price,
+    proposals,
+    quick_bound,
+)
 from hethub.planners.chain import Chains
 from hethub.planners.seats import Crew, SeatCosts, crew_size
 from hethub.planners.teams import orders, teams
@@ -53,20 +63,23 @@ class _Best:
 def rank(chains: Chains, numbers: tuple[int, ...], batch: int, most: int) -> Ranking:
     """Find the `most` best distinct candidates for a batch of `batch` rows on the pools `numbers`."""
     costs = chains.costs
-    queue: list[tuple[float, int, Proposal]] = []
+    queue: list[tuple[float, int, bool, Proposal]] = []  # the bound, and whether it is the dear one
     considered = 0
     for team in dict.fromkeys(teams(costs, numbers, batch)):
-        tail = least_tail(chains, team)
+        rates = [Rates(copies, *chains.rates(crew, batch)) for crew, copies in team.crews]
         for proposal in proposals(team, batch):
             considered += 1
-            bound = tail + lower_bound(chains, proposal, batch)
-            if bound < math.inf:
-                queue.append((bound, considered, proposal))
+            queue.append((quick_bound(chains.layers, rates, proposal, batch), considered, False, proposal))
     heapq.heapify(queue)
     best = _Best(most)
     while queue and queue[0][0] < best.limit:
-        _, _, proposal = heapq.heappop(queue)
-        considered += _offer_variants(chains, proposal, batch, best)
+        bound, number, dear, proposal = heapq.heappop(queue)
+        if dear:
+            considered += _offer_variants(chains, proposal, batch, best)
+            continue
+        bound = least_tail(chains, proposal.team) + lower_bound(chains, proposal, batch)
+        if bound < math.inf:
+            heapq.heappush(queue, (bound, number, True, proposal))
     return Ranking(candidates=best.ascending(), considered=considered)
 
 

@@ -82,6 +82,15 @@ class Stage:
     def seconds(self, decoders: int) -> float:
         """Forward and backward of a micro-batch on the slowest replica, with recomputation where it must
         be."""
+        forward, backward = self._work(decoders)
+        return forward + backward
+
+    def backward_seconds(self, decoders: int) -> float:
+        """The backward's part of `seconds`, recomputation included."""
+        return self._work(decoders)[1]
+
+    def _work(self, decoders: int) -> tuple[float, float]:
+        """Seconds of the forward, and of the backward with recomputation."""
         forward = backward = again = 0.0
         for cost in self.staff.costs:
             f, b = decoders * cost.decoder[0], decoders * cost.decoder[1]
@@ -91,7 +100,7 @@ class Stage:
             if self.last:
                 f, b, a = f + cost.head[0], b + cost.head[1], a + cost.head_again
             forward, backward, again = max(forward, f), max(backward, b), max(again, a)
-        return forward + backward + (again if decoders > self.cap_none else 0.0)
+        return forward, backward + (again if decoders > self.cap_none else 0.0)
 
     def most_in_flight(self, decoders: int) -> int:
         """How many micro-batches fit beside `decoders` decoders."""

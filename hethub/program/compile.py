@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, ComputePrice, PricedSegment, gradient_bytes, state_bytes
 from hethub.cost.shapes import BYTES
@@ -13,7 +14,7 @@ from hethub.program.actions import Action, Channel, Message, Price, Program, Tra
 from hethub.program.exchange import GRADIENT_KINDS, Exchange, WeightSend, plan_exchange
 from hethub.program.ownership import Ownership
 from hethub.program.parts import Parts, cut_stages
-from hethub.program.schedules import SCHEDULES, Shape, Task, forward_only
+from hethub.program.schedules import SCHEDULES, Shape, Task, forward_only, margins
 from hethub.program.updaters import own_by_strength
 from hethub.specs.layout import Layout, PipelinePlace, ReplicaPlace, Span, StagePlace, sequence_span
 from hethub.timeline.record import Kind, Lane
@@ -34,6 +35,26 @@ def _alone(seconds: float) -> Price:
     return Price(ComputePrice((PricedSegment((seconds,), 0.0),), seconds, (seconds,)), 0)
 
 
+class _Order(NamedTuple):
+    """A pipeline's schedule: its tasks, and every stage's margin (see `schedules.margins`)."""
+
+    tasks: tuple[Task, ...]
+    margins: tuple[float, ...]
+
+
+def _orders(layout: Layout, compute: ComputeModel, training: bool) -> list[_Order]:
+    """Every pipeline's; alike pipelines share one."""
+    known: dict[tuple[str, Shape], _Order] = {}
+    found = []
+    for pipeline in layout.pipelines:
+        key = (pipeline.schedule, pipeline_shape(compute, pipeline))
+        if key not in known:
+            tasks = (SCHEDULES[key[0]] if training else forward_only)(key[1])
+            known[key] = _Order(tuple(tasks), margins(tasks, key[1]))
+        found.append(known[key])
+    return found
+
+
 class _Builder:
     """Collects the lists while compiling; `build` freezes them."""
 
@@ -46,12 +67,21 @@ class _Builder:
         self.transfers: list[Transfer] = []
         self.messages: list[Message] = []
         self.groups: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.parts: Parts = cut_stages(layout, compute, ownership) if training else {}
+        self.orders = _orders(layout, compute, training)
+        self.parts: Parts = self._cut_stages() if training else {}
         self.buckets: dict[int, tuple[tuple[int, ...], ...]] = {}
         self.prices: dict[tuple[int, int, Kind, int], Price] = {}
         self.inbound: dict[tuple[int, int, What], list[int]] = defaultdict(list)
         self.outbound: dict[tuple[int, int, What], list[int]] = defaultdict(list)
         self.unreceived: dict[tuple[int, int], int] = {}  # (transfer, micro-batch) -> message
+
+    def _cut_stages(self) -> Parts:
+        found = {
+            (pipeline, stage): margin
+            for pipeline, order in enumerate(self.orders)
+            for stage, margin in enumerate(order.margins)
+        }
+        return cut_stages(self.layout, self.compute, self.ownership, found)
 
     # -- transfers -------------------------------------------------------------------------------------------
 
@@ -135,8 +165,7 @@ class _Builder:
         for stage in pipeline.stages:
             for replica in stage.replicas:
                 self.price_replica(pipeline, stage, replica)
-        schedule = SCHEDULES[pipeline.schedule] if self.training else forward_only
-        order = schedule(pipeline_shape(self.compute, pipeline))
+        order = self.orders[pipeline.index].tasks
         cut = self._cut_tasks(order)
         for task in order:
             self.task(pipeline, pipeline.stages[task.stage], task, task in cut)
@@ -373,13 +402,22 @@ class _Builder:
 def _insert(
     actions: Sequence[Action], entries: Sequence[tuple[Action, Action]], *, before: bool
 ) -> list[Action]:
-    """`actions` with entries (place, new) set before or behind their places, in the order given."""
+    """`actions` with entries (place, new) set before or behind their places, in the order given; behind means behind
+    the sends of the place's own results too, for which other stages wait."""
     new: dict[Action, list[Action]] = defaultdict(list)
     for place, action in entries:
         new[place].append(action)
     if before:
         return [entry for action in actions for entry in (*new.get(action, ()), action)]
-    return [entry for action in actions for entry in (action, *new.get(action, ()))]
+    found: list[Action] = []
+    due: list[Action] = []
+    for action in actions:
+        if due and action.kind != Kind.SEND:
+            found += due
+            due = []
+        found.append(action)
+        due += new.get(action, ())
+    return found + due
 
 
 def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:

@@ -141,14 +141,30 @@ def _gradients(
     """A device sends to all, neighbours in turn, what each action completes."""
     found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     count = len(lists)
+    leaving = {source: _leaving(lists[source]) for source in uses}
     for (source, updater), numbers in ownership.gradient_routes.items():
+        later = leaving[source]
         for number in numbers:
             behind = uses[source].last[ownership.slices[number].parameter]
+            behind = later.get(behind, behind)
             found[source, behind, (updater - source) % count, updater].append(number)
     return tuple(
         GradientSend(source, updater, lists[source][behind], tuple(slices))
         for (source, behind, _, updater), slices in sorted(found.items())
     )
+
+
+def _leaving(actions: Sequence[Action]) -> dict[int, int]:
+    """Where gradients leave that are complete behind a part of a backward, but would hold up what the stage before
+    waits for: behind the whole backward. Gradients of the first stage hold up nobody."""
+    whole = {
+        (a.stage, a.micro_batch): n for n, a in enumerate(actions) if a.kind == Kind.BACKWARD and a.part == 0
+    }
+    return {
+        n: whole[a.stage, a.micro_batch]
+        for n, a in enumerate(actions)
+        if a.kind == Kind.BACKWARD and a.part > 0 and a.stage > 0
+    }
 
 
 def _reductions(

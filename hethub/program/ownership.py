@@ -22,6 +22,10 @@ __all__ = ["Ownership", "Slice", "own"]
 
 # Below this many elements a piece goes to one updater: cutting a norm weight only makes more of them.
 _SMALL = 4096
+# Among more holders than `_FEW`, an updater's share of a run is at least `_WORTH` elements: every holder sends to every
+# updater, so that a norm weight of forty holders would be 1560 messages of a few hundred elements.
+_FEW = 8
+_WORTH = 1 << 16
 
 
 class Slice(NamedTuple):
@@ -91,8 +95,8 @@ class Ownership:
     def incoming_elements(self) -> Mapping[int, int]:
         """Device -> gradient elements that reach it from others: its reduction buffers."""
         found: dict[int, int] = defaultdict(int)
-        for (_, updater), numbers in self.gradient_routes.items():
-            found[updater] += self.route_elements(numbers)
+        for entry in self.slices:
+            found[entry.updater] += entry.elements * (len(entry.holders) - 1)
         return found
 
     def route_elements(self, numbers: tuple[int, ...]) -> int:
@@ -137,6 +141,19 @@ class _Entry(NamedTuple):
     span: Span
 
 
+def _updaters(
+    holders: tuple[int, ...], turn: int, total: int, strengths: Mapping[int, float]
+) -> tuple[int, ...]:
+    """Who shares a run of `total` elements out, in order: all holders, each layer beginning with another one, or the
+    first few of many, the same for all layers, so that their messages can be joined."""
+    worth = max(1, total // _WORTH)
+    if len(holders) > max(_FEW, worth):
+        able = tuple(d for d in holders if strengths.get(d, 1.0)) or holders
+        return able[:worth]
+    start = turn % len(holders)
+    return holders[start:] + holders[:start]
+
+
 def _share_out(
     run: Sequence[_Entry], holders: tuple[int, ...], turn: int, strengths: Mapping[int, float]
 ) -> Iterator[Slice]:
@@ -145,11 +162,11 @@ def _share_out(
     Everyone gets consecutive elements of the run, so that what it is sent lies in one place on every holder. A
     boundary falls inside a piece where that is cut along its rows and not small, else at the nearer end of it.
     """
-    order = holders[turn % len(holders) :] + holders[: turn % len(holders)]
+    total = sum((e.span[1] - e.span[0]) * e.parameter.elements_per_index for e in run)
+    order = _updaters(holders, turn, total, strengths)
     weights = [strengths.get(d, 1.0) for d in order]
     if not any(weights):
         weights = [1.0] * len(order)
-    total = sum((e.span[1] - e.span[0]) * e.parameter.elements_per_index for e in run)
     edges = list(accumulate(apportion(total, weights)))
     at, updater = 0, 0
     for number, parameter, (start, stop) in run:
@@ -176,14 +193,16 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
     parameters = model_parameters(layout.model)
     known: dict[tuple[object, ...], list[_Piece]] = {}
     runs: dict[tuple[int, tuple[int, ...]], list[_Entry]] = defaultdict(list)
+    places: dict[tuple[int, ...], tuple[int, ...]] = {}  # layers -> stages that they stand in
     for number, parameter in enumerate(parameters):
-        where = tuple(
-            stage.index
-            for pipeline in layout.pipelines
-            for stage in pipeline.stages
-            if any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers)
-        )
-        key = (where, parameter.cut, parameter.unit, parameter.shape[parameter.axis])
+        if parameter.layers not in places:
+            places[parameter.layers] = tuple(
+                stage.index
+                for pipeline in layout.pipelines
+                for stage in pipeline.stages
+                if any(stage.layers[0] <= layer < stage.layers[1] for layer in parameter.layers)
+            )
+        key = (places[parameter.layers], parameter.cut, parameter.unit, parameter.shape[parameter.axis])
         if key not in known:
             known[key] = _refine(_holdings(layout, parameter))
         for piece in known[key]:

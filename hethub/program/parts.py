@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from hethub.cost.compute import ComputeModel, gradient_bytes
 from hethub.program.ownership import Ownership
@@ -18,12 +18,13 @@ _LATENCIES = 4  # a bucket's transfer is at least so many latencies of its path,
 _LEAST_SECONDS = 5e-4  # of a part's backward: what starting an action may cost
 _MOST_PARTS = 32
 _MOST_MESSAGES = (
-    100_000  # of gradients in a step, beyond which a program would take long to make and to simulate
+    20_000  # of gradients in a step, beyond which a program would take long to make and to simulate
 )
 
 
 class _Traffic:
-    """Per device: bytes of gradients that each layer sends or takes, and the slowest way that they go."""
+    """Per device: bytes of gradients that each layer sends or takes, the slowest way that they go, and how many devices
+    in use its node's link serves."""
 
     def __init__(self, layout: Layout, compute: ComputeModel, ownership: Ownership) -> None:
         width = gradient_bytes(compute.workload.precision)
@@ -37,29 +38,48 @@ class _Traffic:
         routes = max(1, len(ownership.gradient_routes))
         self.most_parts = max(1, min(_MOST_PARTS, _MOST_MESSAGES // routes))
         self.least: dict[int, float] = defaultdict(float)  # device -> bytes of a bucket worth sending
+        self.slowest: dict[int, float] = {}  # device -> bytes per second
         for source, destination in ownership.gradient_routes:
             path = compute.graph.path(source, destination)
-            worth = _LATENCIES * path.latency_seconds * path.bandwidth_bytes_per_second
+            speed = path.bandwidth_bytes_per_second
+            worth = _LATENCIES * path.latency_seconds * speed
             for device in (source, destination):
                 self.least[device] = max(self.least[device], worth)
+                self.slowest[device] = min(self.slowest.get(device, speed), speed)
+        places = [(d.group, d.node) for d in compute.graph.devices]
+        beside = Counter(places[d] for d in layout.used)
+        self.sharing = {d: beside[places[d]] for d in layout.used}
+
+    def seconds(self, devices: Iterable[int], layers: Span) -> float:
+        """Until these layers' gradients are exchanged, both ways at once, every device of a node doing the same."""
+        worst = 0.0
+        for device in devices:
+            if device in self.slowest:
+                both = sum(self.bytes.get((device, layer), 0) for layer in range(*layers))
+                worst = max(worst, both / 2 * self.sharing[device] / self.slowest[device])
+        return worst
 
 
-def cut_stages(layout: Layout, compute: ComputeModel, ownership: Ownership) -> Parts:
+def cut_stages(
+    layout: Layout, compute: ComputeModel, ownership: Ownership, margins: Mapping[tuple[int, int], float]
+) -> Parts:
     """Cut every stage whose gradients others need into parts, each worth a message and an action of its own.
 
+    A stage whose exchange is done within its margin (pipeline, stage -> seconds that the pipeline goes on without the
+    stage at either end of the step) stays whole: parts would hide nothing that is not hidden.
     Buckets are filled from the last layer on, in the order of backward; what is left at the front joins the last one.
     """
     traffic = _Traffic(layout, compute, ownership)
     return {
-        (pipeline.index, stage.index): _cut(stage, compute, traffic)
+        (pipeline.index, stage.index): _cut(stage, compute, traffic, margins[pipeline.index, stage.index])
         for pipeline in layout.pipelines
         for stage in pipeline.stages
     }
 
 
-def _cut(stage: StagePlace, compute: ComputeModel, traffic: _Traffic) -> tuple[Span, ...]:
+def _cut(stage: StagePlace, compute: ComputeModel, traffic: _Traffic, margin: float) -> tuple[Span, ...]:
     devices = list(stage.devices())
-    if not any(traffic.bytes.get((d, layer)) for d in devices for layer in range(*stage.layers)):
+    if traffic.seconds(devices, stage.layers) <= margin:
         return (stage.layers,)
     # A layer's weight: the share of a worthwhile bucket and of a worthwhile action that it fills.
     fills = [_fill(stage, layer, devices, compute, traffic) for layer in range(*stage.layers)]

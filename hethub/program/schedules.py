@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from hethub.timeline.record import Kind
 
-__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only", "makespan", "timed"]
+__all__ = ["SCHEDULES", "Schedule", "Shape", "Task", "forward_only", "makespan", "margins", "timed"]
 
 
 class Task(NamedTuple):
@@ -114,6 +114,18 @@ def timed(order: Iterable[Task], shape: Shape) -> list[tuple[float, float]]:
             backward[stage, micro_batch] = end
         times.append((start, end))
     return times
+
+
+def margins(order: Sequence[Task], shape: Shape) -> tuple[float, ...]:
+    """Seconds of every stage that the others go on without it at either end of the step, the shorter of the two: before
+    its first task, and after its last."""
+    times = timed(order, shape)
+    first, last = [math.inf] * len(shape.resources), [0.0] * len(shape.resources)
+    for task, (start, end) in zip(order, times, strict=True):
+        first[task.stage] = min(first[task.stage], start)
+        last[task.stage] = max(last[task.stage], end)
+    whole = max(last)
+    return tuple(min(start, whole - end) for start, end in zip(first, last, strict=True))
 
 
 def makespan(order: Iterable[Task], shape: Shape) -> float:

@@ -13,43 +13,23 @@ from typing import Any
 from hethub.cost.bounds import physical_step_seconds
 from hethub.cost.compute import ComputeModel
 from hethub.cost.memory import usable_bytes
-from hethub.program.actions import Program
-from hethub.program.compile import compile_program
-from hethub.program.memory import MemoryPeak, program_memory
 from hethub.simulate.energy import joules_of
-from hethub.simulate.engine import Simulation, simulate
-from hethub.specs.layout import PipelinePlace, Span, StagePlace, lay_out
+from hethub.simulate.modelled import Modelled
+from hethub.specs.layout import PipelinePlace, Span, StagePlace
 from hethub.specs.plan import Plan, plan_to_spec
 from hethub.timeline.record import Kind
-from hethub.timeline.summary import DeviceSummary, by_type, summarize
+from hethub.timeline.summary import by_type
 
-__all__ = ["StageRow", "predict", "stage_rows"]
-
-_DETAILED = 300_000  # actions of a program up to which the timeline holds every collective
+__all__ = ["StageRow", "figures", "stage_rows"]
 
 
-def predict(
-    plan: Plan,
-    compute: ComputeModel,
-    program: Program | None = None,
-    simulation: Simulation | None = None,
-) -> tuple[Program, Simulation, dict[str, Any]]:
-    """Compile and simulate (unless `program` and `simulation` are given) a plan that `check_plan` accepts.
-
-    Returns the program, the simulation with its timeline, and the JSON figures. The homogeneous bound and
+def figures(plan: Plan, modelled: Modelled) -> dict[str, Any]:
+    """The JSON figures of a plan whose simulation kept its timeline. The homogeneous bound and
     the even split are searches of their own: they are taken from `plan.bounds`, and null with a reason
     under `missing` where the plan does not hold them.
     """
-    if program is None:
-        program = compile_program(lay_out(plan), compute)
-    if simulation is None:
-        actions = sum(len(actions) for actions in program.devices)
-        simulation = simulate(program, compute, sub_events=actions <= _DETAILED)
-    return program, simulation, _figures(plan, compute, program, simulation)
-
-
-def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Simulation) -> dict[str, Any]:
-    seconds = simulation.step_seconds
+    compute = modelled.compute
+    seconds = modelled.simulation.step_seconds
     tokens = plan.workload.global_batch * plan.workload.sequence_length
     speed = tokens / seconds
     stored = plan.bounds or {}
@@ -79,9 +59,9 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
             "physical_bound": speed / physical,
             "not_a_bound": stored.get("not_a_bound"),
         },
-        "device_types": _device_types(compute, program, simulation),
-        "joules_per_token": _joules_per_token(program, compute, simulation, tokens, missing),
-        "usd_per_million_tokens": _usd_per_million_tokens(program, compute, seconds, tokens, missing),
+        "device_types": _device_types(modelled),
+        "joules_per_token": _joules_per_token(modelled, tokens, missing),
+        "usd_per_million_tokens": _usd_per_million_tokens(modelled, seconds, tokens, missing),
         "baselines": {"even_tokens_per_second": even},
         "emulated": plan.cluster.emulated_time_scale is not None,
         "missing": missing,
@@ -89,15 +69,15 @@ def _figures(plan: Plan, compute: ComputeModel, program: Program, simulation: Si
     }
 
 
-def _device_types(compute: ComputeModel, program: Program, simulation: Simulation) -> list[dict[str, Any]]:
+def _device_types(modelled: Modelled) -> list[dict[str, Any]]:
     """One entry a type; ratios are means over all its devices, those left out included (they are idle)."""
-    devices = compute.graph.devices
+    devices = modelled.compute.graph.devices
     types = {device.type.name: device.type for device in devices}
-    used = Counter(devices[d].type.name for d in program.layout.used)
+    used = Counter(devices[d].type.name for d in modelled.layout.used)
     peak: dict[str, int] = {}
-    for device, use in program_memory(program, compute).items():
+    for device, size in modelled.peak_bytes.items():
         name = devices[device].type.name
-        peak[name] = max(peak.get(name, 0), use.total)
+        peak[name] = max(peak.get(name, 0), size)
     return [
         {
             "name": entry.device_type,
@@ -109,25 +89,16 @@ def _device_types(compute: ComputeModel, program: Program, simulation: Simulatio
             "peak_memory_bytes": peak.get(entry.device_type, 0),
             "memory_bytes": types[entry.device_type].memory_bytes,
         }
-        for entry in by_type(_summaries(simulation))
+        for entry in by_type(modelled.summaries)
     ]
 
 
-def _summaries(simulation: Simulation) -> list[DeviceSummary]:
-    if simulation.timeline is None:
-        raise AssertionError("the simulation kept no timeline")
-    return summarize(simulation.timeline, 0, 0)
-
-
-def _joules_per_token(
-    program: Program, compute: ComputeModel, simulation: Simulation, tokens: int, missing: dict[str, str]
-) -> float | None:
+def _joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) -> float | None:
     """Energy of the devices in use (`energy.joules_of`)."""
-    summaries = _summaries(simulation)
     joules = 0.0
-    for device in program.layout.used:
-        device_type = compute.graph.devices[device].type
-        own = joules_of(device_type, summaries[device])
+    for device in modelled.layout.used:
+        device_type = modelled.compute.graph.devices[device].type
+        own = joules_of(device_type, modelled.summaries[device])
         if own is None:
             missing["joules_per_token"] = f"power_watts of {device_type.name} is not known"
             return None
@@ -136,15 +107,15 @@ def _joules_per_token(
 
 
 def _usd_per_million_tokens(
-    program: Program, compute: ComputeModel, seconds: float, tokens: int, missing: dict[str, str]
+    modelled: Modelled, seconds: float, tokens: int, missing: dict[str, str]
 ) -> float | None:
     """Rent of the devices in use."""
     usd_per_hour = 0.0
-    for device in program.layout.used:
-        price = compute.graph.devices[device].type.usd_per_hour
+    for device in modelled.layout.used:
+        device_type = modelled.compute.graph.devices[device].type
+        price = device_type.usd_per_hour
         if price is None:
-            name = compute.graph.devices[device].type.name
-            missing["usd_per_million_tokens"] = f"usd_per_hour of {name} is not known"
+            missing["usd_per_million_tokens"] = f"usd_per_hour of {device_type.name} is not known"
             return None
         usd_per_hour += price
     return usd_per_hour / 3600 * seconds / tokens * 1e6
@@ -173,23 +144,22 @@ class StageRow:
     busy_ratio: float
 
 
-def stage_rows(plan: Plan, compute: ComputeModel, program: Program, simulation: Simulation) -> list[StageRow]:
+def stage_rows(plan: Plan, modelled: Modelled) -> list[StageRow]:
     """The split in rows for people, pipeline entry by pipeline entry."""
-    memory = program_memory(program, compute)
-    busy = [summary.busy_ratio for summary in _summaries(simulation)]
+    busy = [summary.busy_ratio for summary in modelled.summaries]
     rows = []
     first = 0
     for entry in plan.pipelines:
-        alike = program.layout.pipelines[first : first + entry.repeat]
+        alike = modelled.layout.pipelines[first : first + entry.repeat]
         for stage in range(len(entry.stages)):
-            rows.append(_stage_row(compute, memory, busy, alike, stage))
+            rows.append(_stage_row(modelled.compute, modelled.peak_bytes, busy, alike, stage))
         first += entry.repeat
     return rows
 
 
 def _stage_row(
     compute: ComputeModel,
-    memory: Mapping[int, MemoryPeak],
+    memory: Mapping[int, int],
     busy: list[float],
     alike: tuple[PipelinePlace, ...],
     number: int,
@@ -199,7 +169,7 @@ def _stage_row(
     members = [device for copy in alike for device in copy.stages[number].devices()]
 
     def fullness(device: int) -> float:
-        return memory[device].total / usable_bytes(devices[device].type)
+        return memory[device] / usable_bytes(devices[device].type)
 
     fullest = max(members, key=fullness)
     return StageRow(
@@ -211,7 +181,7 @@ def _stage_row(
         recompute=stage.recompute,
         micro_batches=pipeline.micro_batches,
         micro_batch_rows=pipeline.micro_batch_rows,
-        memory_bytes=memory[fullest].total,
+        memory_bytes=memory[fullest],
         usable_bytes=usable_bytes(devices[fullest].type),
         seconds=max(_replica_seconds(compute, stage, place) for place in range(len(stage.replicas))),
         busy_ratio=sum(busy[device] for device in members) / len(members),

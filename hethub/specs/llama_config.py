@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hethub.specs.document import Key
 from hethub.specs.nearest import unknown_name
@@ -25,10 +25,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A transformer of the Llama family, sizes in elements.
+    """A transformer, sizes in elements.
 
-    Root-mean-square norms, rotary positions, grouped-query attention (`kv_heads` divides `heads`), SwiGLU of
-    `ffn_size` columns, no biases, no dropout; `tied` means that head and embedding are one weight.
+    `llama`: root-mean-square norms, rotary positions, grouped-query attention (`kv_heads` divides `heads`), SwiGLU of
+    `ffn_size` columns, no biases. `gpt` (GPT-2, OPT): layer norms with biases, a table of `positions` learned
+    positions, one feed-forward column product, biases everywhere; predicted, not launched. No dropout; `tied` means
+    that head and embedding are one weight.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Model:
     rope_theta: float
     norm_epsilon: float
     rope_scaling: RopeScaling | None
+    family: Literal["llama", "gpt"] = "llama"
+    positions: int = 0
 
 
 Report = Callable[[tuple[Key, ...], str], None]
@@ -157,7 +161,9 @@ def model_from_config(config: Mapping[str, Any], name: str, report: Report) -> M
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """The mapping that `model_from_config` reads back as an equal model."""
+    """The mapping that `model_from_config` reads back as an equal model; Llama's family only."""
+    if model.family != "llama":
+        raise ValueError(f"{model.name} is of the {model.family} family, which no plan file can hold")
     config: dict[str, Any] = {"name": model.name}
     config |= {key: getattr(model, ours) for key, ours in (_SIZES | _OPTIONAL_SIZES).items()}
     config |= {
@@ -203,7 +209,11 @@ class _Reader:
             return None
         return Model(
             name=own,
-            **sizes,
+            hidden_size=sizes["hidden_size"],
+            layers=sizes["layers"],
+            heads=heads,
+            ffn_size=sizes["ffn_size"],
+            vocab_size=sizes["vocab_size"],
             kv_heads=kv_heads,
             head_dim=head_dim,
             tied=tied,

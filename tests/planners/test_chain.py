@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hethub.cost.memory import device_memory
+from hethub.planners.candidate import Rates, lower_bound, proposals, quick_bound
 from hethub.planners.chain import Chains, divide
 from hethub.planners.interface import Problem
 from hethub.planners.pools import Pools
@@ -16,6 +17,7 @@ from hethub.planners.seats import Seat, SeatCosts
 from hethub.planners.shares import even_shares
 from hethub.planners.stage import Stage
 from hethub.planners.steady import round_trips, settle
+from hethub.planners.teams import teams
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
 from tests.plan_strategies import models, three_speeds, tiny_model
 from tests.planners.examples import problems, with_memory, workload
@@ -115,3 +117,16 @@ def test_long_hops_ask_for_more_in_flight_and_little_memory_for_time() -> None:
     # three stages and both hops, while three micro-batches pass
     assert period == pytest.approx(5 / 3, rel=0.01)
     assert in_flight == [3, 2, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_the_quick_bound_is_below_the_dear_one(problem: Problem, data: st.DataObject) -> None:
+    """Seen to catch: rates taken at one row, where a decoder's seconds for each row are the most."""
+    chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
+    numbers, batch = chains.costs.pools.of_types(None), problem.workload.global_batch
+    found = [p for team in teams(chains.costs, numbers, batch) for p in proposals(team, batch)]
+    for proposal in data.draw(st.lists(st.sampled_from(found), max_size=20)) if found else []:
+        rates = [Rates(copies, *chains.rates(crew, batch)) for crew, copies in proposal.team.crews]
+        quick = quick_bound(chains.layers, rates, proposal, batch)
+        assert quick <= lower_bound(chains, proposal, batch) * (1 + 1e-9)

@@ -30,7 +30,7 @@ def test_a_plan_is_valid_executable_and_no_quicker_than_physics(problem: Problem
         assert "short" in error.message
         return
     assert check_plan(found.plan) == []
-    prove(found.program)
+    prove(found.modelled.program)
     assert found.step_seconds >= physical_step_seconds(problem.compute)
     assert all(loser.step_seconds >= found.step_seconds for loser in found.runners_up)
 

@@ -1,0 +1,1 @@
+"""Measured profiles: format, readers, curves, importers."""

@@ -1,0 +1,34 @@
+"""Calibration of our own runs: a slow-down for each device type, from measured steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hethub.simulate.least_squares import Coefficient, Fit, Vector, fit
+from hethub.simulate.validation import OwnRun, own_step_seconds
+
+__all__ = ["calibrate_own_runs"]
+
+
+def calibrate_own_runs(runs: Sequence[OwnRun]) -> Fit:
+    """Fit how much longer each device type works than its figures say; each step is simulated anew.
+
+    Raises InputError where the runs cannot bear a coefficient for each device type.
+    """
+    types = tuple(dict.fromkeys(name for run in runs for name in run.plan.cluster.device_types))
+    known: dict[tuple[int, tuple[float, ...]], float] = {}
+
+    def error(number: int, values: Vector) -> float:
+        run = runs[number]
+        slow = {n: float(v) for n, v in zip(types, values, strict=True) if n in run.plan.cluster.device_types}
+        key = (number, tuple(slow.values()))
+        if key not in known:
+            known[key] = own_step_seconds(run.plan, slow) / run.step_seconds - 1
+        return known[key]
+
+    def errors(values: Vector, numbers: Sequence[int]) -> Vector:
+        return np.array([error(number, values) for number in numbers])
+
+    return fit(errors, len(runs), [Coefficient(f"slow_down.{n}", 1.0, 0.05, 20.0, 1.0) for n in types])

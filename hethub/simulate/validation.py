@@ -1,0 +1,170 @@
+"""Predicted against measured, run by run: our own run folders and imported runs of other engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.engine_prices import Coefficients
+from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.profile import Profile
+from hethub.errors import InputError
+from hethub.program.compile import compile_program
+from hethub.simulate.engine import simulate
+from hethub.simulate.engine_run import predict_engine_run
+from hethub.simulate.imported_runs import MeasuredRun
+from hethub.specs.layout import lay_out
+from hethub.specs.plan import Plan, load_plan
+from hethub.timeline.record import Timeline
+from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
+
+__all__ = [
+    "OwnRun",
+    "RunCheck",
+    "check_imported_run",
+    "check_own_run",
+    "load_coefficients",
+    "load_own_run",
+    "own_step_seconds",
+]
+
+_WARM_UP_STEPS = 3
+_TERMS = ("busy", "recompute", "exposed_communication", "bubble", "idle", "unaccounted")
+_SLOW, _PAUSE, _OVERHEAD = "slow_down.", "host_pause_seconds", "overhead_bytes."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCheck:
+    """One run. `terms` are measured less predicted seconds of a step by cause, the mean over devices, where the run
+    recorded causes; bytes are the fullest device's, None where they were not measured."""
+
+    name: str
+    emulated: bool
+    predicted_seconds: float
+    measured_seconds: float
+    predicted_bytes: float | None
+    measured_bytes: float | None
+    terms: Mapping[str, float]
+
+    @property
+    def time_error(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """The same for bytes."""
+        if self.predicted_bytes is None or self.measured_bytes is None:
+            return None
+        return self.predicted_bytes / self.measured_bytes - 1
+
+    @property
+    def worst_term(self) -> str | None:
+        """The cause whose seconds are furthest off."""
+        return max(self.terms, key=lambda name: abs(self.terms[name])) if self.terms else None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRun:
+    """A run folder: its plan, both timelines, the median measured step after the warm-up."""
+
+    name: str
+    plan: Plan
+    predicted: Timeline
+    measured: Timeline
+    first_step: int
+    last_step: int
+    step_seconds: float
+
+
+def load_own_run(folder: Path) -> OwnRun:
+    """Read a folder that `hethub launch` wrote. Raises InputError where it lacks something."""
+    plan, _ = load_plan(folder / "plan.yaml")
+    predicted = Timeline.load(folder / "predicted.npz")
+    measured = Timeline.load(folder / "measured.npz")
+    if predicted.info.devices != measured.info.devices:
+        raise InputError(f"{folder}: predicted.npz is of other devices than measured.npz. Run the job again.")
+    numbers = step_numbers(measured)
+    first = int(numbers[min(_WARM_UP_STEPS, len(numbers) - 1)])
+    chosen = step_seconds(measured)[numbers >= first]
+    return OwnRun(str(folder), plan, predicted, measured, first, int(numbers[-1]), float(np.median(chosen)))
+
+
+def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
+    """A plan's step where each device type works `slow_down` times as long (1 where it is not named)."""
+    types = {
+        name: replace(
+            kind,
+            matmul_efficiency=kind.matmul_efficiency / slow_down.get(name, 1.0),
+            memory_efficiency=kind.memory_efficiency / slow_down.get(name, 1.0),
+        )
+        for name, kind in plan.cluster.device_types.items()
+    }
+    compute = ComputeModel(CostGraph(replace(plan.cluster, device_types=types)), plan.workload)
+    return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
+
+
+def check_own_run(run: OwnRun, coefficients: Coefficients | None = None) -> RunCheck:
+    """Under the prediction that the run was launched with, or under `coefficients`."""
+    steady = int(np.flatnonzero(step_numbers(run.predicted) == 0)[0])
+    seconds = float(step_seconds(run.predicted)[steady])
+    before = _terms(summarize(run.predicted, 0, 0), 1)
+    after = _terms(summarize(run.measured, run.first_step, run.last_step), run.last_step - run.first_step + 1)
+    if coefficients is not None:
+        seconds = own_step_seconds(run.plan, coefficients.slow_down)
+    return RunCheck(
+        name=run.name,
+        emulated=run.measured.info.emulated,
+        predicted_seconds=seconds,
+        measured_seconds=run.step_seconds,
+        predicted_bytes=None,
+        measured_bytes=None,
+        terms={name: after[name] - before[name] for name in _TERMS},
+    )
+
+
+def _terms(summaries: Sequence[DeviceSummary], steps: int) -> dict[str, float]:
+    """Seconds of a step by cause, the mean over devices."""
+    return {
+        name: float(np.mean([getattr(s, f"{name}_ratio") * s.seconds / steps for s in summaries]))
+        for name in _TERMS
+    }
+
+
+def check_imported_run(run: MeasuredRun, profile: Profile, coefficients: Coefficients) -> RunCheck:
+    """Another engine's run; the bytes are compared where an overhead is known for its devices."""
+    predicted = predict_engine_run(run.run, profile, coefficients)
+    types = {group.device_type for stage in run.run.stages for group in stage.replicas}
+    known = types <= set(coefficients.overhead_bytes)
+    return RunCheck(
+        name=run.run.name,
+        emulated=False,
+        predicted_seconds=predicted.step_seconds,
+        measured_seconds=run.seconds,
+        predicted_bytes=predicted.peak_bytes if known else None,
+        measured_bytes=run.peak_bytes,
+        terms={},
+    )
+
+
+def load_coefficients(path: Path) -> Coefficients:
+    """What `hethub calibrate` wrote. Raises InputError, the file and the coefficient named."""
+    try:
+        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["coefficients"]
+        values = {name: float(entry["value"]) for name, entry in written.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no calibration ({error}). Name a file of `hethub calibrate`.") from None
+    for name, value in values.items():
+        if not np.isfinite(value) or value < 0 or not name.startswith((_SLOW, _PAUSE, _OVERHEAD)):
+            raise InputError(f"{path}: coefficients.{name}: {value} is not usable. Calibrate again.")
+    return Coefficients(
+        slow_down={n.removeprefix(_SLOW): v for n, v in values.items() if n.startswith(_SLOW)},
+        host_pause_seconds=values.get(_PAUSE, 0.0),
+        overhead_bytes={n.removeprefix(_OVERHEAD): v for n, v in values.items() if n.startswith(_OVERHEAD)},
+    )
