@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from hethub.cost.compute import ComputeModel, ComputePrice
 from hethub.cost.graph import CostGraph, Path
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Share, Span, StagePlace
-from hethub.specs.resolved import Cluster, DeviceType
+from hethub.specs.resolved import DeviceType
 from hethub.timeline.record import Kind
 
 __all__ = ["Fold", "fold"]
@@ -35,8 +35,9 @@ class Fold:
 class _GroupGraph(CostGraph):
     """The first device of every group is as strong as the group; the others are there and never used."""
 
-    def __init__(self, cluster: Cluster, members: Mapping[int, tuple[int, ...]]) -> None:
-        super().__init__(cluster)
+    def __init__(self, each: CostGraph, members: Mapping[int, tuple[int, ...]]) -> None:
+        super().__init__(each.cluster)
+        self.devices = each.devices  # which may be other than the cluster's
         self._sizes = {device: len(group) for device, group in members.items()}
         strong: dict[tuple[str, int], DeviceType] = {}
         devices = list(self.devices)
@@ -112,7 +113,7 @@ def fold(layout: Layout, compute: ComputeModel) -> Fold | None:
                 if any(leader.setdefault(rank.device, first) != first for rank in replica.ranks):
                     return None
     members = {first: tuple(rank.device for rank in ranks) for first, ranks in groups.items()}
-    graph = _GroupGraph(compute.graph.cluster, members)
+    graph = _GroupGraph(compute.graph, members)
     return Fold(
         layout=_folded(layout),
         compute=_GroupCompute(graph, compute, _priced_as(groups, compute)),
