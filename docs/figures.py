@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +119,60 @@ EXECUTOR = (
 )
 
 
+_ACCURACY, _SPEED = "predictor_accuracy", "predictor_speed"
+PREDICTOR = (
+    *(
+        Row(
+            _ACCURACY,
+            f"{family}_time_{kind}_abs_error",
+            f"{words}: step time, {what}",
+            _SHARE,
+            f"at most {aim}%",
+        )
+        for family, words, aims in (
+            ("gh200", "GH200 nodes", (5, 12)),
+            ("mixed", "mixed RTX cards over 1 Gbit/s", (5, 11)),
+            ("turing", "Turing cards", (4, 11)),
+        )
+        for (kind, what), aim in zip((("mean", "mean error"), ("max", "worst")), aims, strict=True)
+    ),
+    Row(
+        _ACCURACY, "gh200_memory_mean_abs_error", "GH200 nodes: peak memory, mean error", _SHARE, "at most 5%"
+    ),
+    Row(
+        _ACCURACY,
+        "turing_memory_mean_abs_error",
+        "Turing cards: peak memory, mean error",
+        _SHARE,
+        "at most 6%",
+    ),
+    Row(
+        _ACCURACY,
+        "stage_memory_mean_abs_error",
+        "Megatron-LM's stages: peak memory, mean error",
+        _SHARE,
+        "at most 6%",
+    ),
+    Row(
+        _SPEED,
+        "stage_evaluations_per_second",
+        "closed form, stages a second on one core",
+        "{:,.0f}",
+        "1,000,000",
+    ),
+    Row(_SPEED, "actions_per_second", "simulator, actions a second on one core", "{:,.0f}", "300,000"),
+    Row(
+        _SPEED,
+        "devices_768_seconds",
+        "a step of 768 devices and 64 micro-batches, simulated",
+        "{:.2f} s",
+        "2 s",
+    ),
+    Row(_SPEED, "devices_10000_seconds", "the same of 10,000 devices", "{:.1f} s", "20 s"),
+    Row(_SPEED, "devices_10000_peak_gib", "peak memory of that, program included", "{:.2f} GiB", "2 GiB"),
+)
+
+
 def demo() -> str:
     """The table of the demo."""
     result = _result("first_light")
@@ -142,10 +197,10 @@ def demo() -> str:
     return "\n".join([*lines, "", _measured("first_light", result)]) + "\n"
 
 
-def executor() -> str:
-    """The table of what the executor reaches, as far as it has been measured; empty where nothing has."""
-    results = {name: _result(name) for name in dict.fromkeys(row.file for row in EXECUTOR)}
-    rows = list(_rows(results))
+def reached(wanted: Sequence[Row]) -> str:
+    """A table of what has been reached, as far as it has been measured; empty where nothing has."""
+    results = {name: _result(name) for name in dict.fromkeys(row.file for row in wanted)}
+    rows = list(_rows(wanted, results))
     if not rows:
         return ""
     lines = ["| what | reached | aim |", "|---|---|---|", *rows, ""]
@@ -153,8 +208,8 @@ def executor() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(results: dict[str, dict[str, Any] | None]) -> Iterator[str]:
-    for row in EXECUTOR:
+def _rows(wanted: Sequence[Row], results: dict[str, dict[str, Any] | None]) -> Iterator[str]:
+    for row in wanted:
         result = results[row.file]
         if result is not None and row.figure in result["figures"]:
             words = row.words + (" (**emulated**)" if row.emulated else "")
@@ -170,7 +225,11 @@ def _measured(name: str, result: dict[str, Any]) -> str:
     return f"Measured {result['date']} on {result['machine']}: `benchmarks/results/{name}.json`."
 
 
-PLACES = {"figures": demo, "executor figures": executor}
+PLACES = {
+    "figures": demo,
+    "executor figures": partial(reached, EXECUTOR),
+    "predictor figures": partial(reached, PREDICTOR),
+}
 
 
 def write(readme: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
+    from hethub.cost.profiles.profile import Profile
     from hethub.simulate.engine import Simulation
     from hethub.specs.plan import Plan
 
@@ -34,6 +35,13 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")
     ] = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(help="Folder with layers.csv and transfers.csv: layers take what was measured there."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a plan with layers that the profiles lack.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="A file that `hethub calibrate` wrote from our own runs.")
     ] = None,
@@ -60,7 +68,9 @@ def simulate(
         loaded = _calibrated(loaded, calibration)
     if changes:  # bounds and baseline in the file are of the cluster as it is
         loaded = loaded.model_copy(update={"bounds": None})
-    modelled = model(lay_out(loaded), ComputeModel(changed_graph(loaded.cluster, changes), loaded.workload))
+    profile = None if profiles is None else _profile(profiles, loaded, strict=strict)
+    compute = ComputeModel(changed_graph(loaded.cluster, changes), loaded.workload, profile)
+    modelled = model(lay_out(loaded), compute)
     figures = figures_of(loaded, modelled)
     _write_trace(trace, modelled.simulation)
     lost = predicted_waterfall(modelled)
@@ -82,6 +92,28 @@ def simulate(
         typer.echo(f"job\t{_job_text(job)}")
     if waterfall:
         typer.echo("\n".join(f"{cause}\t{text}" for cause, text in waterfall_lines(lost)))
+
+
+def _profile(folder: Path, plan: Plan, *, strict: bool) -> Profile:
+    """The profile of a folder; tells which layers of which types it lacks, or refuses with `strict`."""
+    from hethub.cost.profiles.profile import LayerKey, load_profile
+    from hethub.errors import InputError
+
+    profile, workload = load_profile(folder), plan.workload
+    lacking = [
+        f"{kind} on {name}"
+        for name in plan.cluster.device_types
+        for kind in ("embedding", "decoder", "head")
+        if not profile.rows(
+            LayerKey(workload.model.name, name, kind, 1, workload.sequence_length, workload.precision)
+        )
+    ]
+    if lacking:
+        words = f"{folder} has no {', '.join(lacking)} of {workload.model.name}"
+        if strict:
+            raise InputError(f"{words}. Measure it with `hethub profile measure`, or leave out --strict.")
+        typer.echo(f"{words}: a roofline stands in", err=True)
+    return profile
 
 
 def _calibrated(plan: Plan, path: Path) -> Plan:

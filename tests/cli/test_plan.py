@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hethub.cli.main import app
+from hethub.cost.profiles.profile import LayerRow, Profile, save_profile
 from hethub.errors import InfeasibleError, InputError
 from hethub.program.check import check_plan
 from hethub.specs.plan import load_plan
@@ -183,3 +184,29 @@ def test_bound_derives_both_bounds(figures: dict[str, Any]) -> None:
     text = _run("bound", LAPTOP)
     assert "physical bound\t" in text
     assert "imbalance\t" in text
+
+
+def test_measured_layers_set_the_time_and_what_they_lack_is_told(laptop_plan: Path, tmp_path: Path) -> None:
+    plan, _ = load_plan(laptop_plan)
+    before = json.loads(_run("simulate", laptop_plan, "--json"))
+    workload = plan.workload
+    rows = tuple(
+        LayerRow(
+            model=workload.model.name,
+            device_type=name,
+            layer_kind="decoder",
+            tensor_parallel=1,
+            micro_batch=1,
+            sequence_length=workload.sequence_length,
+            dtype=workload.precision,
+            forward_seconds=10.0,
+            backward_seconds=20.0,
+        )
+        for name in plan.cluster.device_types
+    )
+    save_profile(Profile(rows, ()), tmp_path)
+    result = CliRunner().invoke(app, ["simulate", str(laptop_plan), "--json", "--profiles", str(tmp_path)])
+    assert "no embedding on fast" in result.stderr
+    assert json.loads(result.stdout)["step_seconds"] > max(10.0, before["step_seconds"])
+    with pytest.raises(InputError, match="embedding on fast"):
+        _run("simulate", laptop_plan, "--profiles", tmp_path, "--strict")
