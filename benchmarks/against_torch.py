@@ -19,7 +19,7 @@ its settings are the best of those tried (`bench/torch_engines.py`).
 
 The cheapest cheats, and what makes them fail:
 - to skip work (rows, a micro-batch, clipping, an update, or old weights used once more): the other side would train
-  differently, and `loss_differs` over all timed steps is held to LOSS_DIFFERS;
+  differently, and `loss_differs` over the first 20 timed steps is held to LOSS_DIFFERS;
 - not to train at all on either side: the loss must fall (`loss_fell`);
 - to leave work behind when a repetition ends, or to slow the other side by busy waiting: CPU time of the waiting side
   counts, and `idle_ratio` is held to IDLE_RATIO;
