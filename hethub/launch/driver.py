@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -215,10 +215,23 @@ def _refuse_inputs_inside(job: Job) -> None:
             )
 
 
-def _import_ahead() -> None:
-    """Import what the driver needs of torch while Ray starts, not while all workers import it too."""
-    with contextlib.suppress(Exception):  # the import that needs it tells what is wrong
-        import hethub.launch.worker  # noqa: F401
+@contextlib.contextmanager
+def _importing_ahead() -> Iterator[None]:
+    """Import what the driver needs of torch while Ray starts, not while all workers import it too.
+
+    The thread is waited for: a process that ends while one of its threads imports is aborted now and then.
+    """
+
+    def work() -> None:
+        with contextlib.suppress(Exception):  # the import that needs it tells what is wrong
+            import hethub.launch.worker  # noqa: F401
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 class _Run:
@@ -621,8 +634,7 @@ def _run(
     devices = sorted({device for c in plans for device in c.program.layout.used})
     say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
     laps = [begin, time.monotonic()]
-    threading.Thread(target=_import_ahead, daemon=True).start()
-    with Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
+    with _importing_ahead(), Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew:
         run = _Run(job, crew, folder, tokens)
         try:
             laps.append(time.monotonic())
