@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from typing import Annotated
@@ -21,6 +20,7 @@ from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
 from hethub.cli.validate import validate
 from hethub.errors import HetHubError
+from hethub.interruption import listen, terminated
 
 __all__ = ["app", "run"]
 
@@ -63,14 +63,7 @@ def _options(
 
 def run() -> None:
     """Entry point: runs a command and turns errors into one line and an exit code (see `hethub.errors`)."""
-    terminated: list[int] = []
-
-    def on_sigterm(number: int, _: object) -> None:
-        # As Ctrl-C, since that is the one interruption that Ray's waiting calls pass on.
-        terminated.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+    listen()
     try:
         app()
     except HetHubError as error:
@@ -83,7 +76,7 @@ def run() -> None:
         # Typer turns a KeyboardInterrupt into an exit.
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
             raise
-        sys.stderr.write("hethub: stopped by SIGTERM\n" if terminated else "hethub: interrupted\n")
-        sys.exit(_PREEMPTED if terminated else _INTERRUPTED)
+        sys.stderr.write("hethub: stopped by SIGTERM\n" if terminated() else "hethub: interrupted\n")
+        sys.exit(_PREEMPTED if terminated() else _INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)

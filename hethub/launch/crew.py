@@ -20,6 +20,7 @@ from typing import Any
 
 from hethub import catalog
 from hethub.errors import MachineError, RunError
+from hethub.interruption import stop_if_asked
 from hethub.specs.cluster import Cluster
 
 __all__ = ["Crew", "Failure", "resource_name"]
@@ -261,6 +262,7 @@ class Crew:
             pending[actor.call.remote(method, *chosen)] = device
         answers: dict[int, Any] = {}
         while pending:
+            stop_if_asked()
             done, _ = ray.wait(list(pending), num_returns=1, timeout=poll_seconds)
             failures = []
             for reference in done:

@@ -1,0 +1,34 @@
+"""Signals that ask to stop are not lost, whoever swallows the exception."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from hethub.interruption import listen, stop_if_asked, terminated
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Handlers of the program, then those of before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    listen()
+    yield
+    listen()  # forgets what came
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("listening")
+def test_a_swallowed_interruption_is_raised_again(number: signal.Signals) -> None:
+    stop_if_asked()
+    with contextlib.suppress(KeyboardInterrupt):  # as a finalizer would
+        os.kill(os.getpid(), number)
+    with pytest.raises(KeyboardInterrupt):
+        stop_if_asked()
+    assert terminated() == (number == signal.SIGTERM)
