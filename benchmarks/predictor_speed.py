@@ -39,7 +39,7 @@ from bench.results import ROOT, print_figures, write_result
 from hethub.cost.closed_form import Splits, fixed_order, step_seconds
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.program.actions import Program
+from hethub.program.actions import Program, What
 from hethub.program.compile import compile_program
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.cluster import load_cluster
@@ -217,8 +217,9 @@ def problems(program: Program, simulation: Simulation, compute: ComputeModel) ->
         places = np.unique(chosen["device"].astype(np.int64) * MICRO_BATCHES + chosen["micro_batch"])
         if len(places) != MICRO_BATCHES * len(program.devices):
             found.append(f"not every device does every {kind.name.lower()}")
-    if len(np.unique(records["device"][records["kind"] == Kind.REDUCE])) != len(program.devices):
-        found.append("not every device adds up gradients")
+    gradients = (transfer for transfer in program.transfers if transfer.what == What.REDUCE)
+    if len({end for way in gradients for end in (way.source, way.destination)}) != len(program.devices):
+        found.append("not every device sends or takes gradients")
     if done < INTERPRETED:
         again = simulate(program, compute, record=False, loop="interpreted").step_seconds
         if again != simulation.step_seconds:
