@@ -91,7 +91,7 @@ def main() -> int:
     figures["sailor_mode_max_difference"] = sailor_difference(runs, load_sailor_costs(folder))
     print_table(raw)
     print_figures(figures)
-    print(f"wrote {write_result('predictor_accuracy', figures, raw, emulated=False)}")
+    print(f"wrote {write_result('predictor_accuracy', figures, without_measurements(raw), emulated=False)}")
     return 0
 
 
@@ -141,6 +141,13 @@ def time_errors(
         }
         for run in runs
     ]
+
+
+def without_measurements(value: Any) -> Any:
+    """The same without others' measured figures, which stay in their own files."""
+    if isinstance(value, dict):
+        return {k: without_measurements(v) for k, v in value.items() if not k.startswith("measured_")}
+    return [without_measurements(v) for v in value] if isinstance(value, list) else value
 
 
 def print_table(raw: dict[str, Any]) -> None:
