@@ -21,11 +21,9 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import LayerRow, Profile
 from hethub.launch.profiler import LayerProfiler, copy_bytes_per_second
-from hethub.program.compile import compile_program
 from hethub.program.schedules import SCHEDULES
-from hethub.simulate.engine import simulate
+from hethub.simulate.modelled import steady_step_seconds
 from hethub.specs.cluster import Cluster
-from hethub.specs.layout import lay_out
 from hethub.specs.plan import Pipeline, Plan, Replica, Stage
 from hethub.specs.workload import Workload
 
@@ -141,7 +139,7 @@ def _split(draw: random.Random, total: int, parts: int) -> list[int]:
 def predict_seconds(plan: Plan, profile: Profile) -> float:
     """A step among others, as the simulator sees it."""
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile)
-    return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
+    return steady_step_seconds(plan, compute)
 
 
 def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:

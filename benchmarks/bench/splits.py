@@ -15,11 +15,10 @@ from hethub.cost.graph import CostGraph
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
 from hethub.program.check import check_plan
-from hethub.program.compile import compile_program
 from hethub.program.schedules import SCHEDULES
-from hethub.simulate.engine import simulate
+from hethub.simulate.modelled import steady_step_seconds
 from hethub.specs.cluster import Cluster
-from hethub.specs.layout import RankPlace, Share, lay_out
+from hethub.specs.layout import RankPlace, Share
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
 from hethub.specs.workload import Model, Workload
 from hethub.timeline.record import Kind
@@ -85,7 +84,7 @@ def best_chains(
         pipelines = [_pipeline(chain, workload.model, reach, schedule) for chain in chains]
         plan = Plan(name=name, pipelines=pipelines, cluster=cluster, workload=workload)
         if not check_plan(plan):
-            found.append(Candidate(plan, _simulated(plan, compute)))
+            found.append(Candidate(plan, steady_step_seconds(plan, compute)))
     if not found:
         raise ValueError(f"{name}: none of {len(ranked)} shapes fits the devices' memory")
     best = min(candidate.step_seconds for candidate in found)
@@ -105,7 +104,7 @@ def best_alone(cluster: Cluster, workload: Workload) -> Candidate:
     own = best_chains(cluster, workload, _even_chains(cluster, workload), name)
     problem = Problem.of(cluster, workload)
     planned = FirstPlanner().plan(problem).plan.model_copy(update={"name": name})
-    other = Candidate(planned, _simulated(planned, problem.compute))
+    other = Candidate(planned, steady_step_seconds(planned, problem.compute))
     return min(own, other, key=lambda candidate: candidate.step_seconds)
 
 
@@ -153,7 +152,3 @@ def _pipeline(chain: Chain, model: Model, reach: int, schedule: str) -> Pipeline
         held = min(len(spans) - number + (reach if len(spans) > 1 else 0), chain.micro_batches)
         stages.append(Stage(layers=span, in_flight=held, replicas=[Replica(rows=1, ranks=[rank])]))
     return Pipeline(schedule=schedule, micro_batches=chain.micro_batches, micro_batch_rows=1, stages=stages)
-
-
-def _simulated(plan: Plan, compute: ComputeModel) -> float:
-    return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds

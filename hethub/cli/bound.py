@@ -26,13 +26,10 @@ def bound(
     """
     from hethub.cli.waterfall import predicted_waterfall, waterfall_lines
     from hethub.cost.bounds import physical_bound
-    from hethub.errors import InputError
     from hethub.planners.answer import answer
-    from hethub.specs.cluster import load_cluster
+    from hethub.specs.cluster import load_problem
 
-    loaded, workload = load_cluster(cluster)
-    if workload is None:
-        raise InputError(f"{cluster}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
+    loaded, workload = load_problem(cluster)
     found = answer(loaded, workload)
     physical = physical_bound(found.modelled.compute)
     lost = predicted_waterfall(found.modelled)

@@ -46,12 +46,10 @@ def plan(
 def _plan(cluster: Path, output: Path | None, as_json: bool) -> None:
     from hethub.errors import InputError
     from hethub.planners.answer import answer
-    from hethub.specs.cluster import load_cluster
+    from hethub.specs.cluster import load_problem
     from hethub.specs.plan import save_plan
 
-    loaded, workload = load_cluster(cluster)
-    if workload is None:
-        raise InputError(f"{cluster}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
+    loaded, workload = load_problem(cluster)
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")

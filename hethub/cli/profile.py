@@ -49,11 +49,9 @@ def measure(
     Example: hethub profile measure cluster.yaml profiles/here --device-type fast
     """
     from hethub.errors import InputError
-    from hethub.specs.cluster import load_cluster
+    from hethub.specs.cluster import load_problem
 
-    loaded, workload = load_cluster(cluster)
-    if workload is None:
-        raise InputError(f"{cluster}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
+    loaded, workload = load_problem(cluster)
     if device_type not in loaded.device_types:
         known = ", ".join(loaded.device_types)
         raise InputError(f"--device-type {device_type}: {cluster} has {known}. Name one of them.")

@@ -15,10 +15,11 @@ from hethub.program.memory import program_memory
 from hethub.program.ownership import Ownership, own
 from hethub.program.updaters import own_by_strength
 from hethub.simulate.engine import Simulation, simulate
-from hethub.specs.layout import Layout
+from hethub.specs.layout import Layout, lay_out
+from hethub.specs.plan import Plan
 from hethub.timeline.summary import DeviceSummary, summarize
 
-__all__ = ["DETAILED_ACTIONS", "Modelled", "model"]
+__all__ = ["DETAILED_ACTIONS", "Modelled", "model", "steady_step_seconds"]
 
 DETAILED_ACTIONS = 100_000  # about; up to here every rank is simulated, and every collective can be recorded
 _EACH = 6  # actions of a rank for each micro-batch, about: forward, backward and their messages
@@ -87,6 +88,11 @@ def model(
         simulation=_simulate(program, compute, folded, record=record),
         fold=folded,
     )
+
+
+def steady_step_seconds(plan: Plan, compute: ComputeModel) -> float:
+    """A step between two others, every rank simulated."""
+    return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
 
 
 def _simulate(program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool) -> Simulation:

@@ -15,11 +15,9 @@ from hethub.cost.engine_prices import Coefficients
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.errors import InputError
-from hethub.program.compile import compile_program
-from hethub.simulate.engine import simulate
 from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun
-from hethub.specs.layout import lay_out
+from hethub.simulate.modelled import steady_step_seconds
 from hethub.specs.plan import Plan, load_plan
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
@@ -116,7 +114,7 @@ def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
     """A plan's step on slowed devices, between two others."""
     plan = slowed(plan, slow_down)
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
+    return steady_step_seconds(plan, compute)
 
 
 def check_own_run(run: OwnRun, coefficients: Coefficients | None = None) -> RunCheck:

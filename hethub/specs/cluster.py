@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from hethub import catalog
+from hethub.errors import InputError
 from hethub.specs.base import Name, Problems, Spec, validate_document
 from hethub.specs.device_types import DeviceTypeSpec, resolve_device_type, write_device_type
 from hethub.specs.devices import MAX_DEVICES, format_devices, parse_devices
@@ -29,6 +30,7 @@ __all__ = [
     "cluster_to_spec",
     "lacking_precision",
     "load_cluster",
+    "load_problem",
     "require_precision",
     "resolve_cluster",
 ]
@@ -150,6 +152,14 @@ def load_cluster(path: Path) -> tuple[Cluster, Workload | None]:
         return cluster, None
     workload = resolve_workload(spec.workload, document, ("workload",))
     require_precision(cluster, workload.precision, document)
+    return cluster, workload
+
+
+def load_problem(path: Path) -> tuple[Cluster, Workload]:
+    """Read a cluster file that must name its workload. Raises InputError, also where it names none."""
+    cluster, workload = load_cluster(path)
+    if workload is None:
+        raise InputError(f"{path}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
     return cluster, workload
 
 

@@ -21,6 +21,7 @@ from hethub.specs.cluster import (
     NodeGroup,
     cluster_to_spec,
     load_cluster,
+    load_problem,
     resolve_cluster,
 )
 from hethub.specs.document import dump_yaml, parse_document
@@ -369,3 +370,14 @@ def clusters(draw):
 def test_any_cluster_written_out_loads_back_equal(cluster):
     document = parse_document(dump_yaml(cluster_to_spec(cluster)), Path("plan.yaml"))
     assert resolve_cluster(validate_document(document, ClusterSpec), document) == cluster
+
+
+def test_a_file_without_a_workload_is_no_problem_to_plan(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    lines = (Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("workload:")]
+    path.write_text("\n".join(kept))
+    cluster, workload = load_cluster(path)
+    assert workload is None
+    with pytest.raises(InputError, match="names no workload"):
+        load_problem(path)
