@@ -10,9 +10,13 @@ The cheapest cheats, and what makes them fail:
 - fitting each run: there are fewer coefficients than a third of the runs, or `fit` refuses, and the run that is scored
   was not in its fit;
 - leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`;
+- workers whose quotas do not hold: our own runs give no figure then (`valid`, measured in the run);
 - another simulator for others' runs: predictions come from `hethub.simulate.simulate` on a program of actions.
 
-    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER
+Last our own runs: random plans on CPU workers under quotas (`bench/own_runs.py`), none of them fitted.
+
+    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some eight minutes
+    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER --skip own_runs  # one minute
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun, load_megatron_runs, load_runs
 from hethub.simulate.sailor import SailorCosts, load_sailor_costs, sailor_peak_bytes, sailor_step_seconds
 
+OWN_RUNS = "own_runs"
 FAMILIES = ("gh200", "mixed", "turing")
 
 
@@ -41,7 +46,9 @@ def main() -> int:
     """Predict, score, write the result file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="the folder with measured_runs.json and its profiles")
-    folder = parser.parse_args().data
+    parser.add_argument("--skip", choices=[OWN_RUNS], help="leave a part out; the result file says so")
+    options = parser.parse_args()
+    folder = options.data
     if folder is None:
         print("skipped: give --data FOLDER with the measured runs")
         return 0
@@ -89,10 +96,28 @@ def main() -> int:
     figures["stage_memory_mean_abs_error"] = mean_of([entry["error"] for entry in stages])
     raw["stage_memory"] = stages
     figures["sailor_mode_max_difference"] = sailor_difference(runs, load_sailor_costs(folder))
+    if options.skip is None:
+        figures |= _own_runs(raw)
+    else:
+        raw[OWN_RUNS] = {"skipped": "by --skip"}
     print_table(raw)
     print_figures(figures)
-    print(f"wrote {write_result('predictor_accuracy', figures, without_measurements(raw), emulated=False)}")
+    kept = without_measurements(raw) | {OWN_RUNS: raw[OWN_RUNS]}
+    print(f"wrote {write_result('predictor_accuracy', figures, kept, emulated=False)}")
     return 0
+
+
+def _own_runs(raw: dict[str, Any]) -> dict[str, float]:
+    """Our own runs under CPU quotas; adds to `raw`. No figures where quotas cannot be set or do not hold."""
+    from bench.own_runs import own_runs  # torch, which the other parts need not wait for
+
+    figures, raw[OWN_RUNS] = own_runs()
+    if "skipped" in raw[OWN_RUNS]:
+        print(f"{OWN_RUNS}: skipped, {raw[OWN_RUNS]['skipped']}")
+    elif not raw[OWN_RUNS]["valid"]:
+        print(f"{OWN_RUNS}: no figure, a worker's speed is off its quota: {raw[OWN_RUNS]['quota_errors']}")
+        return {}
+    return figures
 
 
 def family(run: MeasuredRun) -> str:

@@ -39,7 +39,7 @@ def measure(
     ],
     device_type: Annotated[str, typer.Option(help="The device type of the cluster that this machine has.")],
     rows: Annotated[str, typer.Option(help="Sequences of a micro-batch to measure at.")] = "1,2,4,8",
-    seconds: Annotated[float, typer.Option(help="For each row of the tables.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0, help="For each row of the tables.")] = 1.0,
     link: Annotated[
         str | None, typer.Option(help="Measure messages inside this host too, as this link class.")
     ] = None,
