@@ -154,6 +154,13 @@ PREDICTOR = (
         "at most 6%",
     ),
     Row(
+        _ACCURACY,
+        "own_runs_mean_abs_error",
+        "our own runs, random plans on CPU workers under quotas: step time, mean error",
+        _SHARE,
+        "at most 5%",
+    ),
+    Row(
         _SPEED,
         "stage_evaluations_per_second",
         "closed form, stages a second on one core",
