@@ -12,6 +12,7 @@ from hethub import __version__
 from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
 from hethub.cli.data import app as data_app
+from hethub.cli.diff import diff
 from hethub.cli.launch import launch
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(simulate)
 app.command()(bound)
+app.command()(diff)
 app.command()(launch)
 app.command()(timeline)
 app.command()(validate)
