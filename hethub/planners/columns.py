@@ -20,22 +20,42 @@ fill, and stages that wait for each other though each alone is quick enough.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
 import numpy as np
 import numpy.typing as npt
 
 from hethub.planners.chain import Chains
+from hethub.planners.periods import (
+    AGAIN,
+    BACKWARD,
+    DECODER,
+    EACH,
+    ENTRY,
+    EXCHANGE_ROOM,
+    EXCHANGED,
+    FIELDS,
+    HEAD,
+    HEAD_AGAIN,
+    KEPT,
+    LAST,
+    MOST,
+    OWN,
+    ROOM,
+    compiled_periods,
+    least_periods,
+)
 from hethub.planners.seats import Crew, SeatCost, Slot
-from hethub.planners.space import Space
+from hethub.planners.space import WORTH, Space
 
 __all__ = ["Columns", "Tails", "columns_of"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_HALVINGS = 22  # of the range of periods
+_HALVINGS = 20  # of the range of periods
+_MANY = 1000  # columns, for which loading the compiled loop pays
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
 _EPS = 1e-9
@@ -56,20 +76,23 @@ class Columns:
     """Pipelines, one an entry: `runs[i]` are slot numbers from the last stage to the first (-1: none), `counts[i]` how
     many stages each has; `usage[i]` devices of each pool of the space. Seconds as above.
 
-    The first stage has at least `first` decoders, `relief` fewer for each second that the period is longer;
-    `hiding` are the seconds that may hide its gradients.
+    The first stage has at least `first` decoders, `relief` fewer for each second that the period is longer; `hidden` are
+    the periods that may hide its gradients. `places` are rows of `table` (see `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
+    table: Floats
+    layers: int
     runs: Ints
     counts: Ints
+    places: Ints
     rows: Ints
     usage: Ints
     period: Floats
     fill: Floats
     first: Floats
     relief: Floats
-    hiding: Floats
+    hidden: Floats
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +102,14 @@ class Columns:
         pairs = zip(self.runs[number], self.counts[number], strict=True)
         return tuple((self.slots[slot], int(count)) for slot, count in pairs if count)[::-1]
 
-    def tails(self, update: Floats, gradients: Floats, layers: int) -> Tails:
+    def refined(self, *, compiled: bool = False) -> Columns:
+        """With periods that count memory too, infinite where the model does not fit."""
+        period, others = np.empty(len(self)), np.empty(len(self))
+        fill_in = compiled_periods() if compiled else least_periods
+        fill_in(self.table, self.places, self.counts, self.period, self.layers, period, others)
+        return replace(self, period=period, first=np.maximum(0.0, self.layers - others))
+
+    def tails(self, update: Floats, gradients: Floats) -> Tails:
         """From the seconds that a decoder's update and its gradients take on each slot."""
         used = self.counts > 0
         each = np.where(used, update[self.runs], 1.0)
@@ -87,9 +117,9 @@ class Columns:
         front = self.runs[np.arange(len(self)), used.sum(axis=1) - 1]
         exchange = gradients[front]
         return Tails(
-            update=layers / spread,
-            gradients=np.maximum(0.0, exchange * self.first - self.hiding),
-            enough=exchange * self.relief + self.hiding / self.period,
+            update=self.layers / spread,
+            gradients=np.maximum(0.0, exchange * self.first - self.hidden * self.period),
+            enough=exchange * self.relief + self.hidden,
         )
 
     def rows_within(self, seconds: float, tails: Tails) -> Ints:
@@ -107,8 +137,10 @@ class Columns:
 
     def taken(self, chosen: npt.NDArray[np.bool_] | Ints) -> Columns:
         """Some of them."""
-        kept = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "slots"}
-        return Columns(slots=self.slots, **kept)
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+
+
+_ARRAYS = tuple(f.name for f in fields(Columns) if f.name not in ("slots", "table", "layers"))
 
 
 def _done(left: Floats, period: Floats) -> Floats:
@@ -117,58 +149,64 @@ def _done(left: Floats, period: Floats) -> Floats:
 
 
 class _Lines:
-    """What a slot with some rows is worth in a stage, as arrays over (slot, rows), in straight lines of its decoders.
+    """What a slot with some rows is worth in a stage, as rows of a table (see `periods.py`), one for every (slot, rows).
 
     A slot of several groups is at most as good as its slowest, and as the one with the least memory.
     """
 
-    def __init__(self, chains: Chains, space: Space, holders: int) -> None:
+    def __init__(self, chains: Chains, space: Space) -> None:
         self.width = len(space.rows)
-        shape = len(space.slots) * self.width
-        self.able = np.zeros(shape, dtype=bool)
-        names = ("decoder", "backward", "again", "head", "head_again", "each", "kept", "entry", "exchanged", "most")
-        self.of: dict[str, Floats] = {name: np.full(shape, _NEVER) for name in names}
-        for place in ("inner", "last"):
-            self.of[f"room_{place}"], self.of[f"exchange_room_{place}"] = np.zeros(shape), np.zeros(shape)
-            self.of[f"own_{place}"] = np.zeros(shape)
+        self.table = np.full((len(space.slots) * self.width, FIELDS), _NEVER)
+        self.able = np.zeros(len(self.table), dtype=bool)
+        self.worth = np.zeros(len(self.table), dtype=bool)
+        holders = max(2, sum(space.available))
         for number, slot in enumerate(space.slots):
+            best = _NEVER
             for at, rows in enumerate(space.rows):
                 staff = chains.staff(slot, rows)
-                if staff is not None:
-                    self._fill(number * self.width + at, staff.costs, holders)
+                if staff is None:
+                    continue
+                line = number * self.width + at
+                self.able[line] = True
+                self._fill(self.table[line], staff.costs, holders)
+                each = self.table[line, DECODER] / rows
+                self.worth[line] = each < WORTH * best
+                best = min(best, each)
 
-    def _fill(self, index: int, members: Sequence[SeatCost], holders: int) -> None:
-        self.able[index] = True
+    @staticmethod
+    def _fill(line: Floats, members: Sequence[SeatCost], holders: int) -> None:
         slow = max(members, key=lambda cost: sum(cost.decoder))
         full = min(members, key=lambda cost: cost.most_decoders(_INNER, 1, holders, full=True))
-        of = self.of
-        of["decoder"][index], of["again"][index] = sum(slow.decoder), slow.decoder[0]
-        of["backward"][index] = slow.decoder[1]
-        of["head"][index], of["head_again"][index] = sum(slow.head), slow.head_again
-        lines = full.least_lines(_INNER, holders)
-        of["each"][index], of["kept"][index], of["exchanged"][index] = lines.each, lines.kept, lines.exchanged
-        of["entry"][index] = lines.entry
-        for place, name in ((_INNER, "inner"), (_LAST, "last")):
+        line[DECODER], line[BACKWARD], line[AGAIN] = sum(slow.decoder), slow.decoder[1], slow.decoder[0]
+        line[HEAD], line[HEAD_AGAIN] = sum(slow.head), slow.head_again
+        inner = full.least_lines(_INNER, holders)
+        line[EACH], line[KEPT], line[ENTRY] = inner.each, inner.kept, inner.entry
+        line[EXCHANGED] = inner.exchanged
+        for place, shift in ((_INNER, 0), (_LAST, LAST)):
             own = full.least_lines(place, holders)
-            of[f"room_{name}"][index], of[f"own_{name}"][index] = own.room, own.own
-            of[f"exchange_room_{name}"][index] = own.room - own.own - own.own_exchanged
-        of["most"][index] = max(0.0, (lines.room - lines.own) // (lines.each + lines.kept))
+            line[ROOM + shift], line[OWN + shift] = own.room, own.own
+            line[EXCHANGE_ROOM + shift] = own.room - own.own - own.own_exchanged
+        line[MOST] = max(0.0, (inner.room - inner.own) // (inner.each + inner.kept))
 
 
 def columns_of(chains: Chains, space: Space) -> Columns:
-    """All pipelines of the space that can hold the model at all."""
-    lines = _Lines(chains, space, max(2, sum(space.available)))
+    """All pipelines of the space. On small clusters their periods count no memory yet (`Columns.refined`)."""
+    lines = _Lines(chains, space)
     counts = [_counts(chains, space, slot) for slot in space.slots]
-    single = _evaluated(chains, space, lines, _enumerated(space, lines, [(n,) for n in range(len(counts))], counts))
-    parts = [single]
+    alone = [(number,) for number in range(len(counts))]
+    single = _evaluated(chains, space, lines, _enumerated(space, lines, alone, counts))
+    if space.most_pools == 1:
+        return single
     chosen = _joined(single, space)
-    for length in range(2, space.most_pools + 1):
-        tuples = [t for t in permutations(chosen, length) if _apart(space, t)]
-        parts.append(_evaluated(chains, space, lines, _enumerated(space, lines, tuples, counts)))
-    names = [f.name for f in fields(Columns) if f.name != "slots"]
-    return Columns(
-        slots=space.slots, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    )
+    tuples = [
+        several
+        for length in range(2, space.most_pools + 1)
+        for several in permutations(chosen, length)
+        if _apart(space, several)
+    ]
+    parts = [single, _evaluated(chains, space, lines, _enumerated(space, lines, tuples, counts))]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    return Columns(slots=space.slots, table=lines.table, layers=chains.layers, **joined)
 
 
 def _counts(chains: Chains, space: Space, slot: Slot) -> Ints:
@@ -209,63 +247,59 @@ def _apart(space: Space, numbers: tuple[int, ...]) -> bool:
 def _enumerated(
     space: Space, lines: _Lines, tuples: Sequence[tuple[int, ...]], counts: Sequence[Ints]
 ) -> Iterator[tuple[tuple[int, ...], Ints, Ints]]:
-    """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first."""
+    """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first; with the fewest rows that all
+    slots can have, and with those with which one of them is quicker for each row."""
     for numbers in tuples:
         grid = np.stack(np.meshgrid(*(counts[n] for n in numbers), indexing="ij"), axis=-1).reshape(-1, len(numbers))
         grid = grid[grid.sum(axis=1) <= space.most_stages]
-        if not len(grid):
-            continue
-        able = [
-            rows
-            for at, rows in enumerate(space.rows)
-            if all(lines.able[n * lines.width + at] for n in numbers)
-        ]
-        for rows in able:
+        places = [np.arange(n * lines.width, (n + 1) * lines.width) for n in numbers]
+        able = np.logical_and.reduce([lines.able[place] for place in places])
+        worth = np.logical_or.reduce([lines.worth[place] for place in places])
+        for rows in np.array(space.rows)[able & worth] if len(grid) else ():
             yield numbers, grid, np.full(len(grid), rows)
 
 
 def _evaluated(
-    chains: Chains,
-    space: Space,
-    lines: _Lines,
-    made: Iterator[tuple[tuple[int, ...], Ints, Ints]],
+    chains: Chains, space: Space, lines: _Lines, made: Iterator[tuple[tuple[int, ...], Ints, Ints]]
 ) -> Columns:
-    layers = chains.layers
     runs, counts, rows = _stacked(made, space.most_pools)
-    order = np.argsort(-counts.sum(axis=1), kind="stable")  # the longest first, so that a prefix is still at work
-    runs, counts, rows = runs[order], counts[order], rows[order]
-    at = np.searchsorted(space.rows, rows)
-    places = np.where(counts > 0, runs * lines.width + at[:, None], 0)
-    period = _least_periods(lines, places, counts, layers)
-    able = np.isfinite(period)
-    runs, counts, rows, places, period = (a[able] for a in (runs, counts, rows, places, period))
-    quick = np.where(counts > 0, lines.of["decoder"][places], _NEVER).min(axis=1)
-    others = _held(lines, places, _run_of_stage(counts), quick, period, but_first=True)
     slot_usage = np.zeros((len(space.slots), len(space.pools)), dtype=np.int64)
     for number, slot in enumerate(space.slots):
         for seat in slot:
             pool = chains.costs.pools[seat.pool]
             devices = pool.count // max(1, pool.unit_count(seat.degree))  # those that a group takes or spoils
             slot_usage[number, space.pools.index(seat.pool)] += devices * seat.replicas
-    usage = sum(counts[:, [j]] * slot_usage[runs[:, j]] for j in range(runs.shape[1]))
-    fitting = np.asarray((usage <= np.array(space.available)).all(axis=1))
+    usage = np.zeros((len(runs), len(space.pools)), dtype=np.int64)
+    for j in range(runs.shape[1]):
+        usage += counts[:, [j]] * slot_usage[runs[:, j]]
+    fitting = (usage <= np.array(space.available)).all(axis=1)
+    runs, counts, rows, usage = runs[fitting], counts[fitting], rows[fitting], usage[fitting]
+    places = np.where(counts > 0, runs * lines.width + np.searchsorted(space.rows, rows)[:, None], 0)
     hops, load = _hops(chains, space, runs, counts, rows)
-    fill = _fills(lines, places, counts, layers) + hops
+    period = np.maximum(_time_periods(lines.table, places, counts, chains.layers), load)
     front, hidden = _front(chains, space, lines, runs, counts, places)
-    relief = np.where(counts > 0, counts / lines.of["decoder"][places], 0.0).sum(axis=1)
+    decoder = lines.table[places, DECODER]
+    each = np.where(counts > 0, np.floor(period[:, None] / decoder + _EPS), 0.0)
+    others = (each * counts).sum(axis=1) - np.floor(period / lines.table[front, DECODER] + _EPS)
     columns = Columns(
         slots=space.slots,
+        table=lines.table,
+        layers=chains.layers,
         runs=runs,
         counts=counts,
+        places=places,
         rows=rows,
-        usage=np.asarray(usage),
-        period=np.maximum(period, load),
-        fill=fill,
-        first=np.maximum(0.0, layers - others),
-        relief=relief - 1.0 / lines.of["decoder"][front],
-        hiding=hidden * period,
+        usage=usage,
+        period=period,
+        fill=_fills(lines.table, places, counts, chains.layers) + hops,
+        first=np.maximum(0.0, chains.layers - others),
+        relief=np.where(counts > 0, counts / decoder, 0.0).sum(axis=1) - 1.0 / lines.table[front, DECODER],
+        hidden=hidden,
     )
-    return columns.taken(fitting)
+    if space.small:
+        return columns
+    columns = columns.refined(compiled=len(columns) > _MANY)
+    return columns.taken(np.isfinite(columns.period))
 
 
 def _stacked(
@@ -283,34 +317,20 @@ def _stacked(
     return np.concatenate(all_runs), np.concatenate(all_counts), np.concatenate(all_rows)
 
 
-def _least_periods(lines: _Lines, places: Ints, counts: Ints, layers: int) -> Floats:
-    """The least period of each column by bisection, never too long; infinite where the model does not fit."""
-    if not len(places):
-        return np.zeros(0)
-    of = {name: lines.of[name][places] for name in ("decoder", "again", "head", "head_again")}
+def _time_periods(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
+    """The least period of each column as if memory were plenty, never too long."""
     used = counts > 0
-    slow = np.where(used, (of["decoder"] + of["again"]) * layers + of["head"] + of["head_again"], 0.0)
-    high = slow.max(axis=1) * (1 + _EPS)
-    quick = np.where(used, of["decoder"], _NEVER).min(axis=1)
-    low = quick * layers / counts.sum(axis=1) * (1 - _EPS)
-    stage_run = _run_of_stage(counts)
-    fits = _held(lines, places, stage_run, quick, high) >= layers
+    decoder = np.where(used, table[places, DECODER], _NEVER)
+    head = table[places[:, 0], HEAD]
+    low = layers / (counts / decoder).sum(axis=1) * (1 - _EPS)
+    high = layers * decoder.min(axis=1) + head
     for _ in range(_HALVINGS):
-        middle = np.sqrt(low * high)
-        enough = _held(lines, places, stage_run, quick, middle) >= layers
+        middle = (low + high) / 2
+        room = np.floor(middle[:, None] / decoder + _EPS)
+        last = np.maximum(np.floor((middle - head) / decoder[:, 0] + _EPS), 0.0)
+        enough = (room * counts).sum(axis=1) - room[:, 0] + last >= layers
         high, low = np.where(enough, middle, high), np.where(enough, low, middle)
-    return np.where(fits, low, _NEVER)
-
-
-def _run_of_stage(counts: Ints) -> list[Ints]:
-    """For each place from the end, the run that the columns with so many stages have there; columns are sorted by their
-    number of stages, the most first."""
-    total, ends = counts.sum(axis=1), counts.cumsum(axis=1)
-    found = []
-    for place in range(int(total.max())):
-        active = int(np.searchsorted(-total, -place, side="left"))
-        found.append((place >= ends[:active]).sum(axis=1))
-    return found
+    return low
 
 
 def _front(
@@ -327,59 +347,14 @@ def _front(
             for slot in space.slots
         ]
     )
-    share = lines.of["backward"][front] / lines.of["decoder"][front]
+    share = lines.table[front, BACKWARD] / lines.table[front, DECODER]
     return front, np.minimum(near[runs[at]], counts[at]) * share
 
 
-def _held(
-    lines: _Lines,
-    places: Ints,
-    stage_run: Sequence[Ints],
-    quick: Floats,
-    period: Floats,
-    *,
-    but_first: bool = False,
-) -> Floats:
-    """Decoders that the stages (or all but the first one) can hold at a period, one a column."""
-    held = np.zeros(len(places))
-    for place, run in enumerate(stage_run):
-        active = len(run)
-        if but_first:
-            active = len(stage_run[place + 1]) if place + 1 < len(stage_run) else 0
-            run = run[:active]
-        index = places[np.arange(active), run]
-        p, behind = period[:active], held[:active] * quick[:active]
-        held[:active] += _stage_decoders({k: v[index] for k, v in lines.of.items()}, place == 0, p, behind)
-    return held
-
-
-def _stage_decoders(of: dict[str, Floats], last: bool, period: Floats, behind: Floats) -> Floats:
-    """The most decoders of a stage: as many as it does in `period`, and as fit with the micro-batches in flight that
-    `behind` seconds of decoders behind it (and its own) ask for."""
-    name = "last" if last else "inner"
-    room, own = of[f"room_{name}"], of[f"own_{name}"]
-    head, head_again = (of["head"], of["head_again"]) if last else (0.0, 0.0)
-    one = of["each"] + of["kept"]
-    alone = (room - own) / one
-    # n (each + kept k) + own k <= room with k = (behind + n decoder) / period micro-batches in flight
-    a = of["kept"] * of["decoder"] / period
-    b = of["each"] + (of["kept"] * behind + own * of["decoder"]) / period
-    c = own * behind / period - room
-    deep = (-b + np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))) / (2 * a)
-    kept = np.minimum(np.minimum((period - head) / of["decoder"], alone), deep)
-    entries = of["entry"] * np.maximum(behind / period - 1, 0.0)
-    again = np.minimum(
-        (period - head - head_again) / (of["decoder"] + of["again"]), (room - own - entries) / one
-    )
-    exchange = of[f"exchange_room_{name}"] / (one + of["exchanged"])
-    most = np.minimum(np.floor(np.maximum(kept, again) + _EPS), np.floor(exchange + _EPS))
-    return np.asarray(np.maximum(most, 0.0))
-
-
-def _fills(lines: _Lines, places: Ints, counts: Ints, layers: int) -> Floats:
+def _fills(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
     """Every decoder once, on the quickest run as far as memory goes, then on the next."""
-    decoder = np.where(counts > 0, lines.of["decoder"][places], _NEVER)
-    room = np.where(counts > 0, lines.of["most"][places] * counts, 0.0)
+    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
+    room = np.where(counts > 0, table[places, MOST] * counts, 0.0)
     order = np.argsort(decoder, axis=1, kind="stable")
     left, total = np.full(len(places), float(layers)), np.zeros(len(places))
     for j in range(places.shape[1]):
@@ -387,7 +362,7 @@ def _fills(lines: _Lines, places: Ints, counts: Ints, layers: int) -> Floats:
         done = np.minimum(left, np.take_along_axis(room, run, axis=1)[:, 0])
         total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
         left -= done
-    return total + lines.of["head"][places[:, 0]]
+    return total + table[places[:, 0], HEAD]
 
 
 def _hops(

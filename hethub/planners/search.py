@@ -14,6 +14,7 @@ The lower bound is the least of all that was not priced, and of the best candida
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,62 +114,53 @@ class _Search:
 # -- alike plans --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Alike:
-    """Bounds of plans that repeat one column between `least` and `most` times, ascending."""
-
-    column: Ints
-    least: Ints
-    most: Ints
-    seconds: Floats
-
-
 def _ranges(most: int) -> list[tuple[int, int]]:
-    """Ranges of numbers of pipelines, first and last, the largest first: single ones where they are few."""
+    """Ranges of numbers of pipelines, first and last: single ones where they are few."""
     found = [(n, n) for n in range(1, min(most, _EACH) + 1)]
-    while found[-1][1] < most:
+    while found and found[-1][1] < most:
         first = found[-1][1] + 1
-        found.append((first, min(most, math.ceil(first * 1.03))))
+        found.append((first, min(most, math.ceil(first * 1.1))))
     return found
 
 
-def _alike(search: _Search) -> _Alike:
-    columns, batch = search.columns, search.batch
-    most = (search.available // np.maximum(columns.usage, 1)).min(axis=1, initial=batch, where=columns.usage > 0)
-    found: list[tuple[Ints, Ints, Ints, Floats]] = []
-    for least, last in _ranges(int(most.max(initial=1))):
-        able = np.flatnonzero(most >= least)
-        own, copies = columns.taken(able), np.minimum(most[able], last)
-        ends = [search.rates(n, search.space.pools, alike=True) for n in sorted({least, last})]
-        update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
-        tails = own.tails(update, gradients, search.chains.layers)
-        micro_batches = np.ceil(batch / (own.rows * copies) - _SHORT)
-        even = np.full(len(able), True) if least > 1 else batch % own.rows == 0
-        seconds = np.where(even, own.seconds(micro_batches, tails), math.inf)
-        found.append((able, np.full(len(able), least), copies, seconds))
-    column, low, high, seconds = (np.concatenate(part) for part in zip(*found, strict=True))
-    order = np.argsort(seconds, kind="stable")
-    order = order[np.isfinite(seconds[order])]
-    return _Alike(column=column[order], least=low[order], most=high[order], seconds=seconds[order])
+def _alike(search: _Search, able: Ints, least: int, most: Ints) -> Floats:
+    """Bounds of plans that repeat columns `able` at least `least` times and at most `most` times each."""
+    own, batch = search.columns.taken(able), search.batch
+    ends = [search.rates(n, search.space.pools, alike=True) for n in sorted({least, int(most.max())})]
+    update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
+    micro_batches = np.ceil(batch / (own.rows * most) - _SHORT)
+    seconds = own.seconds(micro_batches, own.tails(update, gradients))
+    even = (batch % own.rows == 0) & (batch // own.rows >= least)
+    return np.where(even, seconds, math.inf)
 
 
 def _price_alike(search: _Search) -> float:
     """Price alike plans, most promising first; returns the least bound of those not priced, at most the best price."""
-    if not len(search.columns):
+    columns = search.columns
+    if not len(columns):
         return math.inf
-    alike = _alike(search)
-    unpriced = math.inf
-    for place, seconds in enumerate(alike.seconds):
-        if seconds >= search.best.seconds:
+    most = (search.available // np.maximum(columns.usage, 1)).min(
+        axis=1, initial=search.batch, where=columns.usage > 0
+    )
+    queue: list[tuple[float, int, int, int]] = []  # bound, column, least and most copies
+    for least, last in _ranges(int(most.max(initial=1))):
+        able = np.flatnonzero(most >= least)
+        copies = np.minimum(most[able], last)
+        bounds = _alike(search, able, least, copies)
+        kept = np.argsort(bounds, kind="stable")[:_ALIKE]
+        queue += [(float(bounds[i]), int(able[i]), least, int(copies[i])) for i in kept]
+    heapq.heapify(queue)
+    for _ in range(_ALIKE):
+        if not queue or queue[0][0] >= search.best.seconds:
             break
-        if place >= _ALIKE or search.late():
-            unpriced = min(unpriced, float(seconds))
-            break
-        column, least, most = int(alike.column[place]), int(alike.least[place]), int(alike.most[place])
-        search.offer(((column, most),))
-        if least < most:
-            unpriced = min(unpriced, float(seconds))
-    return min(unpriced, search.best.seconds)
+        if search.late():
+            return queue[0][0]
+        bound, column, least, copies = heapq.heappop(queue)
+        search.offer(((column, copies),))
+        if least < copies:  # the others of the range
+            rest = _alike(search, np.array([column]), least, np.array([copies - 1]))
+            heapq.heappush(queue, (max(bound, float(rest[0])), column, least, copies - 1))
+    return min([search.best.seconds, *(entry[0] for entry in queue[:1])])
 
 
 # -- unlike plans -------------------------------------------------------------------------------------------------
@@ -179,12 +171,29 @@ class _Unlike:
 
     def __init__(self, search: _Search, columns: Ints) -> None:
         self.search = search
-        self.numbers = columns
-        self.columns = search.columns.taken(columns)
-        self.pools = [
-            pool for k, pool in enumerate(search.space.pools) if self.columns.usage[:, k].any()
-        ]
+        self._take(columns, search.columns.taken(columns))
+        if search.space.small:  # periods that count memory, of those that may matter
+            kept = self._useful()
+            columns, refined = columns[kept], self.columns.taken(kept).refined()
+            fitting = np.isfinite(refined.period)
+            self._take(columns[fitting], refined.taken(fitting))
+            kept = self._useful()
+            self._take(self.numbers[kept], self.columns.taken(kept))
+
+    def _take(self, numbers: Ints, columns: Columns) -> None:
+        self.numbers, self.columns = numbers, columns
+        self.pools = [pool for k, pool in enumerate(self.search.space.pools) if columns.usage[:, k].any()]
         self._tails: dict[int, Tails] = {}
+
+    def _useful(self) -> Ints:
+        """Columns that stand in some choice which the bounds allow to be quicker than the best candidate."""
+        search, usage = self.search, self.columns.usage
+        if not search.best.kept or not len(usage):
+            return np.arange(len(usage))
+        rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
+        most = _most_of_the_rest(usage, rows, search.available)
+        rest = most[tuple((search.available - usage).T)]
+        return np.flatnonzero((rows > 0) & (rows + rest >= search.batch))
 
     def tails(self, pipelines: int) -> Tails:
         """Of columns among at least so many pipelines."""
@@ -192,7 +201,7 @@ class _Unlike:
             most = max(pipelines, int(self.search.available.sum()))
             ends = [self.search.rates(n, self.pools, alike=False) for n in (pipelines, most)]
             update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
-            self._tails[pipelines] = self.columns.tails(update, gradients, self.search.chains.layers)
+            self._tails[pipelines] = self.columns.tails(update, gradients)
         return self._tails[pipelines]
 
     def rows_within(self, seconds: float) -> Ints:

@@ -16,13 +16,13 @@ from hethub.planners.pools import Pool
 from hethub.planners.seats import Seat, SeatCosts, Slot
 from hethub.specs.constraints import FREE, Constraints
 
-__all__ = ["Space", "degrees", "space_of"]
+__all__ = ["WORTH", "Space", "degrees", "space_of"]
 
 _SMALL = 16  # devices; up to here stages of several replicas and of several pools are part of the space
 _REPLICAS = 2  # of one pool in one stage; more are as good as more pipelines
 _STAGES = 64  # of a pipeline, on large clusters
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a micro-batch
-_WORTH = 0.98  # of the best seconds a row so far: a larger micro-batch must be quicker than that
+WORTH = 0.98  # of the best seconds a row so far: a larger micro-batch must be quicker than that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def _rows(costs: SeatCosts, slots: Sequence[Slot], batch: int) -> tuple[int, ...
         if rows > batch:
             break
         each = {group: sum(costs.cost(*group, rows).decoder) / rows for group in groups}
-        quicker = [group for group in groups if each[group] < _WORTH * best[group]]
+        quicker = [group for group in groups if each[group] < WORTH * best[group]]
         if quicker or rows <= needed:
             kept.append(rows)
         best.update({group: each[group] for group in quicker})
