@@ -55,7 +55,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _HALVINGS = 20  # of the range of periods
-_MANY = 1000  # columns, for which loading the compiled loop pays
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
 _EPS = 1e-9
@@ -298,7 +297,7 @@ def _evaluated(
     )
     if space.small:
         return columns
-    columns = columns.refined(compiled=len(columns) > _MANY)
+    columns = columns.refined(compiled=True)
     return columns.taken(np.isfinite(columns.period))
 
 

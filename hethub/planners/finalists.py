@@ -22,6 +22,7 @@ __all__ = ["Finalist", "actions_of", "describe", "fits", "run_off", "simulate_pl
 
 _WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
 _SAMPLED = 2  # of alike pipelines, in such a part
+_ROUNDS = 3  # micro-batches for each stage, in such a part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,30 +74,40 @@ def run_off(
 ) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
     simulated in part: whether the whole fits is seen when it is completed."""
+    named = [(candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates]
+    reserve = problem.constraints.memory_reserve_bytes
+    whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named)  # compared are like with like
     finalists = []
-    for candidate in candidates:
-        plan = place(candidate, pools, problem.cluster, problem.workload)
+    for candidate, plan in named:
         if plan is None:
             continue
-        if actions_of(candidate) > _WHOLE_ACTIONS:
-            part = _part(candidate, problem, pools)
-            modelled = None
-        else:
-            reserve = problem.constraints.memory_reserve_bytes
+        modelled = None
+        if whole:
             modelled = simulate_plan(plan, problem.compute, record=record, reserve_bytes=reserve)
-            part = None if modelled is None else modelled.simulation.step_seconds
-        if part is not None:
-            finalists.append(Finalist(candidate=candidate, plan=plan, step_seconds=part, modelled=modelled))
+            seconds = None if modelled is None else modelled.simulation.step_seconds
+        else:
+            seconds = _part_seconds(candidate, problem, pools)
+        if seconds is not None:
+            finalists.append(Finalist(candidate=candidate, plan=plan, step_seconds=seconds, modelled=modelled))
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
 
 
-def _part(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
-    """Simulated seconds of a part of a plan; None where that cannot be placed."""
-    entries = tuple(entry._replace(repeat=min(entry.repeat, _SAMPLED)) for entry in candidate.entries)
+def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
+    """Simulated seconds of a part of a plan, that is lengthened to the whole as the closed form is; None where the part
+    cannot be placed."""
+    left_out = max(0, min(e.micro_batches - _ROUNDS * len(e.chain.stages) for e in candidate.entries))
+    entries = tuple(
+        entry._replace(repeat=min(entry.repeat, _SAMPLED), micro_batches=entry.micro_batches - left_out)
+        for entry in candidate.entries
+    )
     rows = sum(e.repeat * e.micro_batches * e.chain.rows for e in entries)
     workload = replace(problem.workload, global_batch=rows)
     plan = place(replace(candidate, entries=entries), pools, problem.cluster, workload)
-    return None if plan is None else model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
+    if plan is None:
+        return None
+    seconds = model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
+    part = max(e.chain.seconds(e.micro_batches) for e in entries)
+    return seconds * candidate.seconds / (part + max(e.chain.tail_seconds for e in entries))
 
 
 def actions_of(candidate: Candidate) -> int:

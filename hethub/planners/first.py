@@ -29,7 +29,7 @@ __all__ = ["Choice", "FirstPlanner"]
 
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
-_PART_ACTIONS = 60_000  # of a candidate that is simulated in part, about
+_PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -101,7 +101,7 @@ class FirstPlanner:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if problem.finalists is None and not alone:
+        if problem.finalists is None and not alone and finalists[0].modelled is not None:
             # The simulator also says how deep the best one's stages should run ahead.
             best = finalists[0].candidate
             tried = [with_reach(chains, best, batch, reach) for reach in (0, 1, 2) if reach != best.reach]

@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 Taken = tuple[tuple[int, int], ...]  # (column, how many), by column
 
 _STATES = 200_000  # of the lattice, at most
-_ITEMS = 128  # columns that the lattice looks at, where there are many
+_ITEMS = 48  # columns that the lattice looks at, where there are many
 _PIVOTS = 400
 _TINY = 1e-9
 

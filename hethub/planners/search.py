@@ -36,10 +36,10 @@ Floats = npt.NDArray[np.float64]
 
 _NEAR = 1e-4  # how near the lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
-_PRICED = 8  # choices at each time
+_PRICED = 3  # choices at each time
 _ALIKE = 1500  # alike plans priced
-_CHOICES = 300  # unlike choices priced to close the gap on small clusters
-_LOOKED = 20_000  # partial choices looked at for that
+_CHOICES = 60  # unlike choices priced to close the gap on small clusters
+_LOOKED = 4_000  # partial choices looked at for that
 _EACH = 24  # numbers of alike pipelines bounded one by one; more of them in ranges
 _SHORT = 1e-9
 
