@@ -68,12 +68,20 @@ def main() -> int:
         path, times, kinds = SIZES[name]
         repeats = 1 if name == "devices_100000" else REPEATS
         raw[name] = [in_a_process(path, times, kinds) for _ in range(repeats)]
-    figures = {f"{name}_seconds": statistics.median(run["seconds"] for run in runs) for name, runs in raw.items()}
+    figures = {
+        f"{name}_seconds": statistics.median(run["seconds"] for run in runs) for name, runs in raw.items()
+    }
     if not options.small:
         figures["devices_10000_peak_gib"] = max(run["peak_bytes"] for run in raw["devices_10000"]) / 2**30
         raw["kinds"] = {str(kinds): in_a_process(SIX, 1, kinds) for kinds in KINDS}
     print_figures(figures)
-    wrong = [f"{name}: {text}" for name, runs in raw.items() if name in SIZES for run in runs for text in problems(run)]
+    wrong = [
+        f"{name}: {text}"
+        for name, runs in raw.items()
+        if name in SIZES
+        for run in runs
+        for text in problems(run)
+    ]
     for text in wrong:
         print(f"NOT VALID {text}", file=sys.stderr)
     if not wrong and not options.small:

@@ -53,8 +53,8 @@ def _lines(found: PlanDiff) -> list[str]:
     if not found.changed_devices and not found.state_bytes:
         return [*lines, "layers\tevery device holds what it held", *_step(found)]
     lines.append(
-        f"layers\t{found.changed_devices} devices hold others or other shares; {found.moved_layers} layers go to a device "
-        "that did not have them"
+        f"layers\t{found.changed_devices} devices hold others or other shares; {found.moved_layers} layers go to a "
+        "device that did not have them"
     )
     lines.append(
         f"bytes to move\t{_size(found.weight_bytes)} of weights, {_size(found.state_bytes)} of optimizer state"

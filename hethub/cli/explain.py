@@ -61,7 +61,9 @@ def explanation(found: Answer, told: Planning) -> Explanation:
             "waterfall": predicted_waterfall(found.modelled).total,
             "limits": [asdict(entry) for entry in type_limits(problem, links)],
             "links": [asdict(entry) for entry in links],
-            "boundaries": [asdict(entry) for entry in boundaries(found.modelled.layout, found.modelled.compute)],
+            "boundaries": [
+                asdict(entry) for entry in boundaries(found.modelled.layout, found.modelled.compute)
+            ],
             "runners_up": found.figures["search"]["runners_up"],
         }
     )

@@ -31,15 +31,16 @@ def plan(
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", help="Also say what limits each device type, what more would bring, and why others lost."
+            "--explain",
+            help="Also say what limits each device type, what more would bring, and why others lost.",
         ),
     ] = False,
     time_limit: Annotated[
         float, typer.Option(min=0.0, help="Seconds for the search; it ends with the best plan so far.")
     ] = math.inf,
 ) -> None:
-    """Find the split of a model over a cluster that is best by the file's objective (speed, where it names none), within
-    the file's constraints, and predict what it will do.
+    """Find the split of a model over a cluster that is best by the file's objective (speed, where it names none),
+    within the file's constraints, and predict what it will do.
 
     Example: hethub plan cluster_specs/laptop.yaml --explain
     """
@@ -80,7 +81,11 @@ def _plan(cluster: Path, output: Path | None, *, as_json: bool, explain: bool, t
 
         why = explanation(found, told)
     if as_json:
-        typer.echo(json.dumps(found.figures if why is None else found.figures | {"explanation": why.content}, indent=2))
+        typer.echo(
+            json.dumps(
+                found.figures if why is None else found.figures | {"explanation": why.content}, indent=2
+            )
+        )
         return
     _print(found, target)
     _print_job(found, told.objective.tokens)

@@ -64,7 +64,7 @@ def divisors(number: int) -> list[int]:
 def chains_of(
     chains: Chains, parts: Sequence[Part], batch: int, *, stage_major: bool, reach: int
 ) -> list[Chain | None]:
-    """Each part's pipeline as it stands beside the others: its layers divided and priced, None where it does not fit."""
+    """Each part's pipeline as it stands beside the others, its layers divided; None where it does not fit."""
     pipelines = sum(part.copies for part in parts)
     pools = tuple(sorted({seat.pool for part in parts for slot, _ in part.crew for seat in slot}))
     found = []
@@ -127,4 +127,3 @@ def _evened(chains: Sequence[Chain], counts: list[int], left: int) -> list[int] 
             if i != j and counts[i] and more % taker.rows == 0:
                 return [n - (k == i) + (k == j) * (more // taker.rows) for k, n in enumerate(counts)]
     return None
-

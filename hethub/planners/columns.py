@@ -13,8 +13,8 @@ A column is a pipeline in counts: runs of slots, and the rows of a micro-batch. 
   most the last backwards of the stages on its node. A longer period would leave it fewer, but costs more than that
   from a number of micro-batches on (`enough`); with fewer of them its gradients count nothing.
 
-Left out, and so the looseness of the bound: links that are shared by hops, memory of the embedding, recomputation in the
-fill, and stages that wait for each other though each alone is quick enough.
+Left out, and so the looseness of the bound: links that hops share, memory of the embedding, recomputation in the fill,
+and stages that wait for each other though each alone is quick enough.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Columns:
     """Pipelines, one an entry: `runs[i]` are slot numbers from the last stage to the first (-1: none), `counts[i]` how
     many stages each has; `usage[i]` devices of each pool of the space. Seconds as above.
 
-    The first stage has at least `first` decoders, `relief` fewer for each second that the period is longer; `hidden` are
-    the periods that may hide its gradients. `places` are rows of `table` (see `periods.py`), by run.
+    The first stage has at least `first` decoders, `relief` fewer for each second that the period is longer; `hidden`
+    are the periods that may hide its gradients. `places` are rows of `table` (see `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
@@ -148,7 +148,7 @@ def _done(left: Floats, period: Floats) -> Floats:
 
 
 class _Lines:
-    """What a slot with some rows is worth in a stage, as rows of a table (see `periods.py`), one for every (slot, rows).
+    """What a slot with some rows is worth in a stage, as rows of a table (see `periods.py`), one a (slot, rows).
 
     A slot of several groups is at most as good as its slowest, and as the one with the least memory.
     """
@@ -246,10 +246,12 @@ def _apart(space: Space, numbers: tuple[int, ...]) -> bool:
 def _enumerated(
     space: Space, lines: _Lines, tuples: Sequence[tuple[int, ...]], counts: Sequence[Ints]
 ) -> Iterator[tuple[tuple[int, ...], Ints, Ints]]:
-    """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first; with the fewest rows that all
-    slots can have, and with those with which one of them is quicker for each row."""
+    """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first; with the fewest rows that
+    all slots can have, and with those with which one of them is quicker for each row."""
     for numbers in tuples:
-        grid = np.stack(np.meshgrid(*(counts[n] for n in numbers), indexing="ij"), axis=-1).reshape(-1, len(numbers))
+        grid = np.stack(np.meshgrid(*(counts[n] for n in numbers), indexing="ij"), axis=-1).reshape(
+            -1, len(numbers)
+        )
         grid = grid[grid.sum(axis=1) <= space.most_stages]
         places = [np.arange(n * lines.width, (n + 1) * lines.width) for n in numbers]
         able = np.logical_and.reduce([lines.able[place] for place in places])
@@ -301,9 +303,7 @@ def _evaluated(
     return columns.taken(np.isfinite(columns.period))
 
 
-def _stacked(
-    made: Iterator[tuple[tuple[int, ...], Ints, Ints]], width: int
-) -> tuple[Ints, Ints, Ints]:
+def _stacked(made: Iterator[tuple[tuple[int, ...], Ints, Ints]], width: int) -> tuple[Ints, Ints, Ints]:
     all_runs, all_counts, all_rows = [], [], []
     for numbers, grid, rows in made:
         spare = width - len(numbers)
@@ -329,7 +329,8 @@ def _time_periods(table: Floats, places: Ints, counts: Ints, layers: int) -> Flo
         last = np.maximum(np.floor((middle - head) / decoder[:, 0] + _EPS), 0.0)
         enough = (room * counts).sum(axis=1) - room[:, 0] + last >= layers
         high, low = np.where(enough, middle, high), np.where(enough, low, middle)
-    return low
+    found: Floats = low
+    return found
 
 
 def _front(
@@ -341,10 +342,7 @@ def _front(
     at = np.arange(len(runs)), last
     front = places[at]
     near = np.array(
-        [
-            max(max(1, chains.costs.pools[s.pool].node_size // s.degree) for s in slot)
-            for slot in space.slots
-        ]
+        [max(max(1, chains.costs.pools[s.pool].node_size // s.degree) for s in slot) for slot in space.slots]
     )
     share = lines.table[front, BACKWARD] / lines.table[front, DECODER]
     return front, np.minimum(near[runs[at]], counts[at]) * share
@@ -361,12 +359,11 @@ def _fills(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
         done = np.minimum(left, np.take_along_axis(room, run, axis=1)[:, 0])
         total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
         left -= done
-    return total + table[places[:, 0], HEAD]
+    found: Floats = total + table[places[:, 0], HEAD]
+    return found
 
 
-def _hops(
-    chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints
-) -> tuple[Floats, Floats]:
+def _hops(chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints) -> tuple[Floats, Floats]:
     """(Seconds of all hops there and back, the longest time that one keeps a link busy) over idle links."""
     seconds, load = np.zeros(len(runs)), np.zeros(len(runs))
     known: dict[tuple[int, int, int], tuple[float, float]] = {}
@@ -380,7 +377,9 @@ def _hops(
             pair, own = divmod(int(key), space.rows[-1] + 1)
             source, target = divmod(pair, len(space.slots) + 1)
             if (source, target, own) not in known:
-                known[source, target, own] = chains.links.least_hop(space.slots[source], space.slots[target], own)
+                known[source, target, own] = chains.links.least_hop(
+                    space.slots[source], space.slots[target], own
+                )
             hop = known[source, target, own]
             mine = keys == key
             seconds[mine] += hop[0] * times[mine]
@@ -391,4 +390,3 @@ def _hops(
         if j:
             table(runs[:, j], runs[:, j - 1], (counts[:, j] > 0).astype(np.int64))
     return seconds, load
-

@@ -31,6 +31,6 @@ def _message(problem: Problem, chosen: tuple[str, ...]) -> str:
     named = [" ".join(filter(None, (places.get(name), f"constraints.{name}"))) for name in chosen]
     together = "cannot hold" if len(chosen) == 1 else "cannot hold together"
     return (
-        f"{' and '.join(named)} {together}: no plan of {problem.workload.model.name} on {problem.cluster.name} keeps to "
-        "that, and without it one fits. Relax it."
+        f"{' and '.join(named)} {together}: no plan of {problem.workload.model.name} on {problem.cluster.name} keeps "
+        "to that, and without it one fits. Relax it."
     )

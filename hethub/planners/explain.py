@@ -47,8 +47,8 @@ class LinkWorth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boundary:
-    """`count` stage boundaries of this kind: from type to type, by a transport, so many bytes a micro-batch each way, and
-    seconds of a message on an idle link."""
+    """`count` stage boundaries of this kind: from type to type, by a transport, so many bytes a micro-batch each way,
+    and seconds of a message on an idle link."""
 
     source: str
     destination: str
@@ -59,7 +59,7 @@ class Boundary:
 
 
 def _saved(problem: Problem) -> Callable[[Problem], float]:
-    """A function of a changed problem: which share of the step goes; never negative, since the old plan is still one."""
+    """A function of a changed problem: which share of the step goes; never negative: the old plan still is one."""
     before = FirstPlanner().estimate(problem)
     assert before is not None
 
@@ -125,13 +125,20 @@ def boundaries(layout: Layout, compute: ComputeModel) -> list[Boundary]:
         found.update(_boundaries_of(pipeline, compute))
     return [
         Boundary(
-            source=key[0], destination=key[1], transport=key[2], size_bytes=key[3], seconds=key[4], count=count
+            source=key[0],
+            destination=key[1],
+            transport=key[2],
+            size_bytes=key[3],
+            seconds=key[4],
+            count=count,
         )
         for key, count in sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))
     ]
 
 
-def _boundaries_of(pipeline: PipelinePlace, compute: ComputeModel) -> Iterator[tuple[str, str, str, int, float]]:
+def _boundaries_of(
+    pipeline: PipelinePlace, compute: ComputeModel
+) -> Iterator[tuple[str, str, str, int, float]]:
     workload, devices = compute.workload, compute.graph.devices
     row_bytes = workload.sequence_length * workload.model.hidden_size
     for one, other in pairwise(pipeline.stages):

@@ -74,9 +74,13 @@ def run_off(
 ) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
     simulated in part: whether the whole fits is seen when it is completed."""
-    named = [(candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates]
+    named = [
+        (candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates
+    ]
     reserve = problem.constraints.memory_reserve_bytes
-    whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named)  # compared are like with like
+    whole = all(
+        actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named
+    )  # compared are like with like
     finalists = []
     for candidate, plan in named:
         if plan is None:
@@ -88,7 +92,9 @@ def run_off(
         else:
             seconds = _part_seconds(candidate, problem, pools)
         if seconds is not None:
-            finalists.append(Finalist(candidate=candidate, plan=plan, step_seconds=seconds, modelled=modelled))
+            finalists.append(
+                Finalist(candidate=candidate, plan=plan, step_seconds=seconds, modelled=modelled)
+            )
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
 
 

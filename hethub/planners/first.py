@@ -162,12 +162,13 @@ class FirstPlanner:
 
     def chains(self, problem: Problem) -> Chains:
         """The prices for this problem's compute model."""
-        reserve = problem.constraints.memory_reserve_bytes
-        costs = None if self._chains is None else self._chains.costs
-        if costs is None or costs.compute is not problem.compute or costs.reserve_bytes != reserve:
-            pools = Pools(problem.compute.graph) if costs is None or costs.compute is not problem.compute else costs.pools
-            self._chains = Chains(SeatCosts(problem.compute, pools, reserve))
-        return self._chains
+        reserve, known = problem.constraints.memory_reserve_bytes, self._chains
+        if known is None or known.costs.compute is not problem.compute:
+            known = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph), reserve))
+        elif known.costs.reserve_bytes != reserve:
+            known = Chains(SeatCosts(problem.compute, known.costs.pools, reserve))
+        self._chains = known
+        return known
 
 
 def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:

@@ -10,8 +10,8 @@ from typing import Protocol
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.simulate.modelled import Modelled
-from hethub.specs.constraints import FREE, Constraints
 from hethub.specs.cluster import Cluster
+from hethub.specs.constraints import FREE, Constraints
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 

@@ -109,9 +109,11 @@ class LinkCosts:
             latest[node] = end
         return [latest[node] for node in nodes]
 
-    def least_rates(self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool) -> tuple[float, float]:
-        """Least (update, gradients) seconds of a decoder of a slot in one of `copies` pipelines: all alike, or unlike ones
-        on `pools`."""
+    def least_rates(
+        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool
+    ) -> tuple[float, float]:
+        """Least (update, gradients) seconds of a decoder of a slot in one of `copies` pipelines: all alike, or unlike
+        ones on `pools`."""
         holders = copies * sum(seat.replicas for seat in slot) if alike else copies
         worst = (0.0, 0.0)
         for seat in slot:
@@ -190,5 +192,5 @@ def _surroundings(pool: int, copies: int, pools: Sequence[int], alike: bool) -> 
     slowest path counts, so that more pools are never quicker)."""
     if alike:
         return [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
-    others = [other for other in pools if other != pool]
-    return [Setting(1, copies - 1, (pool, *pair), 1) for pair in ([(other,) for other in others] or [()])]
+    beside: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
+    return [Setting(1, copies - 1, pair, 1) for pair in beside]

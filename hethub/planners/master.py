@@ -76,7 +76,10 @@ def relax(usage: Ints, rows: Ints, available: Ints) -> Relaxed:
     level = inverse @ available.astype(float)
     real = basis >= 0
     return Relaxed(
-        rows=float(prices @ available), prices=prices, columns=basis[real], fractions=np.maximum(level[real], 0.0)
+        rows=float(prices @ available),
+        prices=prices,
+        columns=basis[real],
+        fractions=np.maximum(level[real], 0.0),
     )
 
 
@@ -112,7 +115,9 @@ def most_rows(
 def _steps(usage: Ints, rows: Ints, left: Ints) -> Ints:
     """The unit of each pool's count: what all columns that fit use a multiple of."""
     able = (usage <= left).all(axis=1) & (rows > 0)
-    return np.array([max(1, int(np.gcd.reduce(usage[able, k]))) if able.any() else 1 for k in range(len(left))])
+    return np.array(
+        [max(1, int(np.gcd.reduce(usage[able, k]))) if able.any() else 1 for k in range(len(left))]
+    )
 
 
 def _states(left: Ints, steps: Ints) -> int:
@@ -148,7 +153,9 @@ def _lattice(
         number = 1
         while ((need * number) <= sizes).all():  # 1, 2, 4, ... of it: every number is a sum of those
             into = tuple(slice(int(n) * number, None) for n in need)
-            source = tuple(slice(None, int(s) + 1 - int(n) * number) for s, n in zip(sizes, need, strict=True))
+            source = tuple(
+                slice(None, int(s) + 1 - int(n) * number) for s, n in zip(sizes, need, strict=True)
+            )
             exact[into] = np.maximum(exact[into], exact[source] + rows[item] * number)
             number *= 2
     state = sizes.copy()

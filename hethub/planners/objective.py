@@ -39,7 +39,11 @@ class _Figures:
         """What is to be small."""
         if objective.best == "throughput":
             return self.step_seconds
-        found = self.usd_per_million_tokens if objective.best == "usd_per_million_tokens" else self.joules_per_token
+        found = (
+            self.usd_per_million_tokens
+            if objective.best == "usd_per_million_tokens"
+            else self.joules_per_token
+        )
         assert found is not None  # refused when the objective was read
         return found
 
@@ -97,8 +101,8 @@ def _unmet(figures: _Figures, objective: Objective) -> str:
     limits = " and ".join(f"objective.{name}: {limit:,.6g}" for name, (limit, _) in missed.items())
     nearest = " and ".join(f"{figure:,.6g} {name.split('_')[1]}" for name, (_, figure) in missed.items())
     return (
-        f"{limits}: no plan that was found keeps to that for {objective.tokens:.6g} tokens; the nearest takes {nearest}. "
-        "Raise the limit, lower tokens, or give more devices."
+        f"{limits}: no plan that was found keeps to that for {objective.tokens:.6g} tokens; the nearest takes {nearest}"
+        ". Raise the limit, lower tokens, or give more devices."
     )
 
 

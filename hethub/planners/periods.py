@@ -20,12 +20,24 @@ import numpy.typing as npt
 __all__ = ["FIELDS", "compiled_periods", "least_periods"]
 
 FIELDS = 16
-DECODER, BACKWARD, AGAIN, HEAD, HEAD_AGAIN = 0, 1, 2, 3, 4  # seconds: of a decoder, its backward and recomputation
-EACH, KEPT, ENTRY, EXCHANGED, MOST = 5, 6, 7, 8, 9  # bytes of a decoder; MOST: decoders that one micro-batch lets fit
+DECODER, BACKWARD, AGAIN, HEAD, HEAD_AGAIN = (
+    0,
+    1,
+    2,
+    3,
+    4,
+)  # seconds: of a decoder, its backward and recomputation
+EACH, KEPT, ENTRY, EXCHANGED, MOST = (
+    5,
+    6,
+    7,
+    8,
+    9,
+)  # bytes of a decoder; MOST: decoders that one micro-batch lets fit
 ROOM, OWN, EXCHANGE_ROOM = 10, 11, 12  # bytes, of an inner stage; of the last one they stand 3 further
 LAST = 3
 
-_HALVINGS = 18
+_HALVINGS = 12
 _EPS = 1e-9
 
 Table = npt.NDArray[np.float64]
@@ -38,7 +50,7 @@ def stage_decoders(table: Table, line: int, last: bool, period: float, behind: f
     shift = LAST if last else 0
     room, own = table[line, ROOM + shift], table[line, OWN + shift]
     head = table[line, HEAD] if last else 0.0
-    again = table[line, AGAIN] + 0.0
+    again = table[line, AGAIN]
     head_again = table[line, HEAD_AGAIN] if last else 0.0
     decoder, each, kept = table[line, DECODER], table[line, EACH], table[line, KEPT]
     one = each + kept
@@ -46,19 +58,16 @@ def stage_decoders(table: Table, line: int, last: bool, period: float, behind: f
     a = kept * decoder / period
     b = each + (kept * behind + own * decoder) / period
     c = own * behind / period - room
-    if c > 0 or room < own:
-        deep = 0.0
-    else:
-        deep = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
+    deep = 0.0 if c > 0 or room < own else (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
     none = min((period - head) / decoder, (room - own) / one, deep)
     entries = table[line, ENTRY] * max(behind / period - 1, 0.0)
     full = min((period - head - head_again) / (decoder + again), (room - own - entries) / one)
     exchange = table[line, EXCHANGE_ROOM + shift] / (one + table[line, EXCHANGED])
-    return int(math.floor(max(0.0, min(max(none, full), exchange)) + _EPS))
+    return math.floor(max(0.0, min(max(none, full), exchange)) + _EPS)
 
 
 def held(table: Table, lines: Ints, counts: Ints, quick: float, period: float, less: int) -> int:
-    """Decoders that all stages but the first `less` can hold; `lines` and `counts` are of the runs, the last one first."""
+    """Decoders that all stages but the first `less` hold; `lines` and `counts` are of the runs, the last one first."""
     total = counts.sum() - less
     found = place = 0
     for run in range(len(counts)):

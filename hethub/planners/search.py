@@ -3,10 +3,10 @@
 1. `columns.py` bounds the speed of every pipeline of the space.
 2. *Alike* plans repeat one pipeline. All of them are bounded at once, and priced by the closed form in the order of
    their bounds until the next bound is no better than the best price: exact.
-3. *Unlike* plans stand different pipelines side by side, on one pool or on several. The least time in which any choice
-   of pipelines could do the batch (`master.py`) bounds them. From there the time is raised; at each, the choice with the
-   most rows is priced, and its pipelines' bounds are replaced by their prices, so that the next choice is a better one.
-   It ends when the time has passed the best candidate's.
+3. *Unlike* plans stand different pipelines side by side, on one pool or on several. The least time in which any
+   choice of pipelines could do the batch (`master.py`) bounds them. From there the time is raised; at each, the choice with the
+   most rows is priced, and its pipelines' bounds are replaced by their prices, so that the next is a better one. It
+   ends when the time has passed the best candidate's.
 4. On small clusters all unlike choices that the bounds allow to be quicker are priced, until none is left.
 
 The lower bound is the least of all that was not priced, and of the best candidate.
@@ -36,10 +36,10 @@ Floats = npt.NDArray[np.float64]
 
 _NEAR = 1e-4  # how near the lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
-_PRICED = 3  # choices at each time
+_PRICED = 2  # choices at each time
 _ALIKE = 1500  # alike plans priced
-_CHOICES = 60  # unlike choices priced to close the gap on small clusters
-_LOOKED = 4_000  # partial choices looked at for that
+_CHOICES = 40  # unlike choices priced to close the gap on small clusters
+_LOOKED = 1_500  # partial choices looked at for that
 _EACH = 24  # numbers of alike pipelines bounded one by one; more of them in ranges
 _SHORT = 1e-9
 
@@ -76,9 +76,7 @@ class _Best:
 
 
 class _Search:
-    def __init__(
-        self, chains: Chains, space: Space, batch: int, most: int, late: Callable[[], bool]
-    ) -> None:
+    def __init__(self, chains: Chains, space: Space, batch: int, most: int, late: Callable[[], bool]) -> None:
         self.chains, self.space, self.batch, self.late = chains, space, batch, late
         self.columns = columns_of(chains, space)
         self.available = np.array(space.available, dtype=np.int64)
@@ -105,9 +103,7 @@ class _Search:
 
     def rates(self, copies: int, pools: Sequence[int], *, alike: bool) -> tuple[Floats, Floats]:
         """(Update, gradients) seconds of a decoder on every slot."""
-        found = [
-            self.chains.links.least_rates(slot, copies, pools, alike=alike) for slot in self.space.slots
-        ]
+        found = [self.chains.links.least_rates(slot, copies, pools, alike=alike) for slot in self.space.slots]
         return np.array([f[0] for f in found]), np.array([f[1] for f in found])
 
 
@@ -242,7 +238,9 @@ class _Unlike:
         search = self.search
         refined = replace(self.columns, period=self.columns.period.copy(), fill=self.columns.fill.copy())
         bounds = self.tails(2)
-        tails = Tails(update=bounds.update.copy(), gradients=bounds.gradients.copy(), enough=bounds.enough.copy())
+        tails = Tails(
+            update=bounds.update.copy(), gradients=bounds.gradients.copy(), enough=bounds.enough.copy()
+        )
         exact = np.zeros(len(refined), dtype=bool)
         for step in _STEPS:
             seconds = lower * (1 + step)
@@ -262,9 +260,7 @@ class _Unlike:
                 if not self._refine(refined, tails, exact, found[1]) or seconds >= search.best.seconds:
                     break
 
-    def _refine(
-        self, refined: Columns, tails: Tails, exact: npt.NDArray[np.bool_], taken: Taken
-    ) -> bool:
+    def _refine(self, refined: Columns, tails: Tails, exact: npt.NDArray[np.bool_], taken: Taken) -> bool:
         """Put prices in place of the bounds of these columns; False where all are priced already."""
         search = self.search
         fresh = [(place, c) for place, (c, _) in enumerate(taken) if not exact[c]]
@@ -305,8 +301,8 @@ class _Unlike:
         return True
 
     def _quicker(self, looked: list[int]) -> Iterator[Taken | None]:
-        """All choices of at least two pipelines whose bounds are below the best candidate's seconds, each once; None where
-        too many would have to be looked at."""
+        """All choices of pipelines whose bounds are below the best candidate's seconds, each once; None where too
+        many would have to be looked at."""
         search, columns = self.search, self.columns
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
         order = np.flatnonzero(rows > 0)
@@ -356,7 +352,9 @@ def _unlike(search: _Search) -> list[tuple[str, _Unlike]]:
     found = []
     for k, pool in enumerate(search.space.pools):
         own = np.flatnonzero((usage > 0).sum(axis=1) * (usage[:, k] > 0) == 1)
-        found.append((f"unlike pipelines on {search.chains.costs.pools[pool].type.name}", _Unlike(search, own)))
+        found.append(
+            (f"unlike pipelines on {search.chains.costs.pools[pool].type.name}", _Unlike(search, own))
+        )
     if len(search.space.pools) > 1:
         everything = _Unlike(search, np.arange(len(search.columns)))
         found.append(("unlike pipelines on several device types", everything))

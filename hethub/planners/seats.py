@@ -68,8 +68,8 @@ class Ends(NamedTuple):
 
 class LeastLines(NamedTuple):
     """The least that memory can ask of a group, however many share its updates, in bytes: `room` for n decoders that
-    each take `each`, and `kept` more a micro-batch in flight, beside `own` a micro-batch; with recomputation all but one
-    micro-batch in flight take `entry`. The exchange takes `exchanged` a decoder and `own_exchanged`."""
+    each take `each`, and `kept` more a micro-batch in flight, beside `own` a micro-batch; with recomputation all but
+    one micro-batch in flight take `entry`. The exchange takes `exchanged` a decoder and `own_exchanged`."""
 
     room: float
     each: float

@@ -15,8 +15,8 @@ from hethub.planners.chain import Chains
 from hethub.planners.interface import Found, Problem
 from hethub.planners.pools import Pools
 from hethub.planners.seats import Crew, Seat, SeatCost, SeatCosts, crew_slots
-from hethub.planners.stage import Setting
 from hethub.planners.space import degrees
+from hethub.planners.stage import Setting
 from hethub.specs.cluster import Cluster
 
 __all__ = ["fits_at_all", "shortage"]
@@ -147,14 +147,19 @@ def _more_devices(
         if nodes is not None:
             options.append((nodes * group.devices_per_node, number, nodes))
     for _, number, fewest in sorted(options):
-        # Nearly always the first; small models' updates are not shared as evenly as the closed form has it.
+        # Nearly always the first; the search knows splits that need less, and memory that the closed form does not.
         for nodes in range(fewest, fewest + _SLIPS):
-            cluster = _enlarged(problem.cluster, number, nodes)
-            enlarged = Problem.of(cluster, problem.workload)
-            if search(replace(enlarged, types=problem.types, finalists=1)) is not None:
+            if _found_with(problem, search, number, nodes):
+                while nodes > 1 and _found_with(problem, search, number, nodes - 1):
+                    nodes -= 1
                 group = problem.cluster.node_groups[number]
                 return nodes, group.name, nodes * group.devices_per_node, group.device_type
     return None
+
+
+def _found_with(problem: Problem, search: Callable[[Problem], Found | None], number: int, nodes: int) -> bool:
+    enlarged = Problem.of(_enlarged(problem.cluster, number, nodes), problem.workload, problem.constraints)
+    return search(replace(enlarged, types=problem.types, finalists=1)) is not None
 
 
 def _fewest_nodes(problem: Problem, number: int) -> int | None:

@@ -27,8 +27,8 @@ WORTH = 0.98  # of the best seconds a row so far: a larger micro-batch must be q
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """`available[i]` devices of pool `pools[i]` may be used (all must, with `use_all`); pipelines of at most `most_stages`
-    stages on at most `most_pools` pools each, micro-batches of `rows`. `small`: everything is enumerated."""
+    """`available[i]` devices of pool `pools[i]` may be used (all must, with `use_all`); pipelines of at most
+    `most_stages` stages on at most `most_pools` pools each, micro-batches of `rows`. `small`: everything is enumerated."""
 
     pools: tuple[int, ...]
     available: tuple[int, ...]

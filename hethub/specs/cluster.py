@@ -152,7 +152,9 @@ class ClusterSpec(Spec):
     exclude: list[str] = Field([], description="Devices to leave out: b/3/5, or ranges such as b/0-3/0-7.")
     workload: WorkloadSpec | None = Field(None, description="What to train when no job says otherwise.")
     constraints: ConstraintsSpec | None = Field(None, description="What the planner must keep to.")
-    objective: ObjectiveSpec | None = Field(None, description="What the plan shall be best at, and its limits.")
+    objective: ObjectiveSpec | None = Field(
+        None, description="What the plan shall be best at, and its limits."
+    )
     emulated: EmulatedSpec | None = Field(None, description="Present when the devices are emulated on CPU.")
 
 

@@ -47,11 +47,14 @@ class ObjectiveSpec(Spec):
     """The `objective` key as written."""
 
     best: Goal = Field("throughput", description="What the plan shall be best at.")
-    tokens: float | None = Field(None, gt=0, description="Tokens of the whole job, for limits in hours and USD.")
+    tokens: float | None = Field(
+        None, gt=0, description="Tokens of the whole job, for limits in hours and USD."
+    )
     deadline_hours: float | None = Field(None, gt=0, description="The job must end within this time.")
     budget_usd: float | None = Field(None, gt=0, description="The job must not cost more.")
     site_watts: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Power that a zone's devices in use may take together, at full power: {hall-1: 40000}."
+        {},
+        description="Power that a zone's devices in use may take together, at full power: {hall-1: 40000}.",
     )
 
 
@@ -159,7 +162,9 @@ def resolve_objective(spec: ObjectiveSpec | None, cluster: Cluster, document: Do
     zones = {group.zone for group in cluster.node_groups}
     for zone in spec.site_watts:
         if zone not in zones:
-            problems.add(("site_watts", zone), unknown_name(f'there is no zone "{zone}"', zone, sorted(zones)))
+            problems.add(
+                ("site_watts", zone), unknown_name(f'there is no zone "{zone}"', zone, sorted(zones))
+            )
     for key in ("deadline_hours", "budget_usd"):
         if getattr(spec, key) is not None and spec.tokens is None:
             problems.add((key,), "a limit of the whole job needs its size. Give tokens: 1e12, say.")

@@ -92,7 +92,9 @@ def _tiny(draw: st.DrawFn) -> Problem:
     return Problem.of(with_memory(cluster, memory), workload(draw(models()), batch=draw(st.integers(1, 5))))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 @given(problem=_tiny())
 def test_the_best_candidate_is_brute_forces(problem: Problem) -> None:
     chains, space = _set_up(problem)
@@ -121,6 +123,7 @@ def test_more_of_anything_is_not_slower_beyond_the_gap(problem: Problem, what: s
     elif what == "memory":
         more = with_memory(cluster, 2 * next(iter(cluster.device_types.values())).memory_bytes)
     else:
+
         def quicker(link):  # type: ignore[no-untyped-def]
             return replace(link, bandwidth_bytes_per_second=2 * link.bandwidth_bytes_per_second)
 
