@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import permutations
+from itertools import chain, permutations
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ __all__ = ["Columns", "Tails", "columns_of"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+_Made = tuple[tuple[int, ...], Ints, Ints]  # slots from the last stage on, counts, rows
 
 _HALVINGS = 20  # of the range of periods
 _NEVER = np.inf
@@ -194,7 +195,7 @@ def columns_of(chains: Chains, space: Space) -> Columns:
     counts = [_counts(chains, space, slot) for slot in space.slots]
     alone = [(number,) for number in range(len(counts))]
     single = _evaluated(chains, space, lines, _enumerated(space, lines, alone, counts))
-    if space.most_pools == 1:
+    if len(space.pools) == 1:
         return single
     chosen = _joined(single, space)
     tuples = [
@@ -203,9 +204,47 @@ def columns_of(chains: Chains, space: Space) -> Columns:
         for several in permutations(chosen, length)
         if _apart(space, several)
     ]
-    parts = [single, _evaluated(chains, space, lines, _enumerated(space, lines, tuples, counts))]
+    made: Iterator[_Made] = _enumerated(space, lines, tuples, counts)
+    if len(space.pools) > space.most_pools:
+        made = chain(made, _through(chains, space, lines))
+    parts = [single, _evaluated(chains, space, lines, made)]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
     return Columns(slots=space.slots, table=lines.table, layers=chains.layers, **joined)
+
+
+def _through(chains: Chains, space: Space, lines: _Lines) -> Iterator[_Made]:
+    """Pipelines through more pools than any others: all of them, and all but one, each shared out evenly among some
+    number of alike pipelines, in a few orders, with tensor-parallel degrees as alike as can be."""
+    alone = [i for i, slot in enumerate(space.slots) if len(slot) == 1 and slot[0].replicas == 1]
+    each = {pool: [i for i in alone if space.slots[i][0].pool == pool] for pool in space.pools}
+    steps = sorted({space.slots[i][0].degree for i in alone})
+    seen = set()
+    for left_out in (None, *space.pools):
+        pools = [pool for pool in space.pools if pool != left_out and each[pool]]
+        if len(pools) <= space.most_pools:
+            continue
+        for step in steps:
+            slots = {
+                p: max((i for i in each[p] if space.slots[i][0].degree <= step), default=each[p][0])
+                for p in pools
+            }
+            units = {p: chains.costs.pools[p].unit_count(space.slots[slots[p]][0].degree) for p in pools}
+            grid = np.array([[units[p] // n for p in pools] for n in range(1, min(units.values()) + 1)])
+            if not len(grid):
+                continue
+            for order in _orders(chains, pools):
+                numbers, at = tuple(slots[p] for p in order), [pools.index(p) for p in order]
+                if numbers not in seen:
+                    seen.add(numbers)
+                    yield from _with_rows(space, lines, numbers, grid[:, at])
+
+
+def _orders(chains: Chains, pools: Sequence[int]) -> list[tuple[int, ...]]:
+    """Orders of many pools along a pipeline: as in the spec, by memory, by speed, and their reverses."""
+    types = {n: chains.costs.pools[n].type for n in pools}
+    memory = tuple(sorted(pools, key=lambda n: (types[n].memory_bytes, n)))
+    speed = tuple(sorted(pools, key=lambda n: (sum(chains.costs.cost(n, 1, 1).decoder), n)))
+    return list(dict.fromkeys(o for one in (tuple(pools), memory, speed) for o in (one, one[::-1])))
 
 
 def _counts(chains: Chains, space: Space, slot: Slot) -> Ints:
@@ -245,25 +284,25 @@ def _apart(space: Space, numbers: tuple[int, ...]) -> bool:
 
 def _enumerated(
     space: Space, lines: _Lines, tuples: Sequence[tuple[int, ...]], counts: Sequence[Ints]
-) -> Iterator[tuple[tuple[int, ...], Ints, Ints]]:
+) -> Iterator[_Made]:
     """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first; with the fewest rows that
     all slots can have, and with those with which one of them is quicker for each row."""
     for numbers in tuples:
-        grid = np.stack(np.meshgrid(*(counts[n] for n in numbers), indexing="ij"), axis=-1).reshape(
-            -1, len(numbers)
-        )
-        grid = grid[grid.sum(axis=1) <= space.most_stages]
-        places = [np.arange(n * lines.width, (n + 1) * lines.width) for n in numbers]
-        able = np.logical_and.reduce([lines.able[place] for place in places])
-        worth = np.logical_or.reduce([lines.worth[place] for place in places])
-        for rows in np.array(space.rows)[able & worth] if len(grid) else ():
-            yield numbers, grid, np.full(len(grid), rows)
+        axes = np.meshgrid(*(counts[n] for n in numbers), indexing="ij")
+        yield from _with_rows(space, lines, numbers, np.stack(axes, axis=-1).reshape(-1, len(numbers)))
 
 
-def _evaluated(
-    chains: Chains, space: Space, lines: _Lines, made: Iterator[tuple[tuple[int, ...], Ints, Ints]]
-) -> Columns:
-    runs, counts, rows = _stacked(made, space.most_pools)
+def _with_rows(space: Space, lines: _Lines, numbers: tuple[int, ...], grid: Ints) -> Iterator[_Made]:
+    grid = grid[grid.sum(axis=1) <= space.most_stages]
+    places = [np.arange(n * lines.width, (n + 1) * lines.width) for n in numbers]
+    able = np.logical_and.reduce([lines.able[place] for place in places])
+    worth = np.logical_or.reduce([lines.worth[place] for place in places])
+    for rows in np.array(space.rows)[able & worth] if len(grid) else ():
+        yield numbers, grid, np.full(len(grid), rows)
+
+
+def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made]) -> Columns:
+    runs, counts, rows = _stacked(made, len(space.pools))
     slot_usage = np.zeros((len(space.slots), len(space.pools)), dtype=np.int64)
     for number, slot in enumerate(space.slots):
         for seat in slot:
@@ -303,7 +342,7 @@ def _evaluated(
     return columns.taken(np.isfinite(columns.period))
 
 
-def _stacked(made: Iterator[tuple[tuple[int, ...], Ints, Ints]], width: int) -> tuple[Ints, Ints, Ints]:
+def _stacked(made: Iterator[_Made], width: int) -> tuple[Ints, Ints, Ints]:
     all_runs, all_counts, all_rows = [], [], []
     for numbers, grid, rows in made:
         spare = width - len(numbers)

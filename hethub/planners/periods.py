@@ -63,7 +63,8 @@ def stage_decoders(table: Table, line: int, last: bool, period: float, behind: f
     entries = table[line, ENTRY] * max(behind / period - 1, 0.0)
     full = min((period - head - head_again) / (decoder + again), (room - own - entries) / one)
     exchange = table[line, EXCHANGE_ROOM + shift] / (one + table[line, EXCHANGED])
-    return math.floor(max(0.0, min(max(none, full), exchange)) + _EPS)
+    most: int = math.floor(max(0.0, min(max(none, full), exchange)) + _EPS)
+    return most
 
 
 def held(table: Table, lines: Ints, counts: Ints, quick: float, period: float, less: int) -> int:

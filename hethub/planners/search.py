@@ -4,9 +4,9 @@
 2. *Alike* plans repeat one pipeline. All of them are bounded at once, and priced by the closed form in the order of
    their bounds until the next bound is no better than the best price: exact.
 3. *Unlike* plans stand different pipelines side by side, on one pool or on several. The least time in which any
-   choice of pipelines could do the batch (`master.py`) bounds them. From there the time is raised; at each, the choice with the
-   most rows is priced, and its pipelines' bounds are replaced by their prices, so that the next is a better one. It
-   ends when the time has passed the best candidate's.
+   choice of pipelines could do the batch (`master.py`) bounds them. From there the time is raised; at each, the choice
+   with the most rows is priced, and its pipelines' bounds are replaced by their prices, so that the next is a better
+   one. It ends when the time has passed the best candidate's.
 4. On small clusters all unlike choices that the bounds allow to be quicker are priced, until none is left.
 
 The lower bound is the least of all that was not priced, and of the best candidate.

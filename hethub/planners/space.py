@@ -28,7 +28,7 @@ WORTH = 0.98  # of the best seconds a row so far: a larger micro-batch must be q
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """`available[i]` devices of pool `pools[i]` may be used (all must, with `use_all`); pipelines of at most
-    `most_stages` stages on at most `most_pools` pools each, micro-batches of `rows`. `small`: everything is enumerated."""
+    `most_stages` stages on at most `most_pools` pools each, micro-batches of `rows`. `small`: all is enumerated."""
 
     pools: tuple[int, ...]
     available: tuple[int, ...]
