@@ -16,14 +16,18 @@ def conflict(planner: FirstPlanner, problem: Problem) -> InputError | None:
     """The error that names the fewest constraints with which no plan fits; None where none fits without any either, or
     where one fits with all of them. Sets are tried from the smallest on, so that the first one found has the fewest."""
     names = problem.constraints.names()
-    if not names or planner.estimate(replace(problem, constraints=problem.constraints.only(()))) is None:
+    if not names or not _fits(planner, problem, ()):
         return None
     for count in range(1, len(names) + 1):
         for chosen in combinations(names, count):
-            tried = replace(problem, constraints=problem.constraints.only(chosen))
-            if planner.estimate(tried) is None:
+            if not _fits(planner, problem, chosen):
                 return InputError(_message(problem, chosen))
     return None
+
+
+def _fits(planner: FirstPlanner, problem: Problem, names: tuple[str, ...]) -> bool:
+    tried = replace(problem, constraints=problem.constraints.only(names), finalists=1)
+    return planner.search(tried) is not None
 
 
 def _message(problem: Problem, chosen: tuple[str, ...]) -> str:

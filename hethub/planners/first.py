@@ -4,7 +4,7 @@ simulator decides between the best few."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
@@ -30,6 +30,7 @@ __all__ = ["Choice", "FirstPlanner"]
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
+_COMPARED, _COMPARED_ACTIONS = 2, 300_000  # of those, simulated whole; not with more actions
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -108,6 +109,8 @@ class FirstPlanner:
             others = list({other.key: other for other in tried if other is not None}.values())
             considered += len(others)
             finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
+        if finalists[0].modelled is None and actions_of(finalists[0].candidate) <= _COMPARED_ACTIONS:
+            finalists = _compared(finalists, problem) or finalists
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     @staticmethod
@@ -169,6 +172,26 @@ class FirstPlanner:
             known = Chains(SeatCosts(problem.compute, known.costs.pools, reserve))
         self._chains = known
         return known
+
+
+def _compared(finalists: list[Finalist], problem: Problem) -> list[Finalist]:
+    """The first two that fit, simulated whole, the quicker one first; the others' seconds are scaled alike. Empty where
+    none fits."""
+    whole: list[Finalist] = []
+    left: list[Finalist] = []
+    scale = 1.0
+    for finalist in finalists:
+        modelled = None
+        if len(whole) < _COMPARED:
+            reserve = problem.constraints.memory_reserve_bytes
+            modelled = simulate_plan(finalist.plan, problem.compute, reserve_bytes=reserve)
+        if modelled is not None:
+            seconds = modelled.simulation.step_seconds
+            scale = seconds / finalist.step_seconds
+            whole.append(replace(finalist, step_seconds=seconds, modelled=modelled))
+        elif len(whole) == _COMPARED:
+            left.append(replace(finalist, step_seconds=finalist.step_seconds * scale))
+    return [*sorted(whole, key=lambda finalist: finalist.step_seconds), *left] if whole else []
 
 
 def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:
