@@ -66,7 +66,7 @@ def test_a_zones_power_is_kept() -> None:
 def test_the_smallest_set_of_constraints_that_conflict_is_named() -> None:
     """Two constraints each leave room for a plan, together they do not; a third has no part in it."""
     types = ("fast", "middle", "slow")
-    alone = {name: (1,) for name in types}
+    alone = dict.fromkeys(types, (1,))
     constraints = Constraints(max_pipeline=1, same_stage=False, tensor_parallel=alone)
     for memory in range(300, 1500, 50):
         problem = one_two_four(memory_bytes=memory << 10)
