@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,18 +71,19 @@ class SoloGroup:
 
 
 class _Timed:
-    """Counts the seconds and the moments that a group spends in collectives."""
+    """Counts the moments between which a group is in a collective; `moment` says what they are."""
 
-    def __init__(self) -> None:
-        self.events: list[tuple[float, float]] = []
+    def __init__(self, moment: Callable[[], Any] = time.monotonic) -> None:
+        self.moment = moment
+        self.events: list[tuple[Any, Any]] = []
 
     def timed(self, call: Callable[[], object]) -> None:
-        start = time.monotonic()
+        start = self.moment()
         call()
-        self.events.append((start, time.monotonic()))
+        self.events.append((start, self.moment()))
 
-    def take_events(self) -> list[tuple[float, float]]:
-        """The (start, end) monotonic seconds of every collective since the last call."""
+    def take_events(self) -> list[tuple[Any, Any]]:
+        """The (start, end) of every collective since the last call."""
         events, self.events = self.events, []
         return events
 
@@ -103,8 +104,10 @@ class NativeGroup(_Timed):
     gathers lists and takes its part of an all-reduce.
     """
 
-    def __init__(self, ranks: Sequence[int], backend: str) -> None:
-        super().__init__()
+    def __init__(
+        self, ranks: Sequence[int], backend: str, moment: Callable[[], Any] = time.monotonic
+    ) -> None:
+        super().__init__(moment)
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
         self.whole_tensors = True
@@ -178,8 +181,8 @@ class ExchangeGroup(_Timed):
     """A group across islands, whose vendor libraries do not mix: everyone sends to everyone through host memory, and
     each adds in rank order, so that all members get the same bits. Only real tokens travel, no padding."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        super().__init__()
+    def __init__(self, ranks: Sequence[int], moment: Callable[[], Any] = time.monotonic) -> None:
+        super().__init__(moment)
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
         self._ranks = list(ranks)

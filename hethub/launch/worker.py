@@ -24,7 +24,7 @@ from hethub.errors import MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
-from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
+from hethub.launch.devices import Accelerator, ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import (
     Executor,
     StepResult,
@@ -44,6 +44,7 @@ from hethub.launch.model import StageModel, TensorGroup
 from hethub.launch.recorder import Recorder
 from hethub.launch.shards import Shards
 from hethub.launch.shared_memory import Agreed, agree
+from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
@@ -193,7 +194,8 @@ class Worker:
         device = self.task.cluster.devices()[self.setup.device]
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
-            return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+            real = torch.device(catalog.vendor(device.type.vendor).torch_device)
+            return RealDevice(clock, real) if real.type == "cpu" else Accelerator(clock, real, DeviceStreams(real))
         wake_punctually()
         return EmulatedDevice(
             clock,
@@ -204,8 +206,8 @@ class Worker:
 
     def _heap(self) -> Heap | None:
         """Where weights and gradients lie that neighbours may read in place; None where that is not done."""
-        device = self.compute.torch_device
-        if not self.task.read_in_place or self.task.links_file is not None or device.type != "cpu":
+        emulated, accelerator = self.task.links_file is not None, self.compute.streams is not None
+        if not self.task.read_in_place or emulated or accelerator:
             return None
         try:
             return Heap()
@@ -269,9 +271,10 @@ class Worker:
     def _new_group(self, members: tuple[int, ...]) -> TensorGroup:
         ranks = [self.setup.rank_of[d] for d in members]
         devices = self.task.cluster.devices()
+        moment = time.monotonic if self.compute.streams is None else self.compute.streams.moment
         vendors = {devices[d].type.vendor for d in members}
         if len(vendors) > 1:
-            return ExchangeGroup(ranks)
+            return ExchangeGroup(ranks, moment)
         vendor = catalog.vendor(vendors.pop())
         # In host memory a direct exchange is quicker than the library's ring: 0.5 against 2 ms for 512 KiB between two
         # ranks on two cores.
@@ -282,7 +285,7 @@ class Worker:
                 f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there."
             )
         try:
-            return NativeGroup(ranks, vendor.backend)
+            return NativeGroup(ranks, vendor.backend, moment)
         except (RuntimeError, ValueError) as error:
             raise MachineError(
                 f"the group of ranks {', '.join(map(str, ranks))} cannot be formed with {vendor.backend}: "
@@ -314,6 +317,7 @@ class Worker:
                 reserve,
                 self.compute.tally,
                 self.agreed.bells if program.training else frozenset(),
+                self.compute.streams,
             ),
             recorder=recorder,
             settings=task.settings,

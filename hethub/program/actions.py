@@ -12,7 +12,7 @@ from hethub.program.ownership import Ownership
 from hethub.specs.layout import Layout, Span
 from hethub.timeline.record import Kind, Lane
 
-__all__ = ["Action", "Channel", "Message", "Price", "Program", "Transfer", "What"]
+__all__ = ["SUMS", "Action", "Channel", "Message", "Price", "Program", "Transfer", "What"]
 
 
 class What(IntEnum):
@@ -25,6 +25,8 @@ class What(IntEnum):
     TOTAL = 4  # their totals, from the root
     WEIGHTS = 5  # new weights of slices, to their holders
 
+
+SUMS = frozenset({What.NORM, What.TOTAL})  # a few numbers, which are formed and read in host memory
 
 class Action(NamedTuple):
     """One entry of a device's list; -1 where a field does not apply. `message` indexes `Program.messages`.
