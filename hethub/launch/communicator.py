@@ -62,8 +62,8 @@ class Communicator:
     sender reserves the path and the message carries its arrival time. A `tally` counts the buffers. The library's own
     threads move the bytes while the device computes. Buffers of activations are kept and used again; those of
     parameters, which come once a step, give their memory to activations meanwhile. Messages of the transfers in `bells`
-    only say that what they would carry can be read where it lies. With `streams` the device is an accelerator: it copies
-    to host memory by itself, and a thread of this process hands each message on when its copy is there.
+    only say that what they would carry can be read where it lies. With `streams` the device is an accelerator: it
+    copies to host memory by itself, and a thread of this process hands each message on when its copy is there.
     """
 
     def __init__(
@@ -115,9 +115,7 @@ class Communicator:
                 free.synchronize()
             return buffer
         buffer = (
-            torch.empty(size, dtype=torch.uint8)
-            if self._streams is None
-            else self._streams.host_memory(size)
+            torch.empty(size, dtype=torch.uint8) if self._streams is None else self._streams.host_memory(size)
         )
         if self.tally is not None:
             self.tally.add(buffer)

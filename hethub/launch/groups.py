@@ -71,10 +71,10 @@ class SoloGroup:
 
 
 class _Timed:
-    """Counts the moments between which a group is in a collective; `moment` says what they are."""
+    """Notes when a group is in a collective: monotonic seconds, or what else `moment` is set to tell."""
 
-    def __init__(self, moment: Callable[[], Any] = time.monotonic) -> None:
-        self.moment = moment
+    def __init__(self) -> None:
+        self.moment: Callable[[], Any] = time.monotonic
         self.events: list[tuple[Any, Any]] = []
 
     def timed(self, call: Callable[[], object]) -> None:
@@ -83,7 +83,7 @@ class _Timed:
         self.events.append((start, self.moment()))
 
     def take_events(self) -> list[tuple[Any, Any]]:
-        """The (start, end) of every collective since the last call."""
+        """The (start, end) moments of every collective since the last call."""
         events, self.events = self.events, []
         return events
 
@@ -104,10 +104,8 @@ class NativeGroup(_Timed):
     gathers lists and takes its part of an all-reduce.
     """
 
-    def __init__(
-        self, ranks: Sequence[int], backend: str, moment: Callable[[], Any] = time.monotonic
-    ) -> None:
-        super().__init__(moment)
+    def __init__(self, ranks: Sequence[int], backend: str) -> None:
+        super().__init__()
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
         self.whole_tensors = True
@@ -181,8 +179,8 @@ class ExchangeGroup(_Timed):
     """A group across islands, whose vendor libraries do not mix: everyone sends to everyone through host memory, and
     each adds in rank order, so that all members get the same bits. Only real tokens travel, no padding."""
 
-    def __init__(self, ranks: Sequence[int], moment: Callable[[], Any] = time.monotonic) -> None:
-        super().__init__(moment)
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__()
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
         self._ranks = list(ranks)

@@ -143,7 +143,7 @@ class Worker:
             world_size=len(setup.rank_of),
             timeout=limit,
         )
-        self._groups: dict[tuple[int, ...], TensorGroup] = {}
+        self._groups: dict[tuple[int, ...], ExchangeGroup | NativeGroup] = {}
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
 
@@ -195,7 +195,11 @@ class Worker:
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
             real = torch.device(catalog.vendor(device.type.vendor).torch_device)
-            return RealDevice(clock, real) if real.type == "cpu" else Accelerator(clock, real, DeviceStreams(real))
+            return (
+                RealDevice(clock, real)
+                if real.type == "cpu"
+                else Accelerator(clock, real, DeviceStreams(real))
+            )
         wake_punctually()
         return EmulatedDevice(
             clock,
@@ -258,23 +262,24 @@ class Worker:
     def _join_groups(self, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, TensorGroup]:
         """Tensor-parallel groups of this device, made in an order that all members share."""
         found: dict[int, TensorGroup] = {}
+        moment = time.monotonic if self.compute.streams is None else self.compute.streams.moment
         for members in sorted(set(wanted.values())):
             if len(members) < 2:
                 continue
             if members not in self._groups:
                 self._groups[members] = self._new_group(members)
+            self._groups[members].moment = moment
             for stage, devices in wanted.items():
                 if devices == members:
                     found[stage] = self._groups[members]
         return found
 
-    def _new_group(self, members: tuple[int, ...]) -> TensorGroup:
+    def _new_group(self, members: tuple[int, ...]) -> ExchangeGroup | NativeGroup:
         ranks = [self.setup.rank_of[d] for d in members]
         devices = self.task.cluster.devices()
-        moment = time.monotonic if self.compute.streams is None else self.compute.streams.moment
         vendors = {devices[d].type.vendor for d in members}
         if len(vendors) > 1:
-            return ExchangeGroup(ranks, moment)
+            return ExchangeGroup(ranks)
         vendor = catalog.vendor(vendors.pop())
         # In host memory a direct exchange is quicker than the library's ring: 0.5 against 2 ms for 512 KiB between two
         # ranks on two cores.
@@ -285,7 +290,7 @@ class Worker:
                 f"the collective library of {vendor.name} is not known. Use tensor_parallel 1 there."
             )
         try:
-            return NativeGroup(ranks, vendor.backend, moment)
+            return NativeGroup(ranks, vendor.backend)
         except (RuntimeError, ValueError) as error:
             raise MachineError(
                 f"the group of ranks {', '.join(map(str, ranks))} cannot be formed with {vendor.backend}: "

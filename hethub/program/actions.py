@@ -28,6 +28,7 @@ class What(IntEnum):
 
 SUMS = frozenset({What.NORM, What.TOTAL})  # a few numbers, which are formed and read in host memory
 
+
 class Action(NamedTuple):
     """One entry of a device's list; -1 where a field does not apply. `message` indexes `Program.messages`.
 

@@ -99,7 +99,9 @@ def test_the_same_plan_is_the_same_bits_again_and_by_messages(pool: Pool) -> Non
 
 
 @pytest.mark.parametrize("accelerators", [range(6), (0, 3)], ids=["all", "two"])
-def test_devices_with_queues_of_their_own_train_the_same_bits(pool: Pool, accelerators: Collection[int]) -> None:
+def test_devices_with_queues_of_their_own_train_the_same_bits(
+    pool: Pool, accelerators: Collection[int]
+) -> None:
     """Seen to catch a message that leaves before its copy is there, and a receive buffer that is posted again before
     the device has read it."""
     plan = NAMED_PLANS["everything uneven at once"]("fp32")
