@@ -7,6 +7,7 @@ buffer that is used again although nobody has waited for the device to read it i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -62,13 +63,17 @@ class HostStreams:
 
 
 class PretendingWorker(Worker):
-    """A worker whose real CPU may pretend to be an accelerator."""
+    """A worker whose real CPU may pretend to be an accelerator, and that tests can look into."""
 
     pretends = False
 
     def pretend(self, devices: frozenset[int]) -> None:
         """From the next load on, if this device is among them."""
         self.pretends = self.setup.device in devices
+
+    def imported(self, module: str) -> bool:
+        """Whether this process has loaded it."""
+        return module in sys.modules
 
     def _device(self) -> ComputeDevice:
         device = super()._device()

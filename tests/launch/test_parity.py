@@ -115,3 +115,9 @@ def test_devices_with_queues_of_their_own_train_the_same_bits(
         mine = records[(records["device"] == device) & (records["kind"] != Kind.COLLECTIVE)]
         assert (mine["start"] <= mine["end"]).all()  # and known
         assert (mine["start"][1:] >= mine["end"][:-1]).all()  # one after the other
+
+
+def test_training_does_not_load_what_only_compilers_need(pool: Pool) -> None:
+    """Half a second of CPU in every worker's first step, where a backward is given its gradient (see `beginning`)."""
+    pool.train(NAMED_PLANS["everything uneven at once"]("fp32"), 1)
+    assert not any(pool.call("imported", "sympy"))
