@@ -18,6 +18,8 @@ from hethub.simulate.kernel import Rules, State, Tables
 
 __all__ = ["compiled_events"]
 
+_CALLED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+
 
 @cache
 def compiled_events() -> Callable[[Tables, State, Rules], None]:
@@ -29,9 +31,9 @@ def compiled_events() -> Callable[[Tables, State, Rules], None]:
         if isinstance(function, FunctionType) and function.__module__ == kernel.__name__:
             alike = FunctionType(function.__code__, space, name)
             # Only the loop itself is called from Python, and its cached code holds the others: wrappers and caches of
-            # theirs would double the time of compiling.
+            # theirs would double the time of compiling. Calls are laid open, since each would pass some fifty arrays.
             entry = name == kernel.run_events.__name__
-            options = {"cache": True} if entry else {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+            options = {"cache": True} if entry else _CALLED
             space[name] = numba.njit(error_model="numpy", **options)(alike)
     found: Callable[[Tables, State, Rules], None] = space["run_events"]
     return found
