@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ __all__ = ["OPERATIONS", "Exchange", "measure_exchanges"]
 OPERATIONS = ("send", "send_work", "receive_work", "all_gather", "reduce_scatter", "all_reduce")
 _PROCESSES = 2
 _ANSWER_SECONDS = 120.0
-_STREAM_BYTES = 1 << 24
-_LEAST_MESSAGES, _MOST_MESSAGES = 4, 64  # of a stream
+_MESSAGES = 16  # that one reading of the CPU's clock covers
+# Between two of them, as compute is in training: in a stream everything stays awake and warm, and a message was seen to
+# take a fourth of the CPU time.
+_PAUSE_SECONDS = 2e-3
 
 Once = Callable[[], list[float]]
 
@@ -81,8 +84,8 @@ def _end(rank: int, port: int, wanted: list[Exchange], budget_seconds: float, an
         spread = take(_once(exchange, rank, group), budget_seconds)
         found.append(Spread(spread.seconds / _messages(exchange), spread.ratio))
     answer.send(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    with suppress(EOFError):  # an end that goes may take with it what the other has not read yet
+        answer.recv()
 
 
 def _lead(once: Once, budget_seconds: float) -> Spread:
@@ -112,10 +115,8 @@ def _follow(once: Once, budget_seconds: float) -> Spread:
 
 
 def _messages(exchange: Exchange) -> int:
-    """What one repetition does, of which the CPU's clock tells only many."""
-    if not exchange.operation.endswith("_work"):
-        return 1
-    return min(max(_STREAM_BYTES // exchange.message_bytes, _LEAST_MESSAGES), _MOST_MESSAGES)
+    """Of one repetition."""
+    return _MESSAGES if exchange.operation.endswith("_work") else 1
 
 
 def _once(exchange: Exchange, rank: int, group: ExchangeGroup) -> Once:
@@ -124,7 +125,7 @@ def _once(exchange: Exchange, rank: int, group: ExchangeGroup) -> Once:
     if exchange.operation == "send":
         return _round_trip(torch.zeros(size, dtype=torch.uint8), rank)
     if exchange.operation.endswith("_work"):
-        return _stream(torch.zeros(size, dtype=torch.uint8), rank, _messages(exchange))
+        return _one_by_one(torch.zeros(size, dtype=torch.uint8), rank)
     own = torch.zeros(1, size // 4)
     calls: dict[str, Callable[[], object]] = {
         "all_gather": lambda: group.all_gather(own, _PROCESSES * own.shape[1]),
@@ -154,13 +155,15 @@ def _round_trip(buffer: torch.Tensor, rank: int) -> Once:
     return once
 
 
-def _stream(buffer: torch.Tensor, rank: int, count: int) -> Once:
-    """Messages one way, one after the other; CPU seconds of all of them here."""
+def _one_by_one(buffer: torch.Tensor, rank: int) -> Once:
+    """Messages one way, each alone; CPU seconds of all of them here."""
     move = dist.send if rank == 0 else dist.recv
 
     def once() -> list[float]:
         begin = time.process_time()
-        for _ in range(count):
+        for _ in range(_MESSAGES):
+            if rank == 0:
+                time.sleep(_PAUSE_SECONDS)
             move(buffer, 1 - rank)
         return [time.process_time() - begin]
 

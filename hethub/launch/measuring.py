@@ -27,6 +27,7 @@ from hethub.specs.workload import Workload
 __all__ = ["Measured", "measure_device", "measure_layers", "measure_links"]
 
 _SEND_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+_WORK_BYTES = (1 << 10, 1 << 18, 1 << 22)
 _GROUP_BYTES = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
 
 
@@ -125,7 +126,7 @@ def measure_links(
         )
         for operation, where, group, sizes in (
             ("send", link_class, 1, _SEND_BYTES),
-            *((work, host_class, 1, _SEND_BYTES) for work in ("send_work", "receive_work")),
+            *((work, host_class, 1, _WORK_BYTES) for work in ("send_work", "receive_work")),
             *((name, link_class, 2, _GROUP_BYTES) for name in ("all_gather", "reduce_scatter", "all_reduce")),
         )
         if where is not None

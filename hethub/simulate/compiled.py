@@ -7,6 +7,7 @@ the source changes. Loading numba and that result takes about a third of a secon
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -24,8 +25,7 @@ _CALLED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": 
 @cache
 def compiled_events() -> Callable[[Tables, State, Rules], None]:
     """`kernel.run_events`, compiled; it takes tables and state as arrays."""
-    import numba
-
+    numba = _numba()
     space: dict[str, Any] = dict(vars(kernel))
     for name, function in vars(kernel).items():
         if isinstance(function, FunctionType) and function.__module__ == kernel.__name__:
@@ -37,6 +37,20 @@ def compiled_events() -> Callable[[Tables, State, Rules], None]:
             space[name] = numba.njit(error_model="numpy", **options)(alike)
     found: Callable[[Tables, State, Rules], None] = space["run_events"]
     return found
+
+
+def _numba() -> Any:
+    """Numba, which looks for BLAS by importing scipy: a fifth of a second for linear algebra that the loop has none of.
+    So it finds no scipy while it loads."""
+    hidden = {} if "scipy" in sys.modules else {"scipy": None}
+    sys.modules.update(hidden)  # type: ignore[arg-type]
+    try:
+        import numba
+        import numba.np.arraymath
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return numba
 
 
 def _compile_ahead() -> None:

@@ -43,6 +43,7 @@ def test_messages_collectives_and_the_work_of_messages_are_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "_SEND_BYTES", (1 << 10, 1 << 20))
+    monkeypatch.setattr(measuring, "_WORK_BYTES", (1 << 10, 1 << 20))
     monkeypatch.setattr(measuring, "_GROUP_BYTES", (1 << 14,))
     where = ("intra/fast", host_class("fast"), tmp_path, 0.0, lambda measured: None)
     assert measure_links(*where) == 3 * 2 + 3

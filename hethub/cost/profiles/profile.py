@@ -208,7 +208,10 @@ class Profile:
         ]
         if None in known:
             return None
-        sent, received = (fit_link(points) for points in known if points is not None)
+        curves = [
+            Curve.through(points) for points in known if points is not None
+        ]  # without what was disturbed
+        sent, received = (fit_link(dict(zip(c.sizes, c.seconds, strict=True))) for c in curves)
         return sent, received
 
 
