@@ -142,7 +142,12 @@ def _speeds_and_pieces(run: Path, measured: Timeline) -> tuple[list[float] | Non
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
     shares = physical_bound(compute).shares
     types = measured.info.device_types
-    return [shares[name] / types.count(name) for name in types], piece_seconds(lay_out(plan), compute)
+    names = (device.name for device in compute.graph.devices)
+    pieces = dict(zip(names, piece_seconds(lay_out(plan), compute), strict=True))
+    return (
+        [shares[name] / types.count(name) for name in types],
+        [pieces.get(name, 0.0) for name in measured.info.devices],
+    )
 
 
 def _load(run: Path, origin: str) -> Timeline:

@@ -138,8 +138,10 @@ class LayerProfiler:
         tally = StorageTally(sys.maxsize, self.device_type)
         lasting = tally.hold(stage.parameters.values())
         before = tally.live_bytes
-        targets = (tokens, weights) if stage.last else (None, None)
-        flight = Flight(stage, [stage.layers], entry, *targets, 1.0, tally)
+        last = stage.last  # which alone keeps targets
+        flight = Flight(
+            stage, [stage.layers], entry, tokens if last else None, weights if last else None, 1.0, tally
+        )
         flight.forward([0], keep=True)
         output = flight.outputs[0]
         assert output is not None

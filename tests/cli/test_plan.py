@@ -21,7 +21,7 @@ from hethub.specs.plan import load_plan
 LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
 KEYS = {
     "": {
-        "step_seconds", "tokens_per_second", "bounds", "share", "device_types", "joules_per_token",
+        "step_seconds", "step_seconds_interval_95", "tokens_per_second", "bounds", "share", "device_types", "joules_per_token",
         "usd_per_million_tokens", "search", "baselines", "missing", "emulated", "plan",
     },
     "bounds": {"homogeneous_tokens_per_second", "physical_tokens_per_second"},
