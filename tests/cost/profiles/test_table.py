@@ -111,7 +111,7 @@ def test_a_written_profile_reads_back(tmp_path_factory, layers, transfers):
 
 
 def test_between_two_measured_degrees_time_is_a_power_of_the_degree():
-    """Seeded bug: interpolated in the degree itself; came out at 6 / 7 of the way."""
+    """Seeded bugs: straight in the degree or in the time; came out at 5."""
 
     def row(degree, forward):
         return LayerRow(
