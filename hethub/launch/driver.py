@@ -112,13 +112,15 @@ class _Compiled:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """One plan's run: per step loss and norm, its timeline, and the held-out loss (None without held-out rows)."""
+    """One plan's run: per step loss and norm, its timeline, the held-out loss (None without held-out rows), and each
+    device's peak memory where it is counted."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     timeline: Timeline
     held_out: tuple[tuple[int, float], ...]
     step_seconds: float
+    peak_bytes: Mapping[int, int | None]
 
 
 def _compile(plan: Plan) -> _Compiled:
@@ -442,7 +444,12 @@ class _Run:
         timeline = self._timeline(compiled, scale)
         losses, norms = [loss for _, loss, _ in reports], [norm for _, _, norm in reports]
         return RunOutcome(
-            tuple(losses), tuple(norms), timeline, tuple(held_out), median_step_seconds(timeline, held_out)
+            tuple(losses),
+            tuple(norms),
+            timeline,
+            tuple(held_out),
+            median_step_seconds(timeline, held_out),
+            self.crew.call("peak_bytes"),
         )
 
     def _history(self) -> HistorySettings:
@@ -552,6 +559,10 @@ def _summary(
         "real_math_ratio": max(d.real_ratio for d in used),
         "unaccounted_ratio": max(d.unaccounted_ratio for d in used),
         "devices": [asdict(d) for d in devices],
+        "peak_bytes": {
+            devices[d].device: {"predicted": peak, "measured": run.peak_bytes.get(d)}
+            for d, peak in compiled.peak_bytes.items()
+        },
     }
 
 
