@@ -14,7 +14,15 @@ from hethub.launch.shards import Shards
 from hethub.program.actions import Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
 
-__all__ = ["ParameterLane"]
+__all__ = ["NotFiniteError", "ParameterLane"]
+
+
+class NotFiniteError(FloatingPointError):
+    """The loss or the gradient norm is not finite; `here` is false on devices whose own part of it is."""
+
+    def __init__(self, text: str, *, here: bool) -> None:
+        super().__init__(text)
+        self.here = here
 
 
 class ParameterLane:
@@ -44,6 +52,7 @@ class ParameterLane:
         self._places: dict[tuple[What, tuple[int, ...]], list[Tensor]] = {}  # of what messages carry
         self.loss = 0.0
         self.squares = 0.0
+        self.skips = False  # make no update where the gradient is not finite, instead of raising
 
     def begin(self) -> None:
         """Forget the sums of the step before."""
@@ -134,14 +143,25 @@ class ParameterLane:
         return self._totals
 
     def update(self, bucket: int, step: int, total_steps: int) -> None:
-        """Update a bucket by the global norm. Raises FloatingPointError where that is not finite."""
-        norm = math.sqrt(float(self.totals()[0]))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}; lower the learning rate or look at the data"
-            )
+        """Update a bucket by the global norm, which is the same number on all devices. Where it or the loss is not finite
+        nothing is updated: with `skips` that is all, else NotFiniteError is raised."""
+        squares, loss = self.totals().tolist()
+        norm = math.sqrt(squares)
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            if self.skips:
+                return
+            raise self._not_finite(norm, loss)
+        if bucket <= 0:
+            self.updater.updates += 1
         if bucket >= 0:
             self.updater.update(bucket, norm, step, total_steps)
+
+    def _not_finite(self, norm: float, loss: float) -> NotFiniteError:
+        name = self.updater.not_finite()
+        what = f"the gradient norm is {norm}" if not math.isfinite(norm) else f"the loss is {loss}"
+        where = f", by the gradient of {name}" if name else ""
+        here = name is not None or not math.isfinite(self.loss)
+        return NotFiniteError(f"{what}{where}; lower the learning rate or look at the data", here=here)
 
     @torch.no_grad()
     def gather(self) -> None:
