@@ -26,8 +26,8 @@ def listen() -> None:
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Inside, one SIGTERM is only noted: whoever is here looks at `terminated` and ends in good time. Any further signal
-    interrupts as usual."""
+    """Inside, one SIGTERM is only noted: whoever is here looks at `terminated` and ends in good time. Any further
+    signal interrupts as usual."""
     _patient.append(True)
     try:
         yield

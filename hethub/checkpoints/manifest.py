@@ -40,8 +40,8 @@ __all__ = [
 
 MANIFEST = "manifest"
 KINDS = ("master", "first_moment", "second_moment")
-"""What is kept of every element, in the order of a file: the wide weight and AdamW's two moments. A 16-bit weight is its
-master rounded, so it is not kept."""
+"""What is kept of every element, in the order of a file: the wide weight and AdamW's two moments. A 16-bit weight is
+its master rounded, so it is not kept."""
 
 ITEM_BYTES = {"fp32": 4, "fp64": 8}
 _FIRST_LINE = re.compile(rb"hethub-checkpoint 1 ([0-9a-f]{64})\n")

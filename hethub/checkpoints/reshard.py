@@ -109,7 +109,7 @@ class Reader:
         return self._open[number]
 
     def read(self, need: Need) -> npt.NDArray[np.floating]:
-        """The numbers, axes in the parameter's own order. Raises CheckpointError where a byte is not the written one."""
+        """The numbers, axes in the parameter's own order. Raises CheckpointError where a byte is not as written."""
         parameter = self._manifest.parameters[need.parameter]
         if not 0 <= need.start < need.stop <= parameter.shape[parameter.axis]:
             raise CheckpointError(

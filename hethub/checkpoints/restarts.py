@@ -55,7 +55,8 @@ def decide(cause: Cause, policy: FailurePolicy, restarts_at: Sequence[float], no
         return Decision(
             False,
             False,
-            f"{len(recent)} restarts within {policy.within_seconds:g} s, on_failure.max_restarts is {policy.max_restarts}",
+            f"{len(recent)} restarts within {policy.within_seconds:g} s, "
+            f"on_failure.max_restarts is {policy.max_restarts}",
         )
     without = policy.restart == "replan" and cause in _ABOUT_A_DEVICE
     return Decision(True, without, "without the lost devices" if without else "on the same devices")

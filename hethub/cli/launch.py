@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +51,9 @@ def launch(
     _require_packages()
     from hethub.launch.driver import launch as run
 
-    finished = run(loaded, lambda line: typer.echo(line, err=True), resume=resume is not None)
+    # Ray prints on stdout that a worker died, which the run has told by then; `--json` promises one object there.
+    with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
+        finished = run(loaded, lambda line: typer.echo(line, err=True), resume=resume is not None)
     if as_json:
         typer.echo(json.dumps(finished.summary, indent=2))
     else:

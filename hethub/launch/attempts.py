@@ -1,5 +1,5 @@
-"""A training in as many attempts as it takes: after a failure the policy decides, the crew regroups, the plan may be made
-anew, and training goes on from the newest intact checkpoint."""
+"""A training in as many attempts as it takes: after a failure the policy decides, the crew regroups, the plan may be
+made anew, and training goes on from the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Attempts:
             words = "" if self.job.on_failure.restart == "none" else f" Not restarted: {decision.why}."
             raise RunError(failure.message + words) from failure
         self.say(f"attempt {self.number} failed ({cause.value}): {failure.message}")
-        self.say(f"going on {decision.why}")
+        self.say(f"going on, {decision.why}")
         self.restarts_at.append(now)
         self._failed_at, self._seconds = now, {}
         self._drop_faults()

@@ -116,8 +116,8 @@ class _Actor:
             return Failure(self._device, action, reason.splitlines()[0], *_sorted(cause))
 
     def _leave(self) -> None:
-        """Close this worker's connections, so that those who wait for it learn that it will not come. Not waited for: the
-        failure is told whatever becomes of it."""
+        """Close this worker's connections, so that those who wait for it learn that it will not come. Not waited for:
+        the failure is told whatever becomes of it."""
         if self._worker is not None:
             threading.Thread(target=self._worker.close, name="leave", daemon=True).start()
 
@@ -219,8 +219,8 @@ class Crew:
                 raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
 
     def _place(self) -> None:
-        """Start the actors that are missing, in one placement group per node of the spec, so that its devices share a Ray
-        node."""
+        """Start the actors that are missing, in one placement group per node of the spec, so that its devices share a
+        Ray node."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -386,10 +386,10 @@ class Crew:
         return sorted(found)
 
     def regroup(self, cluster: Cluster, devices: Sequence[int], ended: Collection[str]) -> None:
-        """Go on with `devices` of `cluster`, which may leave out some that were there: workers are known by the names of
-        their devices. Those called `ended` are killed first, for the others may wait for them. Workers that live and are
-        free stay, so that nothing has to be imported again; those that died, or do not notice that others did, are
-        replaced. `prepare` and `join` come next."""
+        """Go on with `devices` of `cluster`, which may leave out some that were there: workers are known by the names
+        of their devices. Those called `ended` are killed first, for the others may wait for them. Workers that live
+        and are free stay, so that nothing has to be imported again; those that died, or do not notice that others
+        did, are replaced. `prepare` and `join` come next."""
         import ray
 
         everyone = self.cluster.devices()
@@ -436,7 +436,7 @@ class Crew:
         )
 
     def ask(self, method: str, devices: Collection[int], timeout_seconds: float) -> dict[int, Any]:
-        """Answers of a quick method while another runs, by device; who does not answer in time, or fails, is left out."""
+        """Answers of a quick method while another runs, by device; without those that do not answer in time, or fail."""
         import ray
 
         asked = {self.actors[device].call.remote(method): device for device in devices}

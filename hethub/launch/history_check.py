@@ -1,8 +1,8 @@
 """Decides from the histories of a run alone whether it was the training that it should have been.
 
-The invariants (docs/reliability.md): no sample lost or repeated among committed steps (I1); the same plan gives the same
-bits (I2); replicas hold the same bytes (I3); every failure has its cause (I5); journal and histories agree (I6); the run
-came to its end (I7). That nothing is left behind (I4) is for those who look at processes and files.
+The invariants (docs/reliability.md): no sample lost or repeated among committed steps (I1); the same plan gives the
+same bits (I2); replicas hold the same bytes (I3); every failure has its cause (I5); journal and histories agree (I6);
+the run came to its end (I7). That nothing is left behind (I4) is for those who look at processes and files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def check_history(entries: Sequence[Entry], steps: int | None = None) -> list[st
     """What is wrong with a history, a line each; [] when nothing is.
 
     Every committed step was recorded by all devices with one loss and one plan; its rows were read once each, in and
-    out; no sample came twice within an epoch; all holders of a slice have the same bytes; a step that was done again has
-    the same samples and, under the same plan, the same bits. With `steps`, that many steps from 0 on must be committed;
+    out; no sample came twice within an epoch; all holders of a slice have the same bytes; a step that was done again
+    has the same samples and, under the same plan, the same bits. With `steps`, that many steps from 0 on must be committed;
     without, those from the first to the last.
     """
     problems = [*_check_lines(entries), *_check_whole(entries), *_check_again(entries)]
@@ -52,8 +52,8 @@ def committed_steps(entries: Sequence[Entry]) -> dict[int, list[Entry]]:
 def compare_histories(
     entries: Sequence[Entry], expected: Sequence[Entry], *, relative: float = 1e-6
 ) -> list[str]:
-    """Where a run differs from one that nothing happened to: other samples; another loss by a bit under the same plan, by
-    more than `relative` under another."""
+    """Where a run differs from one that nothing happened to: other samples; another loss, by a bit under the same plan,
+    by more than `relative` under another."""
     problems = []
     ours, theirs = committed_steps(entries), committed_steps(expected)
     for step in sorted(ours.keys() | theirs.keys()):

@@ -1,7 +1,7 @@
 """The driver's journal of a run: its attempts, what ended each, and what going on took.
 
-One line of JSON an event in `attempts.jsonl`, appended and synced. The history tells what was trained; this tells why it
-was trained in so many attempts.
+One line of JSON an event in `attempts.jsonl`, appended and synced. The history tells what was trained; this tells why
+it took so many attempts.
 """
 
 from __future__ import annotations

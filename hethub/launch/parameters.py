@@ -143,8 +143,8 @@ class ParameterLane:
         return self._totals
 
     def update(self, bucket: int, step: int, total_steps: int) -> None:
-        """Update a bucket by the global norm, which is the same number on all devices. Where it or the loss is not finite
-        nothing is updated: with `skips` that is all, else NotFiniteError is raised."""
+        """Update a bucket by the global norm, which is the same number on all devices. Where it or the loss is not
+        finite nothing is updated: with `skips` that is all, else NotFiniteError is raised."""
         squares, loss = self.totals().tolist()
         norm = math.sqrt(squares)
         if not math.isfinite(norm) or not math.isfinite(loss):
