@@ -436,7 +436,7 @@ class Crew:
         )
 
     def ask(self, method: str, devices: Collection[int], timeout_seconds: float) -> dict[int, Any]:
-        """Answers of a quick method while another runs, by device; without those that do not answer in time, or fail."""
+        """Answers of a quick method while another runs, by device; without those that do not answer in time or fail."""
         import ray
 
         asked = {self.actors[device].call.remote(method): device for device in devices}

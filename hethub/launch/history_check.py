@@ -25,8 +25,8 @@ def check_history(entries: Sequence[Entry], steps: int | None = None) -> list[st
 
     Every committed step was recorded by all devices with one loss and one plan; its rows were read once each, in and
     out; no sample came twice within an epoch; all holders of a slice have the same bytes; a step that was done again
-    has the same samples and, under the same plan, the same bits. With `steps`, that many steps from 0 on must be committed;
-    without, those from the first to the last.
+    has the same samples and, under the same plan, the same bits. With `steps`, that many steps from 0 on must be
+    committed; without, those from the first to the last.
     """
     problems = [*_check_lines(entries), *_check_whole(entries), *_check_again(entries)]
     committed = committed_steps(entries)
