@@ -226,10 +226,16 @@ class Attempts:
         )
 
     def _drop_faults(self) -> None:
-        """Faults that have had their chance do not come again, or the run would never get past them."""
-        beacon = self.session.beacon
-        at = max((beacon.get(d)[0] for d in self.compiled.program.layout.used), default=-1)
-        self.faults = tuple(fault for fault in self.faults if fault.step > at and fault.action != JOIN)
+        """Faults that have had their chance do not come again, or the run would never get past them: by where their
+        devices had come to."""
+        where = self.session.beacon.get
+        left = []
+        for fault in self.faults:
+            if fault.action != JOIN:
+                (planned,) = plan_faults([fault], self.compiled.program, self.compiled.seconds)
+                if where(planned.device) < (planned.step, planned.action):
+                    left.append(fault)
+        self.faults = tuple(left)
 
 
 def _possible(fault: Fault, compiled: Compiled) -> bool:
