@@ -3,6 +3,7 @@ made anew, and training goes on from the newest intact checkpoint."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from hethub.specs.plan import save_plan
 __all__ = ["HISTORY", "Attempts", "next_attempt"]
 
 HISTORY = "history"  # folder of the run folder: what every worker trained on
+_MORE_DEATHS_SECONDS = 0.25
 
 
 def next_attempt(folder: Path) -> int:
@@ -205,6 +207,11 @@ class Attempts:
         crew = self.session.crew
         everyone = crew.cluster.devices()
         dead = {everyone[d].name for d in crew.dead()}
+        # A node's workers do not die in one instant, nor are they all at the same action.
+        end, look = time.monotonic() + _MORE_DEATHS_SECONDS, threading.Event()
+        while dead and time.monotonic() < end:
+            look.wait(_MORE_DEATHS_SECONDS / 5)
+            dead |= {everyone[d].name for d in crew.dead()}
         node = failure.device.rpartition("/")[0]
         beside = {everyone[d].name for d in crew.devices if everyone[d].name.rpartition("/")[0] == node}
         return (Cause.NODE if len(beside) > 1 and beside <= dead else failure.cause), dead

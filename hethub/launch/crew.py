@@ -138,7 +138,7 @@ def _sorted(error: BaseException | None) -> tuple[bool, Cause]:
     if isinstance(error, PeerLostError):
         return True, Cause.LINK
     if isinstance(error, NotFiniteError):
-        return not error.here, Cause.NOT_A_NUMBER
+        return error.suspicion < 2, Cause.NOT_A_NUMBER
     if error is not None and (isinstance(error, DeviceMemoryError) or is_out_of_memory(error)):
         return False, Cause.MEMORY
     return False, Cause.DATA if isinstance(error, InputError) else Cause.WORKER
@@ -348,7 +348,14 @@ class Crew:
                 answer = self._answer(pending.pop(reference), reference)
                 if isinstance(answer, Failure):
                     failures.append(answer)
-        first = next((f for f in failures if not f.secondary), failures[0])
+        first = min(
+            failures,
+            key=lambda f: (
+                f.secondary,
+                f.cause != Cause.NOT_A_NUMBER,
+                " by the gradient of " not in f.reason,
+            ),
+        )
         return self.failed(first.device, first.action, first.reason, first.cause)
 
     def _deaths(self, pending: Mapping[Any, int]) -> list[Failure]:

@@ -197,7 +197,7 @@ def _training(job: Job, tokens: TokenFile) -> TrainingSpec:
         held_out=job.held_out,
         tokens=tokens.digest,
         optimizer=asdict(job.optimizer),
-        model=config_of(job.workload.model),
+        model={key: value for key, value in config_of(job.workload.model).items() if key != "name"},
         initial_weights=initial,
     )
 

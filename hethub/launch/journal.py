@@ -7,6 +7,7 @@ it took so many attempts.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ class Event(Spec):
 
     event: Literal["began", "failed", "recovered", "evaluated", "stopped", "ended"]
     attempt: int = Field(ge=1, description="Counted from 1 over all drivers of the run; never used twice.")
+    at_unix_seconds: float = Field(0.0, ge=0, description="When it was written, by this host's clock.")
     step: int = Field(ge=0, description="began: the first step. failed: where it was. Else: steps done.")
     plan: str = Field("", description="began: digest of the plan.")
     devices: tuple[str, ...] = Field((), description="began: those in use.")
@@ -49,6 +51,7 @@ class Journal:
 
     def add(self, event: Event) -> None:
         """Append an event and sync it."""
+        event = event.model_copy(update={"at_unix_seconds": time.time()})
         line = event.model_dump_json(exclude_defaults=True).encode() + b"\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

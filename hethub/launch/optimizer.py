@@ -176,13 +176,6 @@ class Updater:
         for optimizer in self.optimizers:
             optimizer.resume(updates)
 
-    def not_finite(self) -> str | None:
-        """The first parameter whose summed gradient is not finite; None where all are."""
-        for number in self.owned:
-            if not bool(torch.isfinite(self._gradient(number)).all()):
-                return self.shards.ownership.parameters[self.shards.ownership.slices[number].parameter].name
-        return None
-
     def sum_of_squares(self) -> float:
         """Of the summed gradients of all owned slices, added up in fp64."""
         for number in self._apart:

@@ -18,11 +18,12 @@ __all__ = ["NotFiniteError", "ParameterLane"]
 
 
 class NotFiniteError(FloatingPointError):
-    """The loss or the gradient norm is not finite; `here` is false on devices whose own part of it is."""
+    """The loss or the gradient norm is not finite. `suspicion` of this device: 2 where its own gradient or loss is not
+    finite, 1 where a sum is that it updates, to which others gave their part, 0 where all that it sees is finite."""
 
-    def __init__(self, text: str, *, here: bool) -> None:
+    def __init__(self, text: str, *, suspicion: int) -> None:
         super().__init__(text)
-        self.here = here
+        self.suspicion = suspicion
 
 
 class ParameterLane:
@@ -157,11 +158,27 @@ class ParameterLane:
             self.updater.update(bucket, norm, step, total_steps)
 
     def _not_finite(self, norm: float, loss: float) -> NotFiniteError:
-        name = self.updater.not_finite()
+        table = self.shards.ownership
+        own, summed = self._first_not_finite(sums=False), self._first_not_finite(sums=True)
+        number = summed if own is None else own
+        name = "" if number is None else table.parameters[table.slices[number].parameter].name
         what = f"the gradient norm is {norm}" if not math.isfinite(norm) else f"the loss is {loss}"
         where = f", by the gradient of {name}" if name else ""
-        here = name is not None or not math.isfinite(self.loss)
-        return NotFiniteError(f"{what}{where}; lower the learning rate or look at the data", here=here)
+        certain = own is not None or not math.isfinite(self.loss)
+        alone = summed is not None and len(table.slices[summed].holders) == 1
+        suspicion = 2 if certain or alone else 1 if name else 0
+        return NotFiniteError(
+            f"{what}{where}; lower the learning rate or look at the data", suspicion=suspicion
+        )
+
+    def _first_not_finite(self, *, sums: bool) -> int | None:
+        """The first slice whose gradient here is not finite: of those that this device updates, which are sums by now, or
+        of its own part of the others."""
+        for number, entry in enumerate(self.shards.ownership.slices):
+            mine = self.device in entry.holders and (entry.updater == self.device) == sums
+            if mine and not bool(torch.isfinite(self.shards.gradient(number)).all()):
+                return number
+        return None
 
     @torch.no_grad()
     def gather(self) -> None:

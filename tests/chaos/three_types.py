@@ -101,7 +101,7 @@ def write_job(folder: Path, **changes: Any) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cluster.yaml").write_text(CLUSTER)
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps({"name": "small", **MODEL}))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     cluster, workload = load_cluster(folder / "cluster.yaml")
     assert workload is not None
