@@ -172,7 +172,7 @@ class ParameterLane:
         )
 
     def _first_not_finite(self, *, sums: bool) -> int | None:
-        """The first slice whose gradient here is not finite: of those that this device updates, which are sums by now, or
+        """The first slice whose gradient is not finite here: of those that this device updates, sums by now, or
         of its own part of the others."""
         for number, entry in enumerate(self.shards.ownership.slices):
             mine = self.device in entry.holders and (entry.updater == self.device) == sums
