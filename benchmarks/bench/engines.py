@@ -212,9 +212,9 @@ def _round(engines: Mapping[str, CrewEngine], steps: int, first: int) -> tuple[d
     found, idle = {}, 0.0
     for name in names[first:] + names[:first]:
         others = [engine.crew for other, engine in engines.items() if other != name]
-        before = sum(crew.cpu_seconds() for crew in others)
+        before = sum(crew.waiting_cpu_seconds() for crew in others)
         found[name] = take(engines[name], steps)
-        idle += sum(crew.cpu_seconds() for crew in others) - before
+        idle += sum(crew.waiting_cpu_seconds() for crew in others) - before
     return found, idle
 
 

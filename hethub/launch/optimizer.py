@@ -180,7 +180,10 @@ class Updater:
         """Of the summed gradients of all owned slices, added up in fp64."""
         for number in self._apart:
             self._gradient(number).copy_(self.shards.gradient(number))
-        return math.fsum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in self._pieces)
+        if not self._pieces:
+            return 0.0
+        norms = torch.stack([torch.linalg.vector_norm(piece) for piece in self._pieces])
+        return math.fsum(norm**2 for norm in norms.tolist())  # one wait for an accelerator, not one a piece
 
     def _gradient(self, number: int) -> Tensor:
         gradient = self.masters[number].grad

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hethub.launch.optimizer import Updater, joined
 from hethub.launch.shards import Shards
-from hethub.program.actions import Program, Transfer, What
+from hethub.program.actions import SUMS, Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
 
 __all__ = ["NotFiniteError", "ParameterLane"]
@@ -51,7 +51,7 @@ class ParameterLane:
         self._norms: dict[int, Tensor] = {}  # sender -> sum of squares and loss
         self._totals: Tensor | None = None
         self._places: dict[tuple[What, tuple[int, ...]], list[Tensor]] = {}  # of what messages carry
-        self.loss = 0.0
+        self.losses: list[Tensor] = []  # of this device's micro-batches: numbers, still on the device
         self.squares = 0.0
         self.skips = False  # make no update where the gradient is not finite, instead of raising
 
@@ -59,7 +59,13 @@ class ParameterLane:
         """Forget the sums of the step before."""
         self._norms.clear()
         self._totals = None
-        self.loss = self.squares = 0.0
+        self.losses.clear()
+        self.squares = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The sum over this device's tokens so far. Waits for the device."""
+        return sum(float(loss) for loss in self.losses)
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -77,7 +83,7 @@ class ParameterLane:
 
     def keep(self, transfer: Transfer, payload: Tensor) -> None:
         """Take a received payload (uint8, the device's own from now on)."""
-        if transfer.what in (What.NORM, What.TOTAL):
+        if transfer.what in SUMS:
             values = payload.view(torch.float64)
             if transfer.what == What.NORM:
                 self._norms[transfer.source] = values

@@ -26,7 +26,7 @@ from hethub.errors import InputError, MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
-from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
+from hethub.launch.devices import Accelerator, ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import (
     Executor,
     StepResult,
@@ -50,6 +50,7 @@ from hethub.launch.restoring import Restored
 from hethub.launch.saving import CheckpointSettings, Saved, Saver
 from hethub.launch.shards import Shards
 from hethub.launch.shared_memory import Agreed, agree
+from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
@@ -169,7 +170,7 @@ class Worker:
             world_size=len(setup.rank_of),
             timeout=limit,
         )
-        self._groups: dict[tuple[int, ...], TensorGroup] = {}
+        self._groups: dict[tuple[int, ...], ExchangeGroup | NativeGroup] = {}
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
         self.saver: Saver | None = None
@@ -252,7 +253,12 @@ class Worker:
         device = self.task.cluster.devices()[self.setup.device]
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
-            return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+            real = torch.device(catalog.vendor(device.type.vendor).torch_device)
+            return (
+                RealDevice(clock, real)
+                if real.type == "cpu"
+                else Accelerator(clock, real, DeviceStreams(real))
+            )
         wake_punctually()
         return EmulatedDevice(
             clock,
@@ -263,8 +269,8 @@ class Worker:
 
     def _heap(self) -> Heap | None:
         """Where weights and gradients lie that neighbours may read in place; None where that is not done."""
-        device = self.compute.torch_device
-        if not self.task.read_in_place or self.task.links_file is not None or device.type != "cpu":
+        emulated, accelerator = self.task.links_file is not None, self.compute.streams is not None
+        if not self.task.read_in_place or emulated or accelerator:
             return None
         try:
             return Heap()
@@ -325,17 +331,19 @@ class Worker:
     def _join_groups(self, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, TensorGroup]:
         """Tensor-parallel groups of this device, made in an order that all members share."""
         found: dict[int, TensorGroup] = {}
+        moment = time.monotonic if self.compute.streams is None else self.compute.streams.moment
         for members in sorted(set(wanted.values())):
             if len(members) < 2:
                 continue
             if members not in self._groups:
                 self._groups[members] = self._new_group(members)
+            self._groups[members].moment = moment
             for stage, devices in wanted.items():
                 if devices == members:
                     found[stage] = self._groups[members]
         return found
 
-    def _new_group(self, members: tuple[int, ...]) -> TensorGroup:
+    def _new_group(self, members: tuple[int, ...]) -> ExchangeGroup | NativeGroup:
         ranks = [self.setup.rank_of[d] for d in members]
         devices = self.task.cluster.devices()
         vendors = {devices[d].type.vendor for d in members}
@@ -383,6 +391,7 @@ class Worker:
                 reserve,
                 self.compute.tally,
                 self.agreed.bells if program.training else frozenset(),
+                self.compute.streams,
             ),
             recorder=recorder,
             settings=task.settings,
