@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from hethub.specs.plan import load_plan, save_plan
 SPECS = Path(__file__).parent / "specs"
 KILLS, STEPS, FAULTS, DAMAGED = 24, 200, 10, 1000
 QUIET_STEPS, EVERY = 41, 5
+ROWS = 8
 ALLOWED_SECONDS = {"worker": 8.0, "node": 20.0}
 LEAST_STEP_SECONDS = 0.8
 SEED = 7
@@ -121,8 +122,9 @@ def main() -> int:
 
 def make_plan(folder: Path) -> None:
     """The cluster's own plan, the same for all launches, and one text."""
-    cluster, workload = load_cluster(SPECS / "three-types.yaml")
-    assert workload is not None
+    cluster, whole = load_cluster(SPECS / "three-types.yaml")
+    assert whole is not None
+    workload = replace(whole, global_batch=ROWS)
     save_plan(FirstPlanner().plan(Problem.of(cluster, workload)).plan, folder / "plan.yaml")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20_000)
 
@@ -138,6 +140,12 @@ def launch(
         "cluster": str(SPECS / "three-types.yaml"),
         "plan": str(folder / "plan.yaml"),
         "data": {"files": [str(folder / "text.txt")], "tokenizer": "bytes", "held_out": 0.05},
+        "workload": {
+            "model": str(SPECS / "three-types-model" / "config.json"),
+            "sequence_length": 16,
+            "global_batch": ROWS,
+            "precision": "fp32",
+        },
         "steps": steps,
         "seed": 1,
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 3, "final_learning_rate_ratio": 1.0},

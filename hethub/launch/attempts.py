@@ -131,7 +131,6 @@ class Attempts:
                 plan=self.compiled.digest,
                 digest_every=self.job.digest_every,
             ),
-            training=self.training,
             store=store,
             faults=tuple(fault for fault in self.faults if fault.action != JOIN),
             keeper_from=keeper_from,

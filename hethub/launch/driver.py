@@ -14,6 +14,7 @@ from typing import Any
 
 from hethub import __version__
 from hethub.checkpoints.manifest import TrainingSpec
+from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
@@ -162,6 +163,7 @@ def _opened(job: Job, folder: RunFolder, begin: float, *, resume: bool) -> Itera
         plan_faults(job.faults, compiled.program, compiled.seconds)
         training = _training(job, tokens)
         if resume:
+            _require_same_training(job, training)
             folder.reopen()
         else:
             mark = {"hethub": __version__, "job": job.path.name, "job_file": str(job.path)}
@@ -200,6 +202,17 @@ def _training(job: Job, tokens: TokenFile) -> TrainingSpec:
         model={key: value for key, value in config_of(job.workload.model).items() if key != "name"},
         initial_weights=initial,
     )
+
+
+def _require_same_training(job: Job, training: TrainingSpec) -> None:
+    """Refuse to go on with another training than that of the run's checkpoints."""
+    for one in Store(job.output / CHECKPOINTS).listed():
+        different = [] if one.manifest is None else one.manifest.training.differences(training)
+        if different:
+            raise InputError(
+                f"{job.path}: the checkpoints of {job.output} are of another training: {', '.join(different)}. "
+                "Give the job that wrote them, or launch it into another folder."
+            )
 
 
 def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hethub.checkpoints.manifest import Manifest, TrainingSpec
 from hethub.checkpoints.store import Store
 from hethub.cost.graph import CostGraph
 from hethub.data.token_file import TokenFile
@@ -60,7 +59,6 @@ class Attempt:
     """
 
     history: HistorySettings
-    training: TrainingSpec
     store: Store
     faults: tuple[Fault, ...]
     keeper_from: Callable[[int], Keeper | None]
@@ -260,7 +258,6 @@ class Session:
         for one in attempt.store.listed():
             problem = one.problem
             if one.manifest is not None:
-                self._require_same_training(one.manifest, attempt)
                 found = self.crew.call("fetch", (replace(task, restore=one.path),), watch=self._load_watch())
                 problem = next((answer.problem for answer in found.values() if answer.problem), "")
                 if not problem:
@@ -274,14 +271,6 @@ class Session:
             self.say(f"warning: {problem} It is set aside as {aside.name}; an older checkpoint is used.")
         self.say("no checkpoint to go on from: training begins anew")
         return task, 0
-
-    def _require_same_training(self, manifest: Manifest, attempt: Attempt) -> None:
-        different = manifest.training.differences(attempt.training)
-        if different:
-            raise RunError(
-                f"{self.job.path}: the checkpoints of {self.folder} are of another training: "
-                f"{', '.join(different)}. Give the job that wrote them, or another output."
-            )
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hethub.checkpoints.manifest import TrainingSpec
 from hethub.checkpoints.store import Store, verify_checkpoint
+from hethub.cost.shapes import Parameter
+from hethub.launch import saving
 from hethub.launch.compiled import compile_plan
 from hethub.launch.history import HistorySettings, read_history
 from hethub.launch.history_check import check_history, compare_histories
 from hethub.launch.keeper import Keeper, SaveCounts
-from hethub.launch.saving import CheckpointSettings, Saved
+from hethub.launch.optimizer import Updater
+from hethub.launch.saving import CheckpointSettings, Saved, Saver
+from hethub.launch.shards import Shards
+from hethub.program.ownership import Ownership, Slice
 from hethub.specs.job import CheckpointPolicy, Fault
 from hethub.specs.llama_config import config_of
 from hethub.specs.plan import Plan
@@ -191,3 +198,32 @@ def test_a_step_that_is_skipped_makes_no_update_on_any_device(pool: Pool, tmp_pa
         plan, STEPS, held_out_rows=0, first=AT, restore=tmp_path / "c" / f"step-{AT:08d}", skips=True
     )
     assert [x.hex() for x in again.losses] == [x.hex() for x in trained.losses[AT:]]
+
+
+def test_an_overlapping_save_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot of the first stays as it was taken."""
+    shards = Shards(
+        Ownership((Parameter("w", (4, 2), "none", 0, 1, (0,)),), (Slice(0, 0, 4, 8, (0,), 0),)),
+        {"w": torch.arange(8.0).view(4, 2)},
+        {"w": torch.ones(4, 2)},
+        {"w": 0},
+    )
+    updater = Updater(shards, [[0]], SETTINGS)
+    saver = Saver(CheckpointSettings(folder=tmp_path, attempt=1, every=1), "a/0/0", updater)
+    may_write, real = threading.Event(), saving.write_state_file
+
+    def slow(path: Path, data: memoryview, block_bytes: int) -> str:
+        assert may_write.wait(30)
+        return real(path, data, block_bytes)
+
+    monkeypatch.setattr(saving, "write_state_file", slow)
+    saver.save(1)
+    shards.weights["w"].fill_(-1.0)  # training goes on
+    saver.save(2)
+    may_write.set()
+    first, second = sorted(saver.wait(), key=lambda report: report.step)
+    saver.close()
+    assert (first.step, first.problem) == (1, "")
+    assert second.problem == "the checkpoint before it is still being written"
+    written = (Store(tmp_path).partial(1, 1) / "a-0-0.state").read_bytes()
+    assert np.frombuffer(written[:32], np.float32).tolist() == list(range(8))
