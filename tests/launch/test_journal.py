@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hethub.launch.attempts import HISTORY, next_attempt
 from hethub.launch.history import Entry
 from hethub.launch.history_check import check_journal
 from hethub.launch.journal import JOURNAL, Event, Journal, read_journal
@@ -99,3 +100,13 @@ def test_a_line_that_is_no_event_is_told(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text('{"event": "began"}\nnothing\n')
     events, problems = read_journal(tmp_path)
     assert events == [] and [p.split(": no event")[0] for p in problems] == [f"{JOURNAL}:1", f"{JOURNAL}:2"]
+
+
+def test_an_attempt_has_a_number_that_neither_journal_nor_histories_know(tmp_path: Path) -> None:
+    """A driver may die before its history begins, or its journal be lost."""
+    assert next_attempt(tmp_path) == 1
+    Journal(tmp_path).add(EVENTS[0])
+    assert next_attempt(tmp_path) == 2
+    (tmp_path / HISTORY).mkdir()
+    (tmp_path / HISTORY / "a-0-0.jsonl").write_text(entry(6, 3).model_dump_json() + "\n")
+    assert next_attempt(tmp_path) == 7
