@@ -106,7 +106,7 @@ def measure(path: Path, times: int, kinds: int | None) -> dict[str, Any]:
         cluster = _times(cluster, times)
         workload = replace(workload, global_batch=workload.global_batch * times)
     begin = time.perf_counter()
-    problem = Problem.of(cluster, workload, told.constraints)
+    problem = Problem.of(cluster, workload, constraints=told.constraints)
     if kinds is not None:
         problem = replace(problem, types=frozenset(list(cluster.device_types)[:kinds]))
     choice = FirstPlanner().choose(problem)

@@ -66,4 +66,4 @@ def _answer(path: Path, model: str | None) -> Answer:
         known = model_from_config(catalog.model(model), model, lambda keys, text: None)
         assert known is not None
         workload = replace(workload, model=known)
-    return answer(told.cluster, workload, told.constraints, told.objective)
+    return answer(told.cluster, workload, constraints=told.constraints, objective=told.objective)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hethub.cost.measured import Measured
     from hethub.planners.answer import Answer
     from hethub.specs.cluster import Planning
 
@@ -48,13 +49,13 @@ class Explanation:
             yield f"{entry['step_seconds']:.4g} s\t{entry['description']}\t{entry['reason']}"
 
 
-def explanation(found: Answer, told: Planning) -> Explanation:
+def explanation(found: Answer, told: Planning, measured: Measured) -> Explanation:
     """All parts, by searching again with one thing changed at a time."""
     from hethub.cli.waterfall import predicted_waterfall
     from hethub.planners.explain import boundaries, link_worth, type_limits
     from hethub.planners.interface import Problem
 
-    problem = Problem.of(told.cluster, told.workload, told.constraints)
+    problem = Problem.of(told.cluster, told.workload, measured, constraints=told.constraints)
     links = link_worth(problem)
     return Explanation(
         content={

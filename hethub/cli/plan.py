@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
+from hethub.cli.uncollected import uncollected
 
 if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
     from hethub.planners.answer import Answer
@@ -27,6 +29,9 @@ def plan(
             "--output", "-o", help="Where to write the plan (default plan.yaml; with --json: nowhere)."
         ),
     ] = None,
+    profiles: ProfilesOption = None,
+    strict: StrictOption = False,
+    calibration: CalibrationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     explain: Annotated[
         bool,
@@ -44,18 +49,20 @@ def plan(
 
     Example: hethub plan cluster_specs/laptop.yaml --explain
     """
-    # One short task that makes very many small lasting values: collecting cycles again and again would take a
-    # tenth of a small plan's time and half of a big one's.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        _plan(cluster, output, as_json=as_json, explain=explain, time_limit=time_limit)
-    finally:
-        if collecting:
-            gc.enable()
+    with uncollected():
+        _plan(cluster, output, (profiles, calibration, strict), (as_json, explain), time_limit)
 
 
-def _plan(cluster: Path, output: Path | None, *, as_json: bool, explain: bool, time_limit: float) -> None:
+def _plan(
+    cluster: Path,
+    output: Path | None,
+    measurements: tuple[Path | None, Path | None, bool],
+    printed: tuple[bool, bool],
+    time_limit: float,
+) -> None:
+    profiles, calibration, strict = measurements
+    as_json, explain = printed
+    from hethub.cli.measured import read_measured
     from hethub.errors import InputError
     from hethub.planners.answer import answer
     from hethub.specs.cluster import load_planning
@@ -65,8 +72,14 @@ def _plan(cluster: Path, output: Path | None, *, as_json: bool, explain: bool, t
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")
+    measured = read_measured(told.cluster, told.workload, profiles, calibration, strict=strict)
     found = answer(
-        told.cluster, told.workload, told.constraints, told.objective, time_limit_seconds=time_limit
+        told.cluster,
+        told.workload,
+        measured,
+        constraints=told.constraints,
+        objective=told.objective,
+        time_limit_seconds=time_limit,
     )
     if target is not None:
         try:
@@ -79,7 +92,7 @@ def _plan(cluster: Path, output: Path | None, *, as_json: bool, explain: bool, t
     if explain:
         from hethub.cli.explain import explanation
 
-        why = explanation(found, told)
+        why = explanation(found, told, measured)
     if as_json:
         typer.echo(
             json.dumps(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hethub.cost.bounds import physical_bound
+from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.errors import InfeasibleError
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
@@ -41,9 +42,10 @@ class Answer:
 def answer(
     cluster: Cluster,
     workload: Workload,
+    measured: Measured = NOT_MEASURED,
+    *,
     constraints: Constraints = FREE,
     objective: Objective = FASTEST,
-    *,
     time_limit_seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Answer:
@@ -53,7 +55,7 @@ def answer(
     of a device is not known or the constraints contradict each other.
     """
     begin = clock()
-    problem = Problem.of(cluster, workload, constraints, seconds=time_limit_seconds)
+    problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     planner = FirstPlanner()
     found = _planned(planner, problem, objective)
     seconds = clock() - begin
@@ -90,7 +92,7 @@ def answer(
         }
     )
     modelled = found.modelled.recorded()
-    told = figures(plan, modelled)
+    told = figures(plan, modelled, measured.ratio_interval)
     return Answer(
         plan=plan.model_copy(update={"prediction": _prediction(told)}),
         modelled=modelled,
@@ -120,6 +122,7 @@ def _prediction(figures: dict[str, Any]) -> dict[str, Any]:
     """What the plan file keeps of the figures."""
     kept = (
         "step_seconds",
+        "step_seconds_interval_95",
         "tokens_per_second",
         "share",
         "device_types",

@@ -73,13 +73,13 @@ def _saved(problem: Problem) -> Callable[[Problem], float]:
 def type_limits(problem: Problem, links: tuple[LinkWorth, ...] = ()) -> Iterator[TypeLimit]:
     """The binding limit of each device type, found by searching again with more of each resource."""
     saved = _saved(problem)
-    cluster, workload = problem.cluster, problem.workload
+    cluster = problem.cluster
     fastest_link = max((entry.faster for entry in links), default=0.0)
     for name, device_type in cluster.device_types.items():
         wider = replace(device_type, memory_bytes=int(device_type.memory_bytes * _MORE))
         memory = saved(_with_cluster(problem, _with_type(cluster, name, wider)))
         quicker = changed_graph(cluster, [Change("type", name, _MORE)])
-        speed = saved(replace(problem, compute=ComputeModel(quicker, workload)))
+        speed = saved(replace(problem, compute=_priced(problem, quicker)))
         group = next(i for i, group in enumerate(cluster.node_groups) if group.device_type == name)
         groups = list(cluster.node_groups)
         groups[group] = replace(groups[group], nodes=groups[group].nodes + 1)
@@ -105,13 +105,19 @@ def link_worth(problem: Problem) -> tuple[LinkWorth, ...]:
     found = []
     for name in sorted(names):
         graph = changed_graph(cluster, [Change("link", name, _FASTER)])
-        changed = replace(problem, compute=ComputeModel(graph, problem.workload))
+        changed = replace(problem, compute=_priced(problem, graph))
         found.append(LinkWorth(link=name, faster=saved(changed)))
     return tuple(sorted(found, key=lambda entry: (-entry.faster, entry.link)))
 
 
+def _priced(problem: Problem, graph: CostGraph) -> ComputeModel:
+    """Prices on a changed graph, under what was measured."""
+    compute = problem.compute
+    return ComputeModel(graph, problem.workload, compute.profile, slow_down=compute.slow_down)
+
+
 def _with_cluster(problem: Problem, cluster: Cluster) -> Problem:
-    return replace(problem, cluster=cluster, compute=ComputeModel(CostGraph(cluster), problem.workload))
+    return replace(problem, cluster=cluster, compute=_priced(problem, CostGraph(cluster)))
 
 
 def _with_type(cluster: Cluster, name: str, device_type: DeviceType) -> Cluster:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
+from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.simulate.modelled import Modelled
 from hethub.specs.cluster import Cluster
 from hethub.specs.constraints import FREE, Constraints
@@ -42,15 +43,16 @@ class Problem:
         cls,
         cluster: Cluster,
         workload: Workload,
-        constraints: Constraints = FREE,
+        measured: Measured = NOT_MEASURED,
         *,
+        constraints: Constraints = FREE,
         seconds: float = math.inf,
     ) -> Problem:
         """The whole cluster and the whole batch."""
         return cls(
             cluster=cluster,
             workload=workload,
-            compute=ComputeModel(CostGraph(cluster), workload),
+            compute=measured.compute(CostGraph(cluster), workload),
             constraints=constraints,
             seconds=seconds,
         )

@@ -158,7 +158,9 @@ def _more_devices(
 
 
 def _found_with(problem: Problem, search: Callable[[Problem], Found | None], number: int, nodes: int) -> bool:
-    enlarged = Problem.of(_enlarged(problem.cluster, number, nodes), problem.workload, problem.constraints)
+    enlarged = Problem.of(
+        _enlarged(problem.cluster, number, nodes), problem.workload, constraints=problem.constraints
+    )
     return search(replace(enlarged, types=problem.types, finalists=1)) is not None
 
 
