@@ -49,11 +49,6 @@ class Candidate:
             tuple((e.chain.stages, e.chain.rows, e.micro_batches, e.repeat) for e in self.entries),
         )
 
-    @property
-    def uses_all(self) -> bool:
-        """Whether every pipeline has micro-batches."""
-        return sum(e.repeat for e in self.entries) == sum(part.copies for part in self.parts)
-
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
@@ -79,19 +74,21 @@ def chains_of(
 def price(
     chains: Chains, parts: Sequence[Part], batch: int, *, stage_major: bool = False, reach: int = 1
 ) -> Candidate | None:
-    """Divide the layers and the batch; None when some pipeline does not fit, or the rows cannot be dealt."""
+    """Divide the layers and the batch; None when some pipeline does not fit or has nothing to do, or the rows
+    cannot be dealt."""
     priced = chains_of(chains, parts, batch, stage_major=stage_major, reach=reach)
     known = [chain for chain in priced if chain is not None]
     if len(known) < len(parts):
         return None
     counts = _deal(known, [part.copies for part in parts], batch)
-    if counts is None:
+    # An idle pipeline is none: it would be counted among those that share the updates.
+    if counts is None or any(count < part.copies for count, part in zip(counts, parts, strict=True)):
         return None
     entries = []
     for chain, part, count in zip(known, parts, counts, strict=True):
         each, more = divmod(count, part.copies)
         for repeat, micro_batches in ((more, each + 1), (part.copies - more, each)):
-            if repeat and micro_batches:
+            if repeat:
                 entries.append(Entry(chain, micro_batches, repeat))
     seconds = max(e.chain.seconds(e.micro_batches) for e in entries)
     seconds += max(e.chain.tail_seconds for e in entries)

@@ -90,12 +90,12 @@ class _Search:
             if (taken, stage_major) not in self.tried:
                 self.tried.add((taken, stage_major))
                 candidate = price(self.chains, parts, self.batch, stage_major=stage_major)
-                if candidate is not None and (not self.space.use_all or self._uses_all(taken, candidate)):
+                if candidate is not None and (not self.space.use_all or self._uses_all(taken)):
                     self.best.offer(candidate)
 
-    def _uses_all(self, taken: Taken, candidate: Candidate) -> bool:
+    def _uses_all(self, taken: Taken) -> bool:
         used = sum(self.columns.usage[c] * n for c, n in taken)
-        return candidate.uses_all and bool((used == self.available).all())
+        return bool((used == self.available).all())
 
     def parts(self, taken: Taken) -> list[Part]:
         columns = self.columns
