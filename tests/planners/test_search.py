@@ -114,13 +114,10 @@ def test_no_step_is_below_the_lower_bound(problem: Problem) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(problem=problems(), what=st.sampled_from(["device", "link", "memory"]))
-def test_more_of_anything_is_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
+@given(problem=problems(), what=st.sampled_from(["link", "memory"]))
+def test_more_memory_or_faster_links_are_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
     cluster = problem.cluster
-    if what == "device":
-        first, *others = cluster.node_groups
-        more = replace(cluster, node_groups=(replace(first, nodes=first.nodes + 1), *others))
-    elif what == "memory":
+    if what == "memory":
         more = with_memory(cluster, 2 * next(iter(cluster.device_types.values())).memory_bytes)
     else:
 
