@@ -97,6 +97,7 @@ def _tiny(draw: st.DrawFn) -> Problem:
 )
 @given(problem=_tiny())
 def test_the_best_candidate_is_brute_forces(problem: Problem) -> None:
+    """Seen to catch: a pipeline without micro-batches counted among those that share the updates (a real bug)."""
     chains, space = _set_up(problem)
     ranking = rank(chains, space, problem.workload.global_batch, 4)
     best = _brute_force(chains, space, problem.workload.global_batch)
@@ -146,6 +147,7 @@ def test_more_memory_or_faster_links_are_not_slower_beyond_the_gap(problem: Prob
 def test_whole_choices_are_the_best_and_below_the_relaxation(
     usage: list[tuple[int, int]], rows: list[int], available: tuple[int, int]
 ) -> None:
+    """Seen to catch: the lattice taking 1, 4, 16, ... of a column instead of 1, 2, 4, ..."""
     need, own, supply = np.array(usage), np.array(rows[: len(usage)]), np.array(available)
 
     def best(left: tuple[int, ...]) -> int:
