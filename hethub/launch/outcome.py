@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ _WARM_STEPS = 3  # not counted in the median step
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """One plan's run: per step loss and norm, the timeline of its last attempt, and the held-out losses by steps done.
+    """One plan's run: per step loss and norm, the timeline of its last attempt, the held-out losses by steps done, and
+    each device's peak memory where it is counted.
 
     `stopped` is set where it was asked to stop before its end.
     """
@@ -35,6 +36,7 @@ class RunOutcome:
     timeline: Timeline
     held_out: tuple[tuple[int, float], ...]
     step_seconds: float
+    peak_bytes: Mapping[int, int | None]
     stopped: bool = False
 
 
@@ -80,6 +82,10 @@ def summary_of(run: RunOutcome, compiled: Compiled, scale: float, unigram: float
         "real_math_ratio": max(d.real_ratio for d in used),
         "unaccounted_ratio": max(d.unaccounted_ratio for d in used),
         "devices": [asdict(d) for d in devices],
+        "peak_bytes": {
+            devices[d].device: {"predicted": peak, "measured": run.peak_bytes.get(d)}
+            for d, peak in compiled.peak_bytes.items()
+        },
     }
 
 

@@ -346,6 +346,7 @@ class Session:
             timeline,
             tuple(held_out),
             median_step_seconds(timeline, held_out),
+            self.crew.call("peak_bytes"),
             segments.stopped,
         )
 
