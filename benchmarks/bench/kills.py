@@ -43,14 +43,19 @@ def kill_points(plan_file: Path, seed: int, count: int, steps: int, every: int) 
                 places.setdefault((int(action.kind), phase), []).append((device, number))
     kinds = sorted(places)
     chosen.shuffle(kinds)
-    found, turn = [], 0
+    found = []
     for step in sorted(chosen.sample(range(1, steps), count)):
-        while True:
-            kind = kinds[turn % len(kinds)]
-            turn += 1
-            device, action = chosen.choice(places[kind])
-            if step % every or not program.carried(program.devices[device][action]):
-                break
+        # The kind whose turn has been longest ago and that this step has; a step without it does not cost it its turn.
+        here = {
+            kind: [
+                (d, n) for d, n in places[kind] if step % every or not program.carried(program.devices[d][n])
+            ]
+            for kind in kinds
+        }
+        kind = next(kind for kind in kinds if here[kind])
+        kinds.remove(kind)
+        kinds.append(kind)
+        device, action = chosen.choice(here[kind])
         found.append(
             {"device": names[device], "step": step, "action": action, "phase": kind[1], "do": "kill"}
         )
