@@ -148,12 +148,12 @@ class Ran:
         )
 
 
-def launch(folder: Path, *arguments: str, job: str = "job.yaml", seconds: float = 90.0) -> Ran:
+def launch(folder: Path, *arguments: str, job: str = "job.yaml", seconds: float = 240.0) -> Ran:
     """Launch and wait for the end."""
     return ended(Launch(folder, *arguments, job=job), seconds)
 
 
-def ended(started: Launch, seconds: float = 90.0) -> Ran:
+def ended(started: Launch, seconds: float = 240.0) -> Ran:
     """Wait for the end of a launch, whatever it leaves behind."""
     try:
         result = started.end(seconds)
