@@ -13,6 +13,7 @@ from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
 from hethub.cli.checkpoint import app as checkpoint_app
 from hethub.cli.data import app as data_app
+from hethub.cli.diff import diff
 from hethub.cli.launch import launch
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(simulate)
 app.command()(bound)
+app.command()(diff)
 app.command()(launch)
 app.command()(timeline)
 app.command()(validate)
