@@ -11,6 +11,7 @@ import typer
 from hethub import __version__
 from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
+from hethub.cli.compare import compare
 from hethub.cli.data import app as data_app
 from hethub.cli.launch import launch
 from hethub.cli.plan import plan
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(simulate)
 app.command()(bound)
+app.command()(compare)
 app.command()(launch)
 app.command()(timeline)
 app.command()(validate)
