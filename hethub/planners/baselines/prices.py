@@ -68,8 +68,8 @@ class SplitPrice(NamedTuple):
 
 
 def price_split(prices: Prices, split: Split) -> SplitPrice:
-    """Price a split as Sailor's simulator does: a stage waits for its slowest replica and its slowest message; the step
-    for the slowest pipeline; then each stage's gradients are reduced over its replicas in all pipelines."""
+    """Price a split as Sailor's simulator does: a stage waits for its slowest replica and for its slowest message, a
+    replica sending its own rows; the step for the slowest pipeline; then each stage's gradients are reduced over its replicas in all pipelines."""
     reduce = update = 0.0
     for number, layers in enumerate(split.layers):
         sides = [(side, band.repeat) for band in split.bands for side in band.stages[number]]
@@ -90,19 +90,14 @@ def _pipeline_seconds(prices: Prices, bounds: tuple[int, ...], band: Band) -> fl
     forth, back = [], []
     for bound, (before, after) in zip(bounds[1:-1], pairwise(band.stages), strict=True):
         pairs = list(meetings(before, after))
-        forth.append(max(prices.forth_seconds(a.group, b.group, bound - 1, _most(a, b)) for a, b in pairs))
-        back.append(max(prices.back_seconds(b.group, a.group, bound, _most(a, b)) for a, b in pairs))
+        forth.append(max(prices.forth_seconds(a.group, b.group, bound - 1, a.rows) for a, b in pairs))
+        back.append(max(prices.back_seconds(b.group, a.group, bound, b.rows) for a, b in pairs))
     return chain_seconds(compute, moving_seconds(forth, back), band.micro_batches)
 
 
 def _stage_seconds(prices: Prices, side: Side, layers: tuple[int, int]) -> float:
     summed = prices.layer_seconds(side.group, side.rows)
     return float(summed[layers[1]] - summed[layers[0]])
-
-
-def _most(one: Side, other: Side) -> int:
-    """A replica that meets several of the other stage sends or takes all their rows, one after the other."""
-    return max(one.rows, other.rows)
 
 
 def meetings(before: Sequence[Side], after: Sequence[Side]) -> Iterator[tuple[Side, Side]]:
