@@ -52,7 +52,7 @@ class OwnPrices:
         return Kind(
             name=pool.type.name,
             device_type=pool.type.name,
-            zone=zone,
+            region=zone,
             count=pool.unit_count(1),
             node_size=size,
             degrees=tuple(d for d in degrees if model.kv_heads % d == 0 and model.ffn_size % d == 0),

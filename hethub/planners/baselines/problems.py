@@ -18,13 +18,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedProblem:
-    """A cluster as kinds, and what to train on it. `memory_bytes` is by device type, as the published check has it."""
+    """A cluster as kinds, and what to train on it. Zones of a region count as one, as in Sailor's search; `zones` names
+    those of each region. `memory_bytes` is by device type, as the published check has it."""
 
     name: str
     objective: str
     decoders: int
     global_batch: int
     kinds: tuple[Kind, ...]
+    zones: Mapping[str, tuple[str, ...]]
     memory_bytes: Mapping[str, int]
     priced_rows: tuple[int, ...]
 
@@ -53,25 +55,34 @@ def load_problems(path: Path) -> dict[str, PublishedProblem]:
 
 def _problem(content: dict[str, Any], entry: dict[str, Any]) -> PublishedProblem:
     training, types = content["training"], content["device_types"]
-    used = {group["device_type"] for group in entry["groups"]}
+    counts: dict[tuple[str, str], int] = {}
+    zones: dict[str, list[str]] = {}
+    for group in entry["groups"]:
+        region = group["zone"].rpartition("-")[0]
+        key = (group["device_type"], region)
+        counts[key] = counts.get(key, 0) + group["nodes"] * group["devices_per_node"]
+        if group["zone"] not in zones.setdefault(region, []):
+            zones[region].append(group["zone"])
+    used = sorted({name for name, _ in counts})
     return PublishedProblem(
         name=entry["problem_id"],
         objective=entry["objective"],
         decoders=training["decoder_layers"],
         global_batch=training["global_batch"],
-        kinds=tuple(_kind(group, types[group["device_type"]]) for group in entry["groups"]),
-        memory_bytes={name: types[name]["memory_gib_check"] * _GIB for name in sorted(used)},
+        kinds=tuple(_kind(name, region, count, types[name]) for (name, region), count in counts.items()),
+        zones={region: tuple(names) for region, names in zones.items()},
+        memory_bytes={name: types[name]["memory_gib_check"] * _GIB for name in used},
         priced_rows=tuple(sorted({rows for name in used for rows in types[name]["micro_batch_profiled"]})),
     )
 
 
-def _kind(group: dict[str, Any], device_type: dict[str, Any]) -> Kind:
-    size = group["devices_per_node"]
+def _kind(name: str, region: str, count: int, device_type: dict[str, Any]) -> Kind:
+    size = device_type["devices_per_node"]
     return Kind(
-        name=f"{group['device_type']} in {group['zone']}",
-        device_type=group["device_type"],
-        zone=group["zone"],
-        count=group["nodes"] * size,
+        name=f"{name} in {region}",
+        device_type=name,
+        region=region,
+        count=count,
         node_size=size,
         degrees=tuple(d for d in device_type["tensor_parallel_profiled"] if d <= size),
     )

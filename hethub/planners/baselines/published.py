@@ -13,6 +13,7 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ class PublishedPrices:
         self.batch = problem.global_batch
         self.priced_rows = problem.priced_rows
         self._memory_bytes = problem.memory_bytes
+        self._zones = problem.zones
         self._costs = costs
         self._links = links
         layers = ("embedding", "decoder_first", *["decoder"] * (problem.decoders - 1), "head")
@@ -116,7 +118,7 @@ class PublishedPrices:
         self._elements = {d: _summed([costs.memory[d, layer][0] for layer in layers]) for d in {1, *degrees}}
         self._kept = {d: _summed([costs.memory[d, layer][1] for layer in layers]) for d in degrees}
         self._output_bytes = [costs.memory[1, layer][2] * FLOAT_BYTES for layer in layers]
-        for cached in ("layer_seconds", "update_seconds", "_send_seconds", "_slowest"):
+        for cached in ("layer_seconds", "update_seconds", "_send_seconds", "_between", "_slowest"):
             setattr(self, cached, lru_cache(maxsize=None)(getattr(self, cached)))
 
     def layer_seconds(self, group: Group, rows: int) -> Floats:
@@ -155,11 +157,15 @@ class PublishedPrices:
         return self._send_seconds(sender, receiver, self._output_bytes[first_layer] * rows)
 
     def _send_seconds(self, sender: Group, receiver: Group, size: float) -> float:
-        return self._links.between(self._end(sender), self._end(receiver)).seconds(size)
+        return max(link.seconds(size) for link in self._between(sender, receiver))
 
-    def _end(self, group: Group, devices: int | None = None) -> _End:
-        kind = self.kinds[group.kind]
-        return (kind.device_type, kind.zone, group.degree if devices is None else devices)
+    def _between(self, one: Group, other: Group) -> tuple[Bandwidth, ...]:
+        """Links between all zones of both kinds' regions, of which a search takes the slowest."""
+        ends = [
+            [(kind.device_type, zone, group.degree) for zone in self._zones[kind.region]]
+            for kind, group in ((self.kinds[group.kind], group) for group in (one, other))
+        ]
+        return tuple(self._links.between(*pair) for pair in product(*ends))
 
     def reduce_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
         """Groups of one kind stand beside each other in the ring, kinds in order."""
@@ -171,9 +177,8 @@ class PublishedPrices:
 
     def _slowest(self, kinds: tuple[int, ...]) -> Callable[[float], float]:
         """Seconds of a message over the slowest link of a ring through these kinds."""
-        ends = [self._end(Group(kind, 1), 1) for kind in kinds]
-        pairs = [(end, end) for end in ends] + list(zip(ends, ends[1:], strict=False))
-        links = [self._links.between(*pair) for pair in pairs]
+        pairs = [*zip(kinds, kinds, strict=True), *pairwise(kinds)]
+        links = {link for one, other in pairs for link in self._between(Group(one, 1), Group(other, 1))}
         return lambda size: max(link.seconds(size) for link in links)
 
     def fits(self, group: Group, rows: int, layers: tuple[int, int], later_stages: int) -> bool:

@@ -129,39 +129,23 @@ def _search(
 def _choices(
     prices: Prices, menu: dict[int, Group], left: tuple[int, ...], rows: int, replicas: int
 ) -> Iterator[_Stage]:
-    """One region; of its types one or two, zones filled in order."""
-    for region in dict.fromkeys(kind.region for kind in prices.kinds):
-        room: dict[str, list[tuple[int, int]]] = {}
-        for number, group in menu.items():
-            kind = prices.kinds[number]
-            if kind.region == region and left[number] >= group.degree:
-                room.setdefault(kind.device_type, []).append((number, left[number] // group.degree))
-        for names in [*combinations(room, 1), *combinations(room, 2)]:
-            shares = _shared([sum(n for _, n in room[name]) for name in names], replicas)
-            if shares is not None:
-                yield tuple(
-                    Side(menu[number], rows, count)
-                    for name, share in zip(names, shares, strict=True)
-                    for number, count in _filled(room[name], share)
-                )
+    """One kind, or two of a region."""
+    rooms = {number: left[number] // group.degree for number, group in menu.items()}
+    for number, room in rooms.items():
+        if room >= replicas:
+            yield (Side(menu[number], rows, replicas),)
+    for one, other in combinations(rooms, 2):
+        if prices.kinds[one].region == prices.kinds[other].region:
+            first = _shared(rooms[one], rooms[other], replicas)
+            if 0 < first < replicas:
+                yield (Side(menu[one], rows, first), Side(menu[other], rows, replicas - first))
 
 
-def _shared(rooms: list[int], replicas: int) -> list[int] | None:
-    """Replicas by room, or None where there are too few."""
-    if sum(rooms) < replicas:
-        return None
-    if len(rooms) == 1:
-        return [replicas]
-    first = min(rooms[0], max(replicas - rooms[1], round(replicas * rooms[0] / sum(rooms))))
-    return [first, replicas - first] if 0 < first < replicas else None
-
-
-def _filled(rooms: list[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:
-    for number, room in rooms:
-        taken = min(room, count)
-        count -= taken
-        if taken:
-            yield number, taken
+def _shared(room: int, other: int, replicas: int) -> int:
+    """Replicas on the first of two kinds, by room; 0 where there is too little."""
+    if room + other < replicas:
+        return 0
+    return min(room, max(replicas - other, round(replicas * room / (room + other))))
 
 
 def _grow(

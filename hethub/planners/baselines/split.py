@@ -1,6 +1,6 @@
 """Splits in counts, as the published planners see them: one cut of the layers, and bands of alike pipelines.
 
-A *kind* is devices that are interchangeable: of one type, in one zone. All bands cut the layers alike, so that a stage's
+A *kind* is devices that are interchangeable: of one type, in one region. All bands cut the layers alike, so that a stage's
 gradients are reduced over the replicas of all.
 """
 
@@ -15,19 +15,14 @@ __all__ = ["Band", "Group", "Kind", "Side", "Split"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """`count` devices of `device_type` in `zone`, on nodes of `node_size`, in groups of one of `degrees` devices."""
+    """`count` devices of `device_type` in `region`, on nodes of `node_size`, in groups of one of `degrees` devices."""
 
     name: str
     device_type: str
-    zone: str
+    region: str
     count: int
     node_size: int
     degrees: tuple[int, ...]
-
-    @property
-    def region(self) -> str:
-        """The zone's name without its last part: us-central1 of us-central1-a."""
-        return self.zone.rpartition("-")[0] or self.zone
 
 
 class Group(NamedTuple):
