@@ -32,7 +32,7 @@ def data_parallel_by_speed(prices: Prices, keep: int = 1) -> Ranked:
             replicas = [(g, prices.kinds[g.kind].count // g.degree) for g in groups if g is not None]
             sides = rows_by_speed(prices, replicas, rows)
             if sides and max(side.rows for side in sides) <= most:
-                splits.append(Split(whole, (Band(sides, micro_batches),)))
+                splits.append(Split(whole, (Band((sides,), micro_batches),)))
                 break
     return _ranked(prices, splits, keep)
 
@@ -117,7 +117,9 @@ def balanced_bounds(prices: Prices, stages: Sequence[tuple[Side, ...]]) -> tuple
     return best
 
 
-def _filled(prices: Prices, summed: Sequence[Sequence[tuple[Side, Floats]]], limit: float) -> tuple[int, ...] | None:
+def _filled(
+    prices: Prices, summed: Sequence[Sequence[tuple[Side, Floats]]], limit: float
+) -> tuple[int, ...] | None:
     """Every stage takes as many layers as fit and last at most `limit` seconds, and leaves one to each later stage."""
     end = prices.decoders + 2
     bounds = [0]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,13 +114,14 @@ class Tables:
             compute.append(seconds[chosen, row_numbers])
             update = np.maximum(update, updates[chosen, row_numbers])
             reduce = np.maximum(reduce, self._rings(span, int(level.max()))[chosen, level])
-        forth, back = [], []
+        forth: list[Any] = []  # arrays where `moving_seconds` says numbers: it adds and doubles only
+        back: list[Any] = []
         for number, bound in enumerate(bounds[1:-1]):
             there, again = self._hop(bound)
             ends = (shapes.chains[:, number], shapes.chains[:, number + 1], row_numbers)
             forth.append(there[ends])
             back.append(again[ends])
-        moving = moving_seconds(forth, back) if forth else [np.zeros(len(shapes.rows))]
+        moving: list[Any] = list(moving_seconds(forth, back))
         with_messages = [c + m for c, m in zip(compute, moving, strict=True)]
         return Columns(bounds, np.maximum.reduce(with_messages), np.add.reduce(with_messages), update, reduce)
 

@@ -46,8 +46,12 @@ class Result:
 def contenders(problem: Problem) -> Iterator[Contender]:
     """Ours first, then the baselines of the literature, then the simple rules."""
     yield Contender(OURS, "the planner of hethub plan", FirstPlanner())
-    yield Contender("Sailor-like", "stage by stage, equal layers and rows", SplitPlanner("sailor-like", sailor_like))
-    yield Contender("Metis-like", "device groups, layers and rows balanced", SplitPlanner("metis-like", metis_like))
+    yield Contender(
+        "Sailor-like", "stage by stage, equal layers and rows", SplitPlanner("sailor-like", sailor_like)
+    )
+    yield Contender(
+        "Metis-like", "device groups, layers and rows balanced", SplitPlanner("metis-like", metis_like)
+    )
     yield Contender("even", "the best even split, as Megatron-LM's", EvenPlanner())
     rows = SplitPlanner("rows-by-speed", data_parallel_by_speed)
     yield Contender("rows by speed", "data parallel, rows by speed", rows)

@@ -56,7 +56,8 @@ def deadline_search(prices: Prices) -> Answer | None:
     """Find a split; None where no pipeline of up to three stages fits."""
     tables = Tables(prices)
     counts = [kind.count for kind in prices.kinds]
-    seeds, considered = [], 0
+    seeds: list[_Seed] = []
+    considered = 0
     speeds = _speeds(prices)
     for stages in range(1, min(_MOST_STAGES, prices.decoders) + 1):
         shapes = tables.shapes(stages)

@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 
 from hethub.cost.compute import gradient_bytes, state_bytes
+from hethub.cost.graph import Path
 from hethub.cost.memory import device_memory, usable_bytes
 from hethub.planners.baselines.prices import Floats
 from hethub.planners.baselines.split import Group, Kind
 from hethub.planners.interface import Problem
-from hethub.cost.graph import Path
 from hethub.planners.pools import Pool, Pools
 from hethub.planners.shares import even_shares
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace

@@ -126,7 +126,9 @@ class PublishedPrices:
         done in parts that were, one after the other, as Metis estimates them."""
         summed = np.zeros(len(self._layers) + 1)
         for times, part in self._parts(group, rows):
-            forward, backward, _ = zip(*(self._times(group, part, layer) for layer in self._layers), strict=True)
+            forward, backward, _ = zip(
+                *(self._times(group, part, layer) for layer in self._layers), strict=True
+            )
             summed = summed + times * (_summed(forward) + _summed(backward))
         return summed
 

@@ -2,15 +2,15 @@
 Geo-distributed Clusters" (SOSP 2025, arXiv 2504.17096), section on the planner.
 
 For every number of stages (equal layers) and every micro-batch, from the largest data-parallel degree down: dynamic
-programming over the stages, from the first to the last, chooses for each what its replicas stand on, with what is left of each
-kind; a candidate's step is that of its slowest stage times the micro-batches, plus all stages and the slowest reduction.
+programming over the stages, first to last, chooses for each what its replicas stand on, with what is left of each kind;
+a candidate's step is that of its slowest stage times the micro-batches, plus all stages and the slowest reduction.
 Its heuristics: tensor parallelism stays in a node; of the degrees of a type the least that fits, or wider ones alike in
 all stages; data-parallel degrees only where the number of micro-batches changes, largest first, until they get no
 better; zones of a region count as one, replicas of a stage stay in one region. All replicas of a plan take equal rows.
 
 Simplified: where a stage stands on two types, its replicas are shared out by what is left of each (the paper tries all
-counts; the step depends on which types are there, not on how many); of partial plans with the same left-over only the
-best few are kept (beam); budgets and costs are left out.
+counts; the step depends on which types are there, not on how many); of partial plans only the best few are kept (beam);
+budgets and costs are left out.
 """
 
 from __future__ import annotations

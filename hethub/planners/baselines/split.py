@@ -1,7 +1,7 @@
 """Splits in counts, as the published planners see them: one cut of the layers, and bands of alike pipelines.
 
-A *kind* is devices that are interchangeable: of one type, in one region. All bands cut the layers alike, so that a stage's
-gradients are reduced over the replicas of all.
+A *kind* is devices that are interchangeable: of one type, in one region. All bands cut the layers alike, so that a
+stage's gradients are reduced over the replicas of all.
 """
 
 from __future__ import annotations
