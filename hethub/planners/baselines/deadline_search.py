@@ -25,8 +25,7 @@ from hethub.planners.baselines.split import Group, Split
 
 __all__ = ["Answer", "deadline_search"]
 
-_MOST_STAGES = 3
-_SLACK = 4.5  # layers by which a stage may differ from the mean
+_SLACK = {1: 0.0, 2: 12.0, 3: 6.0}  # layers by which a stage may differ from the mean, by the number of stages
 _SEEDS = 200  # tried at most
 _SEEDS_OF_A_CUT = 3
 _TILTS = (1e-3, 0.3, 0.6, 0.8, 1.0, 1.25, 1.6, 3.0, 1e3)  # of the exchange rate of kinds, tried for the bound
@@ -59,10 +58,12 @@ def deadline_search(prices: Prices) -> Answer | None:
     seeds: list[_Seed] = []
     considered = 0
     speeds = _speeds(prices)
-    for stages in range(1, min(_MOST_STAGES, prices.decoders) + 1):
+    for stages in _SLACK:
+        if stages > prices.decoders:
+            break
         shapes = tables.shapes(stages)
         fleet = worth(speeds, shapes.use, counts)
-        for bounds in cuts(tables.layers, stages, _SLACK):
+        for bounds in cuts(tables.layers, stages, _SLACK[stages]):
             columns = tables.columns(shapes, bounds)
             alone = columns.alone_seconds(shapes, fleet, prices.batch)
             considered += int(np.isfinite(alone).sum())
