@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,10 @@ from hethub.planners.baselines.split import Group, Split
 __all__ = ["Answer", "deadline_search"]
 
 _SLACK = {1: 0.0, 2: 12.0, 3: 6.0}  # layers by which a stage may differ from the mean, by the number of stages
-_SEEDS = 200  # tried at most
+_SEEDS = 400  # tried at most
 _SEEDS_OF_A_CUT = 3
 _TILTS = (1e-3, 0.3, 0.6, 0.8, 1.0, 1.25, 1.6, 3.0, 1e3)  # of the exchange rate of kinds, tried for the bound
+_MORE = 1.02  # the reduction may take so much longer than a seed's
 _STEPS = 12  # of the bisection for the deadline
 
 
@@ -45,10 +46,20 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Seed:
+    """A column, and what the gradients' reduction may take: as where all pipelines are like it, or where other kinds
+    join its stages. `copies` is how many pipelines stand there then."""
+
     bound_seconds: float
     number: int
     shapes: Shapes
     columns: Columns
+    reduce_seconds: float
+    copies: int
+
+    @property
+    def after_seconds(self) -> float:
+        """From the last pipeline's end to the step's."""
+        return self.reduce_seconds + float(self.columns.update[self.number])
 
 
 def deadline_search(prices: Prices) -> Answer | None:
@@ -67,7 +78,8 @@ def deadline_search(prices: Prices) -> Answer | None:
             columns = tables.columns(shapes, bounds)
             alone = columns.alone_seconds(shapes, fleet, prices.batch)
             considered += int(np.isfinite(alone).sum())
-            seeds += _seeds(alone, shapes, columns)
+            for seed in _seeds(alone, shapes, columns):
+                seeds += [seed, *_joined(prices, seed, counts)]
     seeds.sort(key=lambda seed: seed.bound_seconds)
     best: tuple[float, Split] | None = None
     for seed in seeds[:_SEEDS]:
@@ -99,13 +111,28 @@ def _seeds(alone: Floats, shapes: Shapes, columns: Columns) -> Iterator[_Seed]:
             return
         if all(abs(reduce - other) > 0.05 * other for other in reductions):
             reductions.append(reduce)
-            yield _Seed(float(alone[number]), int(number), shapes, columns)
+            copies = int(shapes.copies[number])
+            yield _Seed(float(alone[number]), int(number), shapes, columns, reduce, copies)
+
+
+def _joined(prices: Prices, seed: _Seed, counts: Sequence[int]) -> Iterator[_Seed]:
+    """The seed where groups of all kinds, of its degrees, stand in its stages."""
+    shapes, columns = seed.shapes, seed.columns
+    copies = sum(counts) // int(shapes.use[seed.number].sum())
+    reduce = 0.0
+    for seat, span in zip(shapes.chains[seed.number], pairwise(columns.bounds), strict=True):
+        own, replicas = shapes.seats[seat]
+        groups = {own, *(group for group, _ in shapes.seats if group.degree == own.degree)}
+        reduce = max(reduce, prices.reduce_seconds(tuple(groups), replicas * copies, span))
+    if len(counts) > 1 and reduce > seed.reduce_seconds * _MORE:
+        bound = seed.bound_seconds + reduce - seed.reduce_seconds
+        yield replace(seed, bound_seconds=bound, reduce_seconds=reduce, copies=copies)
 
 
 def _mix(prices: Prices, seed: _Seed, counts: Sequence[int], limit: float) -> tuple[float, Split] | None:
     """The best mix of shapes that may stand beside the seed's, with its seconds, if quicker than `limit`."""
     columns, shapes = seed.columns, seed.shapes
-    after = float(columns.reduce[seed.number] + columns.update[seed.number])
+    after = seed.after_seconds
     allowed = np.flatnonzero(_beside(prices, seed) & np.isfinite(columns.slowest))
     bound = max(seed.bound_seconds, _bound(prices, seed, allowed, counts))
     if bound >= limit:
@@ -145,7 +172,7 @@ def _bound(prices: Prices, seed: _Seed, allowed: Ints, counts: Sequence[int]) ->
         pipeline = prices.batch / (fleet * shapes.rows[allowed]) - 1
         least = float((pipeline * columns.slowest[allowed] + columns.total[allowed]).min())
         best = max(best, least)
-    return best + float(columns.reduce[seed.number] + columns.update[seed.number])
+    return best + seed.after_seconds
 
 
 def _finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
@@ -157,13 +184,12 @@ def _finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
 def _beside(prices: Prices, seed: _Seed) -> npt.NDArray[np.bool_]:
     """Shapes whose groups, with the seed's in a stage, reduce no slower than the seed's slowest stage does alone."""
     shapes, columns = seed.shapes, seed.columns
-    limit = float(columns.reduce[seed.number]) * 1.02
+    limit = seed.reduce_seconds * _MORE
     found = np.ones(len(shapes.rows), dtype=bool)
-    copies = int(shapes.copies[seed.number])
-    for number, span in enumerate(zip(columns.bounds, columns.bounds[1:], strict=False)):
+    for number, span in enumerate(pairwise(columns.bounds)):
         own, replicas = shapes.seats[shapes.chains[seed.number, number]]
         good = [
-            prices.reduce_seconds(tuple({own, group}), replicas * copies, span) <= limit
+            prices.reduce_seconds(tuple({own, group}), replicas * seed.copies, span) <= limit
             for group, _ in shapes.seats
         ]
         found &= np.array(good)[shapes.chains[:, number]]
