@@ -78,11 +78,12 @@ def deadline_search(prices: Prices) -> Answer | None:
             columns = tables.columns(shapes, bounds)
             alone = columns.alone_seconds(shapes, fleet, prices.batch)
             considered += int(np.isfinite(alone).sum())
-            for seed in _seeds(alone, shapes, columns):
-                seeds += [seed, *_joined(prices, seed, counts)]
+            seeds += _seeds(alone, shapes, columns)
+    seeds = sorted(seeds, key=lambda seed: seed.bound_seconds)[:_SEEDS]
+    seeds = [settled for seed in seeds for settled in _settled(prices, seed, counts)]
     seeds.sort(key=lambda seed: seed.bound_seconds)
     best: tuple[float, Split] | None = None
-    for seed in seeds[:_SEEDS]:
+    for seed in seeds:
         if best is not None and seed.bound_seconds >= best[0]:
             break
         found = _mix(prices, seed, counts, math.inf if best is None else best[0])
@@ -115,18 +116,30 @@ def _seeds(alone: Floats, shapes: Shapes, columns: Columns) -> Iterator[_Seed]:
             yield _Seed(float(alone[number]), int(number), shapes, columns, reduce, copies)
 
 
-def _joined(prices: Prices, seed: _Seed, counts: Sequence[int]) -> Iterator[_Seed]:
-    """The seed where groups of all kinds, of its degrees, stand in its stages."""
-    shapes, columns = seed.shapes, seed.columns
-    copies = sum(counts) // int(shapes.use[seed.number].sum())
-    reduce = 0.0
-    for seat, span in zip(shapes.chains[seed.number], pairwise(columns.bounds), strict=True):
+def _settled(prices: Prices, seed: _Seed, counts: Sequence[int]) -> Iterator[_Seed]:
+    """The seed with the reduction of just as many pipelines; and where groups of all kinds, of its degrees, stand in its
+    stages, if that takes longer."""
+    alone = _reduce_seconds(prices, seed, seed.copies, join=False)
+    yield _with_reduce(seed, alone, seed.copies)
+    copies = sum(counts) // int(seed.shapes.use[seed.number].sum())
+    together = _reduce_seconds(prices, seed, copies, join=True)
+    if together > alone * _MORE:
+        yield _with_reduce(seed, together, copies)
+
+
+def _with_reduce(seed: _Seed, seconds: float, copies: int) -> _Seed:
+    bound = seed.bound_seconds - seed.reduce_seconds + seconds
+    return replace(seed, bound_seconds=bound, reduce_seconds=seconds, copies=copies)
+
+
+def _reduce_seconds(prices: Prices, seed: _Seed, copies: int, *, join: bool) -> float:
+    shapes = seed.shapes
+    slowest = 0.0
+    for seat, span in zip(shapes.chains[seed.number], pairwise(seed.columns.bounds), strict=True):
         own, replicas = shapes.seats[seat]
-        groups = {own, *(group for group, _ in shapes.seats if group.degree == own.degree)}
-        reduce = max(reduce, prices.reduce_seconds(tuple(groups), replicas * copies, span))
-    if len(counts) > 1 and reduce > seed.reduce_seconds * _MORE:
-        bound = seed.bound_seconds + reduce - seed.reduce_seconds
-        yield replace(seed, bound_seconds=bound, reduce_seconds=reduce, copies=copies)
+        alike = {group for group, _ in shapes.seats if group.degree == own.degree} if join else {own}
+        slowest = max(slowest, prices.reduce_seconds(tuple(alike), replicas * copies, span))
+    return slowest
 
 
 def _mix(prices: Prices, seed: _Seed, counts: Sequence[int], limit: float) -> tuple[float, Split] | None:
