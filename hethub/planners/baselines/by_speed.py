@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
@@ -128,9 +129,18 @@ def _filled(
         first, last = bounds[-1], end - later
         for side, times in stage:
             last = min(last, int(np.searchsorted(times, times[first] + limit, side="right")) - 1)
-            while last > first and not prices.fits(side.group, side.rows, (first, last), later):
-                last -= 1
+            last = _most_that_fit(prices, side, first, last, later)
         if last <= first:
             return None
         bounds.append(last)
     return tuple(bounds) if bounds[-1] == end else None
+
+
+def _most_that_fit(prices: Prices, side: Side, first: int, last: int, later: int) -> int:
+    """The end, at most `last`, of the longest stage from `first` that fits; more layers never take less memory."""
+    if last <= first or prices.fits(side.group, side.rows, (first, last), later):
+        return last
+    ends = range(first + 1, last)
+    return first + bisect_left(
+        ends, True, key=lambda end: not prices.fits(side.group, side.rows, (first, end), later)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -40,7 +41,7 @@ class OwnPrices:
             1 << power for power in range(_MOST_ROWS.bit_length()) if self.batch % (1 << power) == 0
         )
         self._compute = compute
-        for cached in ("layer_seconds", "_parameters", "_path", "_ranks", "fits"):
+        for cached in ("layer_seconds", "_parameters", "_path", "_ranks", "_most_decoders"):
             setattr(self, cached, lru_cache(maxsize=None)(getattr(self, cached)))
 
     def _kind(self, number: int) -> Kind:
@@ -118,9 +119,24 @@ class OwnPrices:
 
     def fits(self, group: Group, rows: int, layers: tuple[int, int], later_stages: int) -> bool:
         """With all optimizer state on every replica, as those papers count."""
+        ends = (layers[0] == 0, layers[1] == self.decoders + 2)
+        return layers[1] - layers[0] - sum(ends) <= self._most_decoders(group, rows, ends, later_stages)
+
+    def _most_decoders(self, group: Group, rows: int, ends: tuple[bool, bool], later_stages: int) -> int:
+        """Decoders that fit beside the embedding (first of `ends`) and the head; -1 where not even those do."""
         ranks = self._ranks(group)
-        place = StagePlace(0, layers, "none", later_stages + 1, (ReplicaPlace((0, rows), ranks),))
-        pipeline = PipelinePlace(0, "1f1b", later_stages + 1, rows, 0, (place,))
-        use = device_memory(self._compute, Layout(self.problem.workload.model, (pipeline,)))
         device = ranks[0].device
-        return use[device].total <= usable_bytes(self._compute.graph.devices[device].type)
+        usable = usable_bytes(self._compute.graph.devices[device].type)
+
+        def fit(decoders: int) -> bool:
+            first = 0 if ends[0] else self.decoders + 1 - decoders
+            layers = (first, first + decoders + sum(ends)) if any(ends) else (1, 1 + decoders)
+            place = StagePlace(0, layers, "none", later_stages + 1, (ReplicaPlace((0, rows), ranks),))
+            pipeline = PipelinePlace(0, "1f1b", later_stages + 1, rows, 0, (place,))
+            use = device_memory(self._compute, Layout(self.problem.workload.model, (pipeline,)))
+            return use[device].total <= usable
+
+        if ends == (True, True):
+            return self.decoders if fit(self.decoders) else -1
+        least = 0 if any(ends) else 1
+        return bisect_left(range(least, self.decoders + 1), True, key=lambda n: not fit(n)) + least - 1
