@@ -73,6 +73,8 @@ def deadline_search(prices: Prices) -> Answer | None:
         if stages > prices.decoders:
             break
         shapes = tables.shapes(stages)
+        if not len(shapes.rows):
+            break  # fewer devices than stages
         fleet = worth(speeds, shapes.use, counts)
         for bounds in cuts(tables.layers, stages, _SLACK[stages]):
             columns = tables.columns(shapes, bounds)
@@ -195,10 +197,10 @@ def _finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
 
 
 def _beside(prices: Prices, seed: _Seed) -> npt.NDArray[np.bool_]:
-    """Shapes whose groups, with the seed's in a stage, reduce no slower than the seed's slowest stage does alone."""
+    """Shapes that alone, and whose groups beside the seed's in a stage, reduce no slower than the seed."""
     shapes, columns = seed.shapes, seed.columns
     limit = seed.reduce_seconds * _MORE
-    found = np.ones(len(shapes.rows), dtype=bool)
+    found = columns.reduce <= max(limit, float(columns.reduce[seed.number]) * _MORE)
     for number, span in enumerate(pairwise(columns.bounds)):
         own, replicas = shapes.seats[shapes.chains[seed.number, number]]
         good = [
