@@ -8,7 +8,7 @@ papers report: `sailor_like_error` and `metis_like_error` are their largest rela
 *Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`).
 
 The cheapest cheats, and what makes them fail:
-- a plan of more devices than there are, too few rows, or stages that do not fit: `problems` counts again from the split;
+- a plan of more devices than there are, too few rows, or stages that do not fit: `problems` counts again;
 - a price of our own for our own plans: every split is priced by `price_split`, and on one pipeline of alike replicas
   that must give what `sailor_step_seconds` gives, the formula that reproduces the published simulator (`same_judge`);
 - a feeble Sailor: its implementation must reach what is published (`sailor_like_error` at most VALID).
@@ -63,7 +63,9 @@ SEARCHES: dict[str, Callable[[Prices], Split | None]] = {
 def main() -> int:
     """Search every problem with every planner, check, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with cluster_problems.json and the artifact's tables")
+    parser.add_argument(
+        "--data", type=Path, help="folder with cluster_problems.json and the artifact's tables"
+    )
     parser.add_argument("--small", action="store_true", help="the three published lines only; write nothing")
     options = parser.parse_args()
     if options.data is None:

@@ -26,12 +26,15 @@ def compare(
 
     Example: hethub compare cluster_specs/laptop.yaml --html compare.html
     """
+    from hethub.errors import InputError
     from hethub.planners.baselines.comparison import compare as compare_planners
     from hethub.planners.interface import Problem
     from hethub.specs.cluster import load_problem
     from hethub.timeline.bars import write_bars
 
     loaded, workload = load_problem(cluster)
+    if html is not None and not html.parent.is_dir():
+        raise InputError(f"{html}: its folder does not exist. Create it, or give another --html.")
     results = compare_planners(Problem.of(loaded, workload))
     title = f"{workload.model.name} on {loaded.name}"
     if html is not None:

@@ -24,8 +24,11 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Pipelines without a cut. `seats` are (group, replicas), which `chains` refers to: [shapes, stages]. `rows` are those
-    of a micro-batch [shapes], `use` devices of each kind [shapes, kinds], `copies` how many stand side by side alone."""
+    """Pipelines without a cut. `seats` are (group, replicas), which `chains` refers to: [shapes, stages].
+
+    `rows` are those of a micro-batch [shapes], `use` devices of each kind [shapes, kinds], `copies` how many stand side
+    by side where all are alike [shapes].
+    """
 
     seats: tuple[tuple[Group, int], ...]
     chains: Ints

@@ -25,7 +25,11 @@ from hethub.planners.baselines.split import Group, Split
 
 __all__ = ["Answer", "deadline_search"]
 
-_SLACK = {1: 0.0, 2: 12.0, 3: 6.0}  # layers by which a stage may differ from the mean, by the number of stages
+_SLACK = {
+    1: 0.0,
+    2: 12.0,
+    3: 6.0,
+}  # layers by which a stage may differ from the mean, by the number of stages
 _SEEDS = 400  # tried at most
 _SEEDS_OF_A_CUT = 3
 _TILTS = (1e-3, 0.3, 0.6, 0.8, 1.0, 1.25, 1.6, 3.0, 1e3)  # of the exchange rate of kinds, tried for the bound
@@ -69,14 +73,14 @@ def deadline_search(prices: Prices) -> Answer | None:
     seeds: list[_Seed] = []
     considered = 0
     speeds = _speeds(prices)
-    for stages in _SLACK:
+    for stages, slack in _SLACK.items():
         if stages > prices.decoders:
             break
         shapes = tables.shapes(stages)
         if not len(shapes.rows):
             break  # fewer devices than stages
         fleet = worth(speeds, shapes.use, counts)
-        for bounds in cuts(tables.layers, stages, _SLACK[stages]):
+        for bounds in cuts(tables.layers, stages, slack):
             columns = tables.columns(shapes, bounds)
             alone = columns.alone_seconds(shapes, fleet, prices.batch)
             considered += int(np.isfinite(alone).sum())
@@ -119,8 +123,8 @@ def _seeds(alone: Floats, shapes: Shapes, columns: Columns) -> Iterator[_Seed]:
 
 
 def _settled(prices: Prices, seed: _Seed, counts: Sequence[int]) -> Iterator[_Seed]:
-    """The seed with the reduction of just as many pipelines; and where groups of all kinds, of its degrees, stand in its
-    stages, if that takes longer."""
+    """The seed with the reduction of just as many pipelines; and where groups of all kinds, of its degrees, stand in
+    its stages, if that takes longer."""
     alone = _reduce_seconds(prices, seed, seed.copies, join=False)
     yield _with_reduce(seed, alone, seed.copies)
     copies = sum(counts) // int(seed.shapes.use[seed.number].sum())
@@ -177,8 +181,8 @@ def _mix(prices: Prices, seed: _Seed, counts: Sequence[int], limit: float) -> tu
 
 
 def _bound(prices: Prices, seed: _Seed, allowed: Ints, counts: Sequence[int]) -> float:
-    """As `seed.bound_seconds`, of these shapes only, at the exchange rate of the kinds that makes it largest: the dual of
-    the knapsack without whole numbers."""
+    """As `seed.bound_seconds`, of these shapes only, at the exchange rate of the kinds that makes it largest: the dual
+    of the knapsack without whole numbers."""
     shapes, columns = seed.shapes, seed.columns
     speeds = np.array(_speeds(prices))
     best = 0.0
@@ -212,7 +216,7 @@ def _beside(prices: Prices, seed: _Seed) -> npt.NDArray[np.bool_]:
 
 
 class _Knapsack:
-    """Most rows from devices of each kind: exact dynamic programming over counts, in steps of what all shapes divide."""
+    """Most rows from devices of each kind: exact dynamic programming over counts, in steps that divide all shapes."""
 
     def __init__(self, use: Ints, counts: Sequence[int]) -> None:
         self._unit = int(np.gcd.reduce(use, axis=None))

@@ -7,8 +7,8 @@ pruned. A stage starts with data parallelism alone; where it does not fit, or in
 degree doubles. A stage on several types shares the rows of a micro-batch out by their speed (data balance); layers go
 to stages so that the slowest is quickest, within memory (layer balance). All is ranked by an estimate of the step.
 
-Simplified: placements and group orders are tried up to a number, evenly picked; tensor-parallel degrees are the same in all
-stages but where memory asks for more; all types of a stage have one degree.
+Simplified: placements and group orders are tried up to a number, evenly picked; tensor-parallel degrees are the same in
+all stages but where memory asks for more; all types of a stage have one degree.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float64]
 class Prices(Protocol):
     """Prices of stages. Layers are numbered 0 embedding, 1 to `decoders`, then the head; ranges are half-open.
 
-    Seconds are infinite where there is no price, so that a search may ask for everything. `rows` are always those of one
-    replica's micro-batch.
+    Seconds are infinite where there is no price, so that a search may ask for everything. `rows` are always those of
+    one replica's micro-batch.
     """
 
     kinds: tuple[Kind, ...]
@@ -42,7 +42,7 @@ class Prices(Protocol):
         ...
 
     def back_seconds(self, sender: Group, receiver: Group, first_layer: int, rows: int) -> float:
-        """Sending back the gradient of what the stage that begins with `first_layer` was sent; that one is the sender."""
+        """Sending back the gradient of what the stage that begins with `first_layer`, the sender, was sent."""
         ...
 
     def reduce_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
@@ -68,8 +68,11 @@ class SplitPrice(NamedTuple):
 
 
 def price_split(prices: Prices, split: Split) -> SplitPrice:
-    """Price a split as Sailor's simulator does: a stage waits for its slowest replica and for its slowest message, a
-    replica sending its own rows; the step for the slowest pipeline; then each stage's gradients are reduced over its replicas in all pipelines."""
+    """Price a split as Sailor's simulator does.
+
+    A stage waits for its slowest replica and for its slowest message, a replica sending its own rows; the step for the
+    slowest pipeline; then each stage's gradients are reduced over its replicas in all pipelines.
+    """
     reduce = update = 0.0
     for number, layers in enumerate(split.layers):
         sides = [(side, band.repeat) for band in split.bands for side in band.stages[number]]

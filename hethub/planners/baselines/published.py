@@ -1,10 +1,12 @@
-"""Prices of a published problem under Sailor's cost assumptions (SOSP 2025, arXiv 2504.17096), of its artifact's tables.
+"""Prices of a published problem under Sailor's cost assumptions (SOSP 2025, arXiv 2504.17096), of its artifact's
+tables.
 
 Its rules, as its simulator has them (`simulate/sailor.py`): layer times as profiled, never interpolated; every message
-between stages crosses nodes, at the bandwidth that as many devices as the group has reach together; a stage's gradients,
-divided by the least tensor-parallel degree in it, are reduced in a ring at one device's bandwidth over the slowest link
-in it; 24 bytes a parameter, activations of as many micro-batches as stages follow, and 2 or 3 GB of runtime. Devices of a
-node that send at once do not share its link when they reduce, which favours small groups; we keep that.
+between stages crosses nodes, at the bandwidth that as many devices as the group has reach together; a stage's
+gradients, divided by the least tensor-parallel degree in it, are reduced in a ring at one device's bandwidth over the
+slowest link in it; 24 bytes a parameter, activations of as many micro-batches as stages follow, and 2 or 3 GB of
+runtime. Devices of a node that send at once do not share its link when they reduce, which favours small groups; we keep
+that.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ __all__ = ["equal_layers", "sailor_like"]
 _BEAM = 16  # partial plans that are followed from stage to stage
 _PATIENCE = 4  # smaller data-parallel degrees in a row that may be worse
 _MOST_STAGES = 12
+_FEW_TYPES = 2
 _Stage = tuple[Side, ...]
 
 
@@ -72,9 +73,12 @@ def equal_layers(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def _widenings(prices: Prices) -> Iterator[dict[str, int]]:
-    """How often the least degree that fits is doubled, by device type."""
+    """How often the least degree that fits is doubled, by device type; of many types, alike for all."""
     types = sorted({kind.device_type for kind in prices.kinds})
     steps = max(len(kind.degrees) for kind in prices.kinds)
+    if len(types) > _FEW_TYPES:
+        yield from (dict.fromkeys(types, doublings) for doublings in range(steps))
+        return
     for doublings in product(range(steps), repeat=len(types)):
         yield dict(zip(types, doublings, strict=True))
 
