@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?=
+SEED ?= 0
 
-.PHONY: demo test check bench plan clean help
+.PHONY: demo test chaos check bench plan clean help
 
 help: ## show the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -37,6 +38,10 @@ check: $(VENV)/installed ## lint and types
 test: $(VENV)/installed check ## lint, types and all tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest
+
+chaos: $(VENV)/installed ## kill workers and damage checkpoints for half an hour; SEED=... repeats one
+	@echo "== pytest -m chaos"
+	@HETHUB_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos -m "chaos or not chaos"
 
 bench: $(VENV)/installed ## run the benchmarks (one: make bench NAME=...)
 	@for file in $(if $(NAME),benchmarks/$(NAME).py,$(wildcard benchmarks/*.py)); do \

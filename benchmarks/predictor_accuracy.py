@@ -10,13 +10,16 @@ The cheapest cheats, and what makes them fail:
 - fitting each run: there are fewer coefficients than a third of the runs, or `fit` refuses, and the run that is scored
   was not in its fit;
 - leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`;
-- workers whose quotas do not hold: our own runs give no figure then (`valid`, measured in the run);
+- workers whose quotas do not hold: our own runs give no figure then (`valid`, measured before and after them);
+- another program predicted than the one that ran, with an order that the true times would give: every action of our own
+  runs must have its predicted twin (`own_runs._check`);
 - another simulator for others' runs: predictions come from `hethub.simulate.simulate` on a program of actions.
 
 Last our own runs: random plans on CPU workers under quotas (`bench/own_runs.py`), none of them fitted.
 
-    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some eight minutes
+    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some eleven minutes
     .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER --skip own_runs  # one minute
+    .venv/bin/python benchmarks/predictor_accuracy.py --only own_runs                # ten minutes, writes nothing
 """
 
 from __future__ import annotations
@@ -47,7 +50,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="the folder with measured_runs.json and its profiles")
     parser.add_argument("--skip", choices=[OWN_RUNS], help="leave a part out; the result file says so")
+    parser.add_argument(
+        "--only", choices=[OWN_RUNS], help="take this part alone, without --data; write nothing"
+    )
     options = parser.parse_args()
+    if options.only is not None:
+        print_figures(_own_runs({}))
+        return 0
     folder = options.data
     if folder is None:
         print("skipped: give --data FOLDER with the measured runs")

@@ -3,7 +3,8 @@
 *Closed form*: SPLITS random splits into STAGES stages of MICRO_BATCHES micro-batches; a stage evaluation is one stage
 of one split, the median of REPEATS. *Simulator*: a step of every device of the cluster, timeline recorded, from the
 compiled program to the records: turning lists into columns, the events, the records. Each size runs in a process of its
-own; the seconds are the first simulation's there, loading of the compiled loop included. Compiling that loop, once
+own; the seconds are the first simulation's there, loading of the compiled loop included, cycles not collected (as in
+`hethub plan` and `simulate`). Compiling that loop, once
 after every change of its source, and compiling the program are stated apart, in `raw`. The peak is the process's, with
 the program; what it was before the simulation stands in `raw`.
 
@@ -36,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from bench.results import ROOT, print_figures, write_result
+from hethub.cli.uncollected import uncollected
 from hethub.cost.closed_form import Splits, fixed_order, step_seconds
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
@@ -181,7 +183,7 @@ def in_a_process(name: str) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Compile a plan of this size and simulate it; what is wrong with the program or the answer."""
+    """Compile a plan of this size and simulate it, as the commands do; what is wrong with program or answer."""
     plan = the_plan(*SIZES[name])
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
     begin = time.perf_counter()
@@ -189,7 +191,8 @@ def measure(name: str) -> dict[str, Any]:
     compiled = time.perf_counter() - begin
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.perf_counter()
-    simulation = simulate(program, compute, sub_events=False, loop="compiled")
+    with uncollected():
+        simulation = simulate(program, compute, sub_events=False, loop="compiled")
     seconds = time.perf_counter() - begin
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

@@ -1,11 +1,12 @@
-"""Write README's figures from the benchmark results, so that none is typed: python docs/figures.py [--check]"""
+"""Write the figures of README and of the docs from the benchmark results, so that none is typed:
+python docs/figures.py [--check]"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +224,23 @@ def _rows(wanted: Sequence[Row], results: dict[str, dict[str, Any] | None]) -> I
             yield f"| {words} | {row.form.format(result['figures'][row.figure])} | {row.aim} |"
 
 
+def by_run() -> str:
+    """The error of every run of other engines, and the coefficients that were fitted to them."""
+    result = _result(_ACCURACY)
+    if result is None:
+        return ""
+    raw = result["raw"]
+    lines = ["| run | predicted over measured step, less 1 |", "|---|---|"]
+    lines += [
+        f"| {entry['run']} | {entry['error']:+.1%} |" for entry in (*raw["runs"], *raw["megatron_time"])
+    ]
+    lines += ["", "| coefficient | value | 95 % interval |", "|---|---|---|"]
+    for name, entry in raw["coefficients"].items():
+        low, high = entry["interval_95"]
+        lines.append(f"| {name} | {entry['value']:.3g} | {low:.3g} to {high:.3g} |")
+    return "\n".join([*lines, "", _measured(_ACCURACY, result)]) + "\n"
+
+
 def _result(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -232,32 +250,35 @@ def _measured(name: str, result: dict[str, Any]) -> str:
     return f"Measured {result['date']} on {result['machine']}: `benchmarks/results/{name}.json`."
 
 
-PLACES = {
-    "figures": demo,
-    "executor figures": partial(reached, EXECUTOR),
-    "predictor figures": partial(reached, PREDICTOR),
+PLACES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "figures": demo,
+        "executor figures": partial(reached, EXECUTOR),
+        "predictor figures": partial(reached, PREDICTOR),
+    },
+    "docs/cost-model.md": {"errors by run": by_run},
 }
 
 
-def write(readme: str) -> str:
-    """The text of README with every table between its marks."""
-    for name, table in PLACES.items():
+def write(file: str, text: str) -> str:
+    """The text of a file with every table between its marks."""
+    for name, table in PLACES[file].items():
         place = re.compile(rf"(<!-- {name}: begin.*?-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
-        match = place.search(readme)
+        match = place.search(text)
         if match is None:
-            raise SystemExit(f"README.md: no marks for {name}")
-        readme = readme[: match.start()] + match[1] + table() + match[2] + readme[match.end() :]
-    return readme
+            raise SystemExit(f"{file}: no marks for {name}")
+        text = text[: match.start()] + match[1] + table() + match[2] + text[match.end() :]
+    return text
 
 
 def main() -> int:
-    """Write README, or with --check say whether it is up to date."""
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = write(old)
+    """Write the files, or with --check say whether they are up to date."""
+    old = {file: (ROOT / file).read_text() for file in PLACES}
+    new = {file: write(file, text) for file, text in old.items()}
     if "--check" in sys.argv:
         return 0 if new == old else 1
-    readme.write_text(new)
+    for file, text in new.items():
+        (ROOT / file).write_text(text)
     return 0
 
 

@@ -8,10 +8,13 @@ on after Ctrl-C. Whoever waits for long therefore asks `stop_if_asked` too.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["listen", "stop_if_asked", "terminated"]
+__all__ = ["listen", "patient", "stop_if_asked", "terminated"]
 
 _asked: list[int] = []
+_patient: list[bool] = []
 
 
 def listen() -> None:
@@ -21,9 +24,20 @@ def listen() -> None:
         signal.signal(number, _on_signal)
 
 
+@contextmanager
+def patient() -> Iterator[None]:
+    """Inside, one SIGTERM is only noted: whoever is here looks at `terminated` and ends in good time. Any further
+    signal interrupts as usual."""
+    _patient.append(True)
+    try:
+        yield
+    finally:
+        _patient.pop()
+
+
 def stop_if_asked() -> None:
     """Raise KeyboardInterrupt where a signal has come, however often."""
-    if _asked:
+    if _urgent():
         raise KeyboardInterrupt
 
 
@@ -32,6 +46,11 @@ def terminated() -> bool:
     return signal.SIGTERM in _asked
 
 
+def _urgent() -> bool:
+    return bool(_asked) and not (_patient and _asked == [signal.SIGTERM])
+
+
 def _on_signal(number: int, _: object) -> None:
     _asked.append(number)
-    raise KeyboardInterrupt
+    if _urgent():
+        raise KeyboardInterrupt

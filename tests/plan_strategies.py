@@ -27,6 +27,7 @@ __all__ = [
     "clusters",
     "models",
     "plans",
+    "six_plans",
     "three_speeds",
     "tiny_model",
 ]
@@ -74,7 +75,7 @@ def _device_type(name: str, gflops: float, mebibytes: int = 64) -> DeviceType:
         memory_bytes=mebibytes * 2**20,
         memory_reserve_bytes=0,
         memory_bandwidth_bytes_per_second=gflops * 1e9,
-        peak_flops_per_second={"fp32": gflops * 1e9, "fp64": gflops * 5e8},
+        peak_flops_per_second={"bf16": gflops * 1e9, "fp32": gflops * 1e9, "fp64": gflops * 5e8},
         matmul_efficiency=0.8,
         memory_efficiency=0.8,
         substitute_dtype={},
@@ -434,6 +435,39 @@ def _selective(x: _Shapes) -> list[Pipeline]:
         x.stage((3, 5), [(2, alone(SLOW))], recompute="selective", in_flight=1),
     ]
     return [Pipeline(micro_batches=4, micro_batch_rows=2, stages=stages)]
+
+
+# -- six ways to cut one model: global batch 8 each, for what goes from one plan to another -------------------
+
+_SIX: dict[str, _Build] = {
+    "one device": lambda x: [x.chain((0, 6), [FAST])],
+    "unequal stages": lambda x: [x.chain((0, 3, 5, 6), [FAST, MIDDLE, SLOW])],
+    "unequal rows": lambda x: [
+        Pipeline(
+            micro_batches=1,
+            micro_batch_rows=8,
+            stages=[x.stage((0, 6), [(5, alone(FAST)), (2, alone(MIDDLE)), (1, alone(SLOW))], in_flight=1)],
+        )
+    ],
+    "unequal heads": lambda x: [
+        Pipeline(
+            micro_batches=4,
+            micro_batch_rows=2,
+            stages=[x.stage((0, 6), [(2, [(FAST, 6, 18, 48), (SLOW, 2, 6, 16)])])],
+        )
+    ],
+    "unlike pipelines": lambda x: [
+        x.chain((0, 4, 6), [FAST, MIDDLE], rows=2, micro_batches=3),
+        x.chain((0, 2, 4, 6), [SLOW, SLOW2, MIDDLE2], rows=1, micro_batches=2),
+    ],
+    "everything uneven": _everything,
+}
+
+
+def six_plans(precision: str = "fp32") -> dict[str, Plan]:
+    """Plans of one tied model of 4 layers, 8 heads in groups of 2; on one to six devices."""
+    model = tiny_model(layers=4, heads=8, kv_heads=4, tied=True)
+    return {name: _plan(name, model, build(_Shapes(model)), precision) for name, build in _SIX.items()}
 
 
 # -- random plans ------------------------------------------------------------------------------------------

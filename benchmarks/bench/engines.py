@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.profile import Profile
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
 from hethub.launch.worker import Task, Worker, WorkerSetup
@@ -157,9 +158,9 @@ class Ours(CrewEngine):
         )
         self.load(plan)
 
-    def load(self, plan: Plan) -> None:
-        """Train another plan of the same devices, from the first step."""
-        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+    def load(self, plan: Plan, profile: Profile | None = None) -> None:
+        """Train another plan of the same devices, from the first step, in the order that a profile's times give."""
+        compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile)
         program = compile_program(lay_out(plan), compute)
         prove(program)
         self.root, self._step = program.layout.used[0], 0
@@ -212,9 +213,9 @@ def _round(engines: Mapping[str, CrewEngine], steps: int, first: int) -> tuple[d
     found, idle = {}, 0.0
     for name in names[first:] + names[:first]:
         others = [engine.crew for other, engine in engines.items() if other != name]
-        before = sum(crew.cpu_seconds() for crew in others)
+        before = sum(crew.waiting_cpu_seconds() for crew in others)
         found[name] = take(engines[name], steps)
-        idle += sum(crew.cpu_seconds() for crew in others) - before
+        idle += sum(crew.waiting_cpu_seconds() for crew in others) - before
     return found, idle
 
 

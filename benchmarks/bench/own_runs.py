@@ -1,31 +1,44 @@
 """Our own runs, predicted: random plans on CPU workers that quotas make really unequal, from measured profiles.
 
 Nothing is fitted to the runs: layer times come from a profile that the workers measure under their quotas before, all
-at once, since they share the machine in the runs too; memory traffic comes from the same measurement.
+at once, since they share the machine in the runs too; memory traffic comes from the same measurement. What is predicted
+is the program that runs: the same compute model compiles both. Compared is the step between two others.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.profile import LayerRow, Profile
+from hethub.cost.profiles.curve import LinkFit, fit_link
+from hethub.cost.profiles.profile import LayerRow, Profile, TransferRow, host_class
+from hethub.launch.link_profiler import Exchange, measure_exchanges
 from hethub.launch.profiler import LayerProfiler, copy_bytes_per_second
+from hethub.program.compile import compile_program
 from hethub.program.schedules import SCHEDULES
-from hethub.simulate.modelled import steady_step_seconds
+from hethub.simulate.engine import simulate
+from hethub.simulate.validation import OwnRun, RunCheck, check_own_run
 from hethub.specs.cluster import Cluster
+from hethub.specs.layout import lay_out
 from hethub.specs.plan import Pipeline, Plan, Replica, Stage
 from hethub.specs.workload import Workload
+from hethub.timeline.record import Timeline, TimelineInfo
+from hethub.timeline.summary import step_numbers, step_seconds
 
 from .crew import Crew
 from .engines import Ours, Training, take, text_of
@@ -40,48 +53,105 @@ BATCH = 48
 PLANS = 20
 _STEPS, _WARM_UP = 3, 1
 _ROWS = (1, 2, 4, 8)
-_BUDGET_SECONDS = 1.5
+_BUDGET_SECONDS = 2.0
+_EXCHANGES = [
+    Exchange(operation, 1 << bits)
+    for operation in ("send", "send_work", "receive_work")
+    for bits in (10, 18, 22)
+]
+_EXCHANGE_SECONDS = 0.5
 
 
 class _Measurer:
     """One worker's measurement of itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, count: int, port: int) -> None:
+        """Join a group as workers do, whose threads take CPU time while nothing is sent."""
         torch.set_num_threads(1)
+        self._device = torch.device("cpu")
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
 
-    def measure(self, device_type: str) -> tuple[list[LayerRow], float]:
-        """Rows of all kinds of layers, and bytes per second of a copy."""
-        device = torch.device("cpu")
-        profiler = LayerProfiler(MODEL, device_type, SEQUENCE, "fp32", torch.float32, device)
-        rows = [
-            profiler.measure(layer, rows, _BUDGET_SECONDS)[0]
-            for _, layer in profiler.layers()
-            for rows in _ROWS
-        ]
-        return rows, copy_bytes_per_second(device, _BUDGET_SECONDS, size_bytes=1 << 22)
+    def layer(self, device_type: str, layer: int, rows: int) -> tuple[LayerRow, float]:
+        """A layer's row, and the wall seconds that a second of CPU time took meanwhile."""
+        profiler = LayerProfiler(MODEL, device_type, SEQUENCE, "fp32", torch.float32, self._device)
+        begin, spent = time.perf_counter(), time.process_time()
+        row, _ = profiler.measure(layer, rows, _BUDGET_SECONDS)
+        return row, (time.perf_counter() - begin) / (time.process_time() - spent)
+
+    def copy(self) -> float:
+        """Bytes per second of a copy that no cache holds."""
+        return copy_bytes_per_second(self._device, _BUDGET_SECONDS)
 
 
-def measure(quotas: CpuQuotas) -> tuple[Profile, dict[str, float]]:
-    """The profile of each type (of the first of its workers), and its memory traffic in bytes per second."""
+@dataclass(frozen=True)
+class _Measurement:
+    """What all workers measured at once, by type (of the first worker of each): a profile, bytes per second of memory
+    traffic, wall seconds of a CPU second; and a link between two workers that have a core each."""
+
+    profile: Profile
+    bytes_per_second: dict[str, float]
+    stretch: dict[str, float]
+    link: LinkFit
+
+    def cluster(self) -> Cluster:
+        """The workers' cluster with what they reach. A message is moved by the CPUs of its ends, so a link is slower
+        than between whole cores by as much as they are."""
+        cluster = cpu_cluster(CORES)
+        types = {
+            name: replace(
+                t, memory_bandwidth_bytes_per_second=self.bytes_per_second[name], memory_efficiency=1.0
+            )
+            for name, t in cluster.device_types.items()
+        }
+        groups = []
+        for group in cluster.node_groups:
+            link = replace(
+                group.intra_link,
+                bandwidth_bytes_per_second=self.link.bandwidth_bytes_per_second
+                / self.stretch[group.device_type],
+                latency_seconds=self.link.latency_seconds,
+            )
+            groups.append(replace(group, intra_link=link, inter_link=link))
+        return replace(cluster, device_types=types, node_groups=tuple(groups))
+
+
+def measure(quotas: CpuQuotas) -> _Measurement:
+    """Layer by layer, all workers at the same and busy until the slowest has it."""
     names = [name for name, _, count in CORES for _ in range(count)]
-    with Crew([_Measurer] * len(names)) as crew:
+    rows: list[LayerRow] = []
+    stretches: dict[str, list[float]] = defaultdict(list)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    makers = [partial(_Measurer, rank, len(names), store.port) for rank in range(len(names))]
+    with Crew(makers) as crew:
         quotas.place(crew, range(len(names)))
-        for process, name in enumerate(names):
-            crew.start_one(process, "measure", name)
-        answers = [answer.value for answer in crew.finish()]
-    first = [names.index(name) for name, _, _ in CORES]
-    rows = [row for number in first for row in answers[number][0]]
-    return Profile(tuple(rows), ()), {names[number]: answers[number][1] for number in first}
-
-
-def measured_cluster(bytes_per_second: dict[str, float]) -> Cluster:
-    """The workers' cluster with the memory traffic that they reach."""
-    cluster = cpu_cluster(CORES)
-    types = {
-        name: replace(t, memory_bandwidth_bytes_per_second=bytes_per_second[name], memory_efficiency=1.0)
-        for name, t in cluster.device_types.items()
-    }
-    return replace(cluster, device_types=types)
+        for layer in (0, 1, MODEL.layers + 1):
+            for count in _ROWS:
+                for process, name in enumerate(names):
+                    crew.start_one(process, "layer", name, layer, count)
+                answers = dict(
+                    zip(reversed(names), reversed(crew.finish()), strict=True)
+                )  # of the first of a type
+                for name, answer in answers.items():
+                    rows.append(answer.value[0])
+                    stretches[name].append(answer.value[1])
+        copies = dict(zip(reversed(names), reversed(crew.call("copy")), strict=True))
+    stretch = {name: statistics.median(found) for name, found in stretches.items()}
+    moved = dict(zip(_EXCHANGES, measure_exchanges(_EXCHANGES, _EXCHANGE_SECONDS), strict=True))
+    works = [
+        TransferRow(
+            operation=exchange.operation,
+            link_class=host_class(name),
+            group_size=1,
+            message_bytes=exchange.message_bytes,
+            time_seconds=spread.seconds * stretch[name],
+        )
+        for exchange, spread in moved.items()
+        if exchange.operation != "send"
+        for name in stretch
+    ]
+    link = fit_link({e.message_bytes: s.seconds for e, s in moved.items() if e.operation == "send"})
+    return _Measurement(Profile(tuple(rows), tuple(works)), copies, stretch, link)
 
 
 # -- random plans ------------------------------------------------------------------------------------------------
@@ -136,10 +206,43 @@ def _split(draw: random.Random, total: int, parts: int) -> list[int]:
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
-def predict_seconds(plan: Plan, profile: Profile) -> float:
-    """A step among others, as the simulator sees it."""
-    compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile)
-    return steady_step_seconds(plan, compute)
+def _predicted(plan: Plan, compute: ComputeModel) -> Timeline:
+    """Three steps that follow each other, as the simulator sees them."""
+    timeline = simulate(compile_program(lay_out(plan), compute), compute, steps=3).timeline
+    assert timeline is not None
+    return timeline
+
+
+def _measured(engine: Ours, plan: Plan) -> Timeline:
+    """What the workers recorded since the plan was loaded."""
+    devices = plan.cluster.devices()
+    info = TimelineInfo(
+        origin="measured",
+        devices=tuple(device.name for device in devices),
+        device_types=tuple(device.type.name for device in devices),
+        emulated=False,
+    )
+    return Timeline(info, np.concatenate(engine.crew.call("records")))
+
+
+def _check(engine: Ours, plan: Plan, profile: Profile) -> RunCheck:
+    """Run a plan and hold its prediction against the median of its steps, the warm-up not counted."""
+    engine.load(plan, profile)
+    take(engine, _WARM_UP + _STEPS)
+    measured = _measured(engine, plan)
+    seconds = float(np.median(step_seconds(measured)[step_numbers(measured) >= _WARM_UP]))
+    predicted = _predicted(plan, ComputeModel(CostGraph(plan.cluster), plan.workload, profile))
+    if not np.array_equal(_actions(predicted, 0), _actions(measured, _WARM_UP)):
+        raise AssertionError(f"{plan.name}: what ran is not the program that was predicted")
+    last = _WARM_UP + _STEPS - 1
+    return check_own_run(OwnRun(plan.name, plan, predicted, measured, _WARM_UP, last, seconds))
+
+
+def _actions(timeline: Timeline, step: int) -> Any:
+    """Device, action, kind, stage and micro-batch of all that was done in a step. shape: (actions, 5)"""
+    records = timeline.records[timeline.records["step"] == step]
+    names = ("device", "action", "kind", "stage", "micro_batch")
+    return np.unique(np.stack([records[name].astype(np.int64) for name in names], axis=1), axis=0)
 
 
 def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
@@ -148,31 +251,45 @@ def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
     reason = why_no_quotas()
     if reason is not None:
         return {}, {"skipped": reason}
-    entries = []
+    checks = []
     with ExitStack() as stack:
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(core_shares()))
         errors = quota_errors(quotas, core_shares())
-        profile, traffic = measure(quotas)
-        cluster = measured_cluster(traffic)
+        measured = measure(quotas)
+        cluster = measured.cluster()
         first = random_plan(cluster, 0)
         engine = stack.enter_context(Ours(first, Training(workload=first.workload, tokens_file=text)))
         quotas.place(engine.crew, range(len(core_shares())))
         for seed in range(plans):
             plan = random_plan(cluster, seed)
-            engine.load(plan)
-            take(engine, _WARM_UP)
-            repetition = take(engine, _STEPS)
-            measured, predicted = repetition.seconds / _STEPS, predict_seconds(plan, profile)
-            entries.append(
-                {
-                    "seed": seed,
-                    "measured_seconds": measured,
-                    "predicted_seconds": predicted,
-                    "error": predicted / measured - 1,
-                    "stages": [[s.layers for s in p.stages] for p in plan.pipelines],
-                }
-            )
-    off = [abs(entry["error"]) for entry in entries]
+            checks.append((plan, _check(engine, plan, measured.profile)))
+            print(_line(*checks[-1]), flush=True)
+        errors += quota_errors(quotas, core_shares())  # they are to hold to the end
+    off = [abs(check.time_error) for _, check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
-    return figures, {"runs": entries, "quota_errors": errors, "valid": max(map(abs, errors)) <= QUOTA_ERROR}
+    return figures, {
+        "runs": [_entry(*entry) for entry in checks],
+        "quota_errors": errors,
+        "valid": max(map(abs, errors)) <= QUOTA_ERROR,
+    }
+
+
+def _entry(plan: Plan, check: RunCheck) -> dict[str, Any]:
+    """What the result file keeps of a plan."""
+    return {
+        "plan": plan.name,
+        "measured_seconds": check.measured_seconds,
+        "predicted_seconds": check.predicted_seconds,
+        "error": check.time_error,
+        "terms": dict(check.terms),
+        "stages": [[s.layers for s in p.stages] for p in plan.pipelines],
+    }
+
+
+def _line(plan: Plan, check: RunCheck) -> str:
+    schedules = "+".join(pipeline.schedule for pipeline in plan.pipelines)
+    return (
+        f"{plan.name:10} {schedules:16} measured {check.measured_seconds:7.3f} s, predicted "
+        f"{check.predicted_seconds:7.3f} s, {100 * check.time_error:6.1f} %, most off: {check.worst_term}"
+    )

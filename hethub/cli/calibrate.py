@@ -21,7 +21,7 @@ def calibrate(
     ],
     output: Annotated[Path, typer.Option(help="Where to write the coefficients.")] = Path("calibration.json"),
     profiles: Annotated[
-        Path | None, typer.Option(help="Folder with layers.csv and transfers.csv for imported runs.")
+        Path | None, typer.Option(help="Folder with layers.csv and transfers.csv to predict by.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what is written instead of a table.")
@@ -42,14 +42,14 @@ def calibrate(
             "our own runs and imported ones have coefficients of their own. Calibrate them apart."
         )
     if sources.own:
-        found, memory = calibrate_own_runs(sources.own), {}
+        found, memory = calibrate_own_runs(sources.own, sources.profile), {}
         names = [run.name for run in sources.own]
     else:
         assert sources.profile is not None  # imported with the runs
         found = calibrate_time(sources.imported, sources.profile).fit
         memory = calibrate_overhead(sources.imported)
         names = [run.run.name for run in sources.imported]
-    content = _content(found, memory, names)
+    content = _content(found, memory, names, profiled=sources.profile is not None)
     try:
         output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -59,7 +59,9 @@ def calibrate(
         typer.echo(f"wrote {output}", err=True)
 
 
-def _content(found: Fit, memory: dict[str, MemoryFit], names: list[str]) -> dict[str, Any]:
+def _content(found: Fit, memory: dict[str, MemoryFit], names: list[str], *, profiled: bool) -> dict[str, Any]:
+    from hethub.simulate.least_squares import ratio_interval
+
     coefficients: dict[str, Any] = {
         name: {"value": value, "interval_95": [value - half, value + half]}
         for name, value, half in zip(found.names, found.values, found.half_widths, strict=True)
@@ -70,6 +72,8 @@ def _content(found: Fit, memory: dict[str, MemoryFit], names: list[str]) -> dict
     return {
         "version": 1,
         "coefficients": coefficients,
+        "profiled": profiled,
+        "ratio_interval_95": list(ratio_interval(found.left_out_errors)),
         "left_out_mean_abs_error": sum(errors) / len(errors),
         "left_out_max_abs_error": max(errors),
         "runs": [
@@ -87,6 +91,8 @@ def _text(content: dict[str, Any]) -> str:
         lines.append(f"{name}\t{entry['value']:.4g}\t{bounds}")
     lines.append("run\terror\tleft_out_error")
     lines += [f"{e['run']}\t{e['error']:.4f}\t{e['left_out_error']:.4f}" for e in content["runs"]]
+    low, high = content["ratio_interval_95"]
+    lines.append(f"# a further run's measured over predicted, 95 %\t{low:.4f} to {high:.4f}")
     lines.append(f"# left_out_mean_abs_error\t{content['left_out_mean_abs_error']:.4f}")
     lines.append(f"# left_out_max_abs_error\t{content['left_out_max_abs_error']:.4f}")
     return "\n".join(lines)

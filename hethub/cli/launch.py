@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +21,18 @@ _PACKAGES = ("torch", "ray", "safetensors", "plotly")
 
 
 def launch(
-    job: Annotated[Path, typer.Argument(help="The job file.")],
+    job: Annotated[
+        Path | None,
+        typer.Argument(help="The job file; with --resume the one that the run began with, if left out."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the unfinished run in this folder, from its newest intact checkpoint."),
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Cluster file to use instead of the job's; the plan is searched anew.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file to use instead of the job's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Train a job: plan it (or read its plan), run it on Ray, write the run folder.
@@ -28,19 +41,43 @@ def launch(
 
     Example: hethub launch cluster_specs/laptop-job.yaml
     """
+    from dataclasses import replace
+
     from hethub.specs.job import load_job
 
-    loaded = load_job(job)
+    loaded = load_job(_job_file(job, resume), cluster_file=_absolute(cluster), plan_file=_absolute(plan))
+    if resume is not None:
+        loaded = replace(loaded, output=resume.absolute())
     _require_packages()
     from hethub.launch.driver import launch as run
 
-    finished = run(loaded, lambda line: typer.echo(line, err=True))
+    # Ray prints on stdout that a worker died, which the run has told by then; `--json` promises one object there.
+    with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
+        finished = run(loaded, lambda line: typer.echo(line, err=True), resume=resume is not None)
     if as_json:
         typer.echo(json.dumps(finished.summary, indent=2))
     else:
         for line in _report(finished):
             typer.echo(line)
     sys.stdout.flush()
+
+
+def _job_file(job: Path | None, resume: Path | None) -> Path:
+    """The job file that is given, or the one that a run was launched with."""
+    from hethub.errors import InputError
+
+    if job is not None:
+        return job
+    if resume is None:
+        raise InputError("launch: no job file is given. Give one, or --resume with the folder of a run.")
+    try:
+        return Path(json.loads((resume / "run.json").read_text(encoding="utf-8"))["job_file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{resume}: is no folder of a run. Give one that `hethub launch` made.") from None
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def _require_packages() -> None:
@@ -61,6 +98,7 @@ def _report(finished: Finished) -> list[str]:
         f"speed {s['tokens_per_second']:,.0f} tokens/s{mark}, {s['share_of_prediction']:.1%} of its prediction",
         *_bounds(s),
         *_emulation(s),
+        *_recovery(s),
         *_comparison(finished),
         f"run folder {finished.folder}: summary.json, timeline.html, trace.json, model.safetensors, logs/",
     ]
@@ -92,6 +130,20 @@ def _emulation(s: dict[str, Any]) -> list[str]:
             f"wall clock {s['wall_tokens_per_second']:,.0f} tokens/s at time_scale {s['time_scale']:.3g}; "
             f"real math at most {s['real_math_ratio']:.1%} of a device's padded time; "
             f"overruns {s['overrun_ratio']:.2%} of actions{valid}"
+        )
+    return lines
+
+
+def _recovery(s: dict[str, Any]) -> list[str]:
+    kept = s["checkpoints"]
+    lines = []
+    if s["restarts"]:
+        lines.append(f"restarts {s['restarts']}; why and how long: attempts.jsonl")
+    if kept["made"] or kept["failed"]:
+        failed = f", {kept['failed']} could not be written" if kept["failed"] else ""
+        stall = kept["longest_stall_seconds"] or 0.0
+        lines.append(
+            f"checkpoints {kept['made']}{failed}; training stood still for at most {stall:.3f} s each"
         )
     return lines
 

@@ -11,6 +11,7 @@ import typer
 from hethub import __version__
 from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
+from hethub.cli.checkpoint import app as checkpoint_app
 from hethub.cli.compare import compare
 from hethub.cli.data import app as data_app
 from hethub.cli.launch import launch
@@ -44,6 +45,7 @@ app.command()(validate)
 app.command()(calibrate)
 app.command()(schema)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(profile_app, name="profile")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
+from hethub.cli.uncollected import uncollected
 
 if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
     from hethub.planners.answer import Answer
@@ -26,24 +28,28 @@ def plan(
             "--output", "-o", help="Where to write the plan (default plan.yaml; with --json: nowhere)."
         ),
     ] = None,
+    profiles: ProfilesOption = None,
+    strict: StrictOption = False,
+    calibration: CalibrationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Find the split of a model over a cluster that trains fastest, and predict what it will do.
 
     Example: hethub plan cluster_specs/laptop.yaml
     """
-    # One short task that makes very many small lasting values: collecting cycles again and again would take a
-    # tenth of a small plan's time and half of a big one's.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        _plan(cluster, output, as_json)
-    finally:
-        if collecting:
-            gc.enable()
+    with uncollected():
+        _plan(cluster, output, profiles, calibration, strict, as_json)
 
 
-def _plan(cluster: Path, output: Path | None, as_json: bool) -> None:
+def _plan(
+    cluster: Path,
+    output: Path | None,
+    profiles: Path | None,
+    calibration: Path | None,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from hethub.cli.measured import read_measured
     from hethub.errors import InputError
     from hethub.planners.answer import answer
     from hethub.specs.cluster import load_problem
@@ -53,7 +59,8 @@ def _plan(cluster: Path, output: Path | None, as_json: bool) -> None:
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")
-    found = answer(loaded, workload)
+    measured = read_measured(loaded, workload, profiles, calibration, strict=strict)
+    found = answer(loaded, workload, measured)
     if target is not None:
         try:
             save_plan(found.plan, target)

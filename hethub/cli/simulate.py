@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
+from hethub.cli.uncollected import uncollected
+
 if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
-    from hethub.cost.profiles.profile import Profile
+    from hethub.cost.measured import Measured
     from hethub.simulate.engine import Simulation
+    from hethub.simulate.what_if import Addition
     from hethub.specs.plan import Plan
 
 __all__ = ["simulate"]
@@ -22,7 +27,8 @@ def simulate(
     what_if: Annotated[
         list[str] | None,
         typer.Option(
-            help="A change, several allowed: link:CLASS=2x, device:GROUP/NODE/DEVICE=0.8x, type:NAME=0.5x."
+            help="A change, several allowed: link:CLASS=2x, device:GROUP/NODE/DEVICE=0.8x, type:NAME=0.5x, "
+            "type:NAME=+4 (more devices, planned anew)."
         ),
     ] = None,
     tokens: Annotated[
@@ -35,43 +41,53 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")
     ] = None,
-    profiles: Annotated[
-        Path | None,
-        typer.Option(help="Folder with layers.csv and transfers.csv: layers take what was measured there."),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse a plan with layers that the profiles lack.")
-    ] = False,
-    calibration: Annotated[
-        Path | None, typer.Option(help="A file that `hethub calibrate` wrote from our own runs.")
-    ] = None,
+    profiles: ProfilesOption = None,
+    strict: StrictOption = False,
+    calibration: CalibrationOption = None,
 ) -> None:
     """Predict one step of a plan: its time, and how busy every device is.
 
     Example: hethub simulate plan.yaml --what-if device:a/0/3=0.8x --trace step.json
     """
+    with uncollected():
+        _simulate(plan, what_if or [], tokens, waterfall, as_json, trace, profiles, strict, calibration)
+
+
+def _simulate(
+    path: Path,
+    what_if: list[str],
+    tokens: float | None,
+    waterfall: bool,
+    as_json: bool,
+    trace: Path | None,
+    profiles: Path | None,
+    strict: bool,
+    calibration: Path | None,
+) -> None:
+    from hethub.cli.measured import read_measured
     from hethub.cli.waterfall import predicted_waterfall, waterfall_lines
-    from hethub.cost.compute import ComputeModel
     from hethub.program.check import require_valid
     from hethub.simulate.energy import job_of
     from hethub.simulate.modelled import model
     from hethub.simulate.report import figures as figures_of
     from hethub.simulate.report import stage_rows
-    from hethub.simulate.what_if import changed_graph, parse_change
+    from hethub.simulate.what_if import Addition, Change, changed_graph, parse_change
     from hethub.specs.layout import lay_out
     from hethub.specs.plan import load_plan
 
-    changes = [parse_change(text) for text in what_if or ()]
-    loaded, document = load_plan(plan)
-    require_valid(loaded, document, str(plan))
-    if calibration is not None:
-        loaded = _calibrated(loaded, calibration)
-    if changes:  # bounds and baseline in the file are of the cluster as it is
+    wanted = [parse_change(text) for text in what_if]
+    changes = [change for change in wanted if isinstance(change, Change)]
+    additions = [change for change in wanted if isinstance(change, Addition)]
+    loaded, document = load_plan(path)
+    require_valid(loaded, document, str(path))
+    measured = read_measured(loaded.cluster, loaded.workload, profiles, calibration, strict=strict)
+    if wanted:  # bounds and baseline in the file are of the cluster as it is
         loaded = loaded.model_copy(update={"bounds": None})
-    profile = None if profiles is None else _profile(profiles, loaded, strict=strict)
-    compute = ComputeModel(changed_graph(loaded.cluster, changes), loaded.workload, profile)
+    if additions:
+        loaded = _planned_anew(loaded, additions, measured)
+    compute = measured.compute(changed_graph(loaded.cluster, changes), loaded.workload)
     modelled = model(lay_out(loaded), compute)
-    figures = figures_of(loaded, modelled)
+    figures = figures_of(loaded, modelled, measured.ratio_interval)
     _write_trace(trace, modelled.simulation)
     lost = predicted_waterfall(modelled)
     speed, joules, usd = (
@@ -79,14 +95,14 @@ def simulate(
     )
     job = None if tokens is None else asdict(job_of(tokens, speed, joules, usd))
     if as_json:
-        added: dict[str, Any] = {"waterfall": lost.total, "what_if": what_if or [], "job": job}
+        added: dict[str, Any] = {"waterfall": lost.total, "what_if": what_if, "job": job}
         typer.echo(json.dumps(figures | added, indent=2))
         return
     from hethub.cli.split import print_split
 
-    heading = f"{loaded.workload.model.name} on {loaded.cluster.name}: {plan}"
-    if changes:
-        heading += f", if {' and '.join(what_if or ())}"
+    heading = f"{loaded.workload.model.name} on {loaded.cluster.name}: {path}"
+    if wanted:
+        heading += f", if {' and '.join(what_if)}" + (" (planned anew)" if additions else "")
     print_split(heading, stage_rows(loaded, modelled), figures)
     if job is not None:
         typer.echo(f"job\t{_job_text(job)}")
@@ -94,37 +110,14 @@ def simulate(
         typer.echo("\n".join(f"{cause}\t{text}" for cause, text in waterfall_lines(lost)))
 
 
-def _profile(folder: Path, plan: Plan, *, strict: bool) -> Profile:
-    """The profile of a folder; tells which layers of which types it lacks, or refuses with `strict`."""
-    from hethub.cost.profiles.profile import LayerKey, load_profile
-    from hethub.errors import InputError
+def _planned_anew(plan: Plan, additions: Sequence[Addition], measured: Measured) -> Plan:
+    """The planner's plan for the cluster with further devices."""
+    from hethub.planners.first import FirstPlanner
+    from hethub.planners.interface import Problem
+    from hethub.simulate.what_if import enlarged
 
-    profile, workload = load_profile(folder), plan.workload
-    lacking = [
-        f"{kind} on {name}"
-        for name in plan.cluster.device_types
-        for kind in ("embedding", "decoder", "head")
-        if not profile.rows(
-            LayerKey(workload.model.name, name, kind, 1, workload.sequence_length, workload.precision)
-        )
-    ]
-    if lacking:
-        words = f"{folder} has no {', '.join(lacking)} of {workload.model.name}"
-        if strict:
-            raise InputError(f"{words}. Measure it with `hethub profile measure`, or leave out --strict.")
-        typer.echo(f"{words}: a roofline stands in", err=True)
-    return profile
-
-
-def _calibrated(plan: Plan, path: Path) -> Plan:
-    """The plan on devices as slow as a calibration found them; says which types it knows nothing of."""
-    from hethub.simulate.validation import load_coefficients, slowed
-
-    slow_down = load_coefficients(path).slow_down
-    lacking = [name for name in plan.cluster.device_types if name not in slow_down]
-    if lacking:
-        typer.echo(f"{path} has nothing on {', '.join(lacking)}: taken as their figures say", err=True)
-    return slowed(plan, slow_down)
+    cluster = enlarged(plan.cluster, additions)
+    return FirstPlanner().plan(Problem.of(cluster, plan.workload, measured)).plan
 
 
 def _write_trace(path: Path | None, simulation: Simulation) -> None:

@@ -77,7 +77,7 @@ def _facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     mark = " (emulated devices, modelled time)" if figures["emulated"] else ""
     speed = figures["tokens_per_second"]
     facts = [
-        ("step", f"{figures['step_seconds']:.4g} s predicted{mark}"),
+        ("step", f"{figures['step_seconds']:.4g} s predicted{mark}{_interval(figures)}"),
         ("speed", f"{speed:,.0f} tokens/s predicted{mark}"),
         _homogeneous(figures),
         ("physical bound", _physical(figures)),
@@ -96,6 +96,11 @@ def _facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
         )
     facts += [_idle(figures), *_money(figures)]
     return [fact for fact in facts if fact[1]]
+
+
+def _interval(figures: dict[str, Any]) -> str:
+    found = figures["step_seconds_interval_95"]
+    return "" if found is None else f", {found[0]:.4g} to {found[1]:.4g} s with 95 %"
 
 
 def _homogeneous(figures: dict[str, Any]) -> tuple[str, str]:

@@ -110,7 +110,7 @@ def _compare(run: Path, step: int | None) -> _Comparison:
     chosen = (numbers >= first) & (numbers <= last)
     median = float(np.median(durations[chosen]))
     steady = int(np.flatnonzero(step_numbers(predicted) == 0)[0])
-    speeds = _speeds(run, measured)
+    speeds, pieces = _speeds_and_pieces(run, measured)
     return _Comparison(
         predicted=predicted,
         measured=measured,
@@ -121,24 +121,33 @@ def _compare(run: Path, step: int | None) -> _Comparison:
         measured_step_seconds=median,
         predicted_devices=summarize(predicted, 0, 0),
         measured_devices=measured_devices,
-        predicted_waterfall=waterfall(predicted, 0, 0, speeds),
-        measured_waterfall=waterfall(measured, first, last, speeds),
+        predicted_waterfall=waterfall(predicted, 0, 0, speeds, pieces),
+        measured_waterfall=waterfall(measured, first, last, speeds, pieces),
     )
 
 
-def _speeds(run: Path, measured: Timeline) -> list[float] | None:
-    """The devices' relative speeds by the run's plan; None where the folder has no plan.yaml."""
+def _speeds_and_pieces(run: Path, measured: Timeline) -> tuple[list[float] | None, list[float] | None]:
+    """The devices' relative speeds and their smallest pieces of work by the run's plan; None where the folder has no
+    plan.yaml."""
     if not (run / "plan.yaml").is_file():
-        return None
+        return None, None
     from hethub.cost.bounds import physical_bound
     from hethub.cost.compute import ComputeModel
     from hethub.cost.graph import CostGraph
+    from hethub.simulate.pieces import piece_seconds
+    from hethub.specs.layout import lay_out
     from hethub.specs.plan import load_plan
 
     plan, _ = load_plan(run / "plan.yaml")
-    shares = physical_bound(ComputeModel(CostGraph(plan.cluster), plan.workload)).shares
+    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+    shares = physical_bound(compute).shares
     types = measured.info.device_types
-    return [shares[name] / types.count(name) for name in types]
+    names = (device.name for device in compute.graph.devices)
+    pieces = dict(zip(names, piece_seconds(lay_out(plan), compute), strict=True))
+    return (
+        [shares[name] / types.count(name) for name in types],
+        [pieces.get(name, 0.0) for name in measured.info.devices],
+    )
 
 
 def _load(run: Path, origin: str) -> Timeline:

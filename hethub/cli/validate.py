@@ -21,7 +21,7 @@ def validate(
     ],
     calibration: Annotated[Path | None, typer.Option(help="A file that `hethub calibrate` wrote.")] = None,
     profiles: Annotated[
-        Path | None, typer.Option(help="Folder with layers.csv and transfers.csv for imported runs.")
+        Path | None, typer.Option(help="Folder with layers.csv and transfers.csv to predict by.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a scatter plot here.")] = None,
     strict: Annotated[
@@ -35,11 +35,12 @@ def validate(
     """
     from hethub.cli.run_sources import load_sources
     from hethub.cost.engine_prices import Coefficients
-    from hethub.simulate.validation import check_imported_run, check_own_run, load_coefficients
+    from hethub.simulate.validation import check_imported_run, check_own_run, load_calibration
 
     sources = load_sources(runs, profiles)
-    chosen = None if calibration is None else load_coefficients(calibration)
-    checks = [check_own_run(run, chosen) for run in sources.own]
+    chosen = None if calibration is None else load_calibration(calibration).coefficients
+    given = None if profiles is None else sources.profile
+    checks = [check_own_run(run, chosen, given) for run in sources.own]
     if sources.imported:
         assert sources.profile is not None  # imported with the runs
         checks += [

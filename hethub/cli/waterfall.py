@@ -18,6 +18,7 @@ def predicted_waterfall(modelled: Modelled) -> Waterfall:
     from collections import Counter
 
     from hethub.cost.bounds import physical_bound
+    from hethub.simulate.pieces import piece_seconds
     from hethub.timeline.waterfall import waterfall
 
     timeline = modelled.simulation.timeline
@@ -33,7 +34,7 @@ def predicted_waterfall(modelled: Modelled) -> Waterfall:
             together = sum(weights[device] for device in group)
             for device in group:
                 weights[device] = together if device == first else 0.0
-    return waterfall(timeline, 0, 0, weights)
+    return waterfall(timeline, 0, 0, weights, piece_seconds(modelled.layout, compute))
 
 
 def waterfall_lines(found: Waterfall) -> list[tuple[str, str]]:

@@ -43,7 +43,8 @@ def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> Ph
     rows, plus those of the activations, proportional to the rows: so the time per row never rises with the
     rows. The ranks of a tensor-parallel group read all activations each and together all weights, so their
     flops add up to the whole's and their bytes to no less; and a sum of maxima is at least the maximum of
-    the sums. Recomputation, reduction, norm and update only add.
+    the sums. Recomputation, reduction, norm and update only add. Of measured layers the best of all measured
+    micro-batches counts.
 
     `global_batch` (rows) replaces the workload's own. Raises InputError when a device type lacks a needed
     figure.
@@ -56,7 +57,7 @@ def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> Ph
     layers = {"embedding": 1, "decoder": workload.model.layers, "head": 1}
     work = [
         [
-            layers[kind] * compute.layer_seconds(types[name], kind, whole, rows) / counts[name]
+            layers[kind] * compute.least_layer_seconds(types[name], kind, whole, rows) / counts[name]
             for kind in _KINDS
         ]
         for name in types

@@ -7,10 +7,12 @@ each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from hethub.cost.graph import CostGraph
+from hethub.cost.graph import CostGraph, is_host
+from hethub.cost.profiles.curve import LinkFit
 from hethub.cost.profiles.profile import LayerKey, Profile
 from hethub.cost.shapes import (
     BYTES,
@@ -91,12 +93,21 @@ class ComputeModel:
 
     A `profile` sets the level where it has the layer: a whole layer on one rank takes what was measured, and the
     roofline only shares that out over segments, halves of a backward, and ranks with less than the whole layer.
+    `slow_down` by device type says how much longer a device works than its figures or its profile say.
     """
 
-    def __init__(self, graph: CostGraph, workload: Workload, profile: Profile | None = None) -> None:
+    def __init__(
+        self,
+        graph: CostGraph,
+        workload: Workload,
+        profile: Profile | None = None,
+        *,
+        slow_down: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self.graph = graph
         self.workload = workload
         self.profile = profile
+        self.slow_down = slow_down
         self._seconds: dict[tuple[str, LayerKind, Share, int, Work], tuple[float, ...]] = {}
         self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
@@ -128,12 +139,15 @@ class ComputeModel:
         key = (device_type.name, kind, share, rows, work)
         found = self._seconds.get(key)
         if found is None:
-            level = (
-                1.0 if self.profile is None else self._level(self.profile, device_type, kind, rows, work.kind)
-            )
+            level = self._slow(device_type)
+            if self.profile is not None:
+                level *= self._level(self.profile, device_type, kind, rows, work.kind)
             roofline = self._roofline(device_type, kind, share, rows, work)
             found = self._seconds[key] = tuple(level * seconds for seconds in roofline)
         return found
+
+    def _slow(self, device_type: DeviceType) -> float:
+        return self.slow_down.get(self.graph.as_known(device_type).name, 1.0)
 
     def _roofline(
         self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int, work: Work
@@ -148,15 +162,18 @@ class ComputeModel:
         self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, work: Kind
     ) -> float:
         """Measured over roofline seconds of a whole layer on one rank; 1 where it was not measured."""
-        model = self.workload.model
+        model, device_type = self.workload.model, self.graph.as_known(device_type)
         key = LayerKey(
             model.name, device_type.name, kind, 1, self.workload.sequence_length, self.workload.precision
         )
-        forward = work in (Kind.FORWARD, Kind.RECOMPUTE)
-        measured = profile.seconds(key, "forward" if forward else "backward", rows)
+        kind_of = {Kind.RECOMPUTE: Kind.FORWARD}.get(work, work)
+        measured = profile.seconds(key, kind_of.name.lower(), rows)
+        if measured is None and kind_of in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT):
+            kind_of = Kind.BACKWARD
+            measured = profile.seconds(key, "backward", rows)
         if measured is None:
             return 1.0
-        whole = Work(Kind.FORWARD if forward else Kind.BACKWARD)
+        whole = Work(kind_of)
         roofline = sum(self._roofline(device_type, kind, Share.whole(model), rows, whole))
         return measured / roofline if roofline else 1.0
 
@@ -166,6 +183,14 @@ class ComputeModel:
             sum(self.segment_seconds(device_type, kind, share, rows, Work(work)))
             for work in (Kind.FORWARD, Kind.BACKWARD)
         )
+
+    def least_layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
+        """The same at the number of rows at a time that takes the least time a row: `rows` under the roofline; a
+        measured device may do better with fewer, which fit its caches."""
+        counts = {rows}
+        if self.profile is not None:
+            counts.update(n for n in self.profile.micro_batches if n < rows)
+        return rows * min(self.layer_seconds(device_type, kind, share, n) / n for n in sorted(counts))
 
     def collective_seconds(self, devices: tuple[int, ...], segment: Segment) -> float:
         """All collectives of a segment among a tensor-parallel group, one after the other."""
@@ -238,6 +263,14 @@ class ComputeModel:
             for i, segment in enumerate(segments)
         ]
 
+    def message_work(self, device: int) -> tuple[LinkFit, LinkFit] | None:
+        """What a message takes of the device itself, sent and received, where that was measured: a real CPU moves its
+        messages in the time in which it would compute."""
+        device_type = self.graph.as_known(self.graph.devices[device].type)
+        if self.profile is None or not self.graph.shares_memory or not is_host(device_type):
+            return None
+        return self.profile.message_work(device_type.name)
+
     def stage_parameters(self, share: Share, layers: Span) -> int:
         """Parameter elements that a rank holds of `layers`; a tied table that stands twice counts once."""
         model = self.workload.model
@@ -250,4 +283,4 @@ class ComputeModel:
 
     def touch_seconds(self, device_type: DeviceType, size_bytes: float) -> float:
         """An action bound by memory traffic (reduce, norm, update, gather)."""
-        return size_bytes / self._rate(device_type)[1]
+        return self._slow(device_type) * size_bytes / self._rate(device_type)[1]

@@ -9,19 +9,22 @@ speed, so that messages between two devices never overtake each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
+from hethub import catalog
 from hethub.errors import InputError
-from hethub.specs.cluster import Cluster, Device, GroupLink, Link, NodeGroup
+from hethub.specs.cluster import Cluster, Device, DeviceType, GroupLink, Link, NodeGroup
 
 if TYPE_CHECKING:  # loaded where a way has to be looked for
     import networkx as nx
 
-__all__ = ["CostGraph", "FreeAt", "Path", "reserve"]
+__all__ = ["STAGED_CHUNK_BYTES", "CostGraph", "FreeAt", "Path", "is_host", "reserve"]
+
+STAGED_CHUNK_BYTES = 1 << 18  # of a host-staged message: large enough for a copy at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +32,23 @@ class Path:
     """How bytes get from one device to another.
 
     `cells` are (index, bytes per second) pairs; the slowest one bounds the transfer, `latency_seconds` is
-    added once.
+    added once. `crossings` are the cross links taken, as they are numbered in the cluster.
     """
 
     cells: tuple[tuple[int, float], ...]
     bandwidth_bytes_per_second: float
     latency_seconds: float
     transport: str
+    crossings: tuple[int, ...] = ()
 
     def seconds(self, size_bytes: float) -> float:
         """Transfer time on an idle path: latency + bytes / bandwidth."""
         return self.latency_seconds + size_bytes / self.bandwidth_bytes_per_second
+
+
+def is_host(device_type: DeviceType) -> bool:
+    """Whether a device is the CPU of its host."""
+    return catalog.vendor(device_type.vendor).torch_device == "cpu"
 
 
 class FreeAt(Protocol):
@@ -98,8 +107,14 @@ class CostGraph:
         self._first_node_cell = 2 * len(self.devices)
         self._first_crossing_cell = self._first_node_cell + 2 * len(self._node_cells)
         self._first_shared_cell = self._first_crossing_cell + 2 * len(self._node_cells) * len(cluster.links)
+        self._first_copy_cell = self._first_shared_cell + 2 * len(cluster.links)
         self._paths: dict[tuple[int, int], Path] = {}
         self._routes: dict[tuple[str, str], _Route] = {}
+        self.changed_from: Mapping[str, DeviceType] = {}  # of types made up by a what-if, by their name
+
+    def as_known(self, device_type: DeviceType) -> DeviceType:
+        """The type that profiles and calibrations know this one by."""
+        return self.changed_from.get(device_type.name, device_type)
 
     def __getstate__(self) -> dict[str, object]:
         """Routes travel along, so that a worker need not import networkx (0.15 s of every worker's start)."""
@@ -109,13 +124,30 @@ class CostGraph:
     @property
     def cell_count(self) -> int:
         """How many cells `reserve` may index."""
-        return self._first_shared_cell + 2 * len(self.cluster.links)
+        return self._first_copy_cell + 2 * len(self.devices)
+
+    def is_own(self, cell: int) -> bool:
+        """Whether a cell is one device's: its way in or out inside the node, or its copies to and from the host."""
+        return cell < self._first_node_cell or cell >= self._first_copy_cell
 
     @property
     def shares_links(self) -> bool:
         """Whether concurrent transfers share a link fairly, as real ones do; emulated links serve first come, first
         served, since a sender reserves them and cannot take that back (`reserve`)."""
         return self.cluster.emulated_time_scale is None
+
+    @cached_property
+    def shares_memory(self) -> bool:
+        """Whether some devices are real CPUs, which may read each other's parameters where they lie."""
+        real = self.cluster.emulated_time_scale is None
+        return real and any(is_host(device_type) for device_type in self.cluster.device_types.values())
+
+    def reads_in_place(self, source: int, destination: int) -> bool:
+        """Whether parameters between two devices are read where they lie, so that no message carries them: both are
+        CPUs of one host, which shared memory joins."""
+        ends = (self.devices[source], self.devices[destination])
+        alike = self.shares_memory and all(is_host(device.type) for device in ends)
+        return alike and self.path(source, destination).transport == "shared-memory"
 
     @cached_property
     def graph(self) -> nx.Graph:
@@ -214,8 +246,25 @@ class CostGraph:
         key = (source, destination)
         found = self._paths.get(key)
         if found is None:
-            found = self._paths[key] = self._find(self.devices[source], self.devices[destination], key)
+            found = self._find(self.devices[source], self.devices[destination], key)
+            found = self._paths[key] = self._staged(found, key) if found.transport == "host-staged" else found
         return found
+
+    def _staged(self, path: Path, ends: tuple[int, int]) -> Path:
+        """With the copies between device and host memory at both ends, where their speed is known: in chunks, so that
+        copy, wire and copy go on at once, and the first and the last chunk's copies alone add to the latency."""
+        copies = []
+        for way, device in enumerate(ends):
+            speed = self.devices[device].type.host_copy_bytes_per_second
+            if speed is not None:
+                copies.append((self._first_copy_cell + 2 * device + way, speed))
+        alone = sum(STAGED_CHUNK_BYTES / speed for _, speed in copies)
+        return replace(
+            path,
+            cells=(*path.cells, *copies),
+            bandwidth_bytes_per_second=min([path.bandwidth_bytes_per_second, *(s for _, s in copies)]),
+            latency_seconds=path.latency_seconds + alone,
+        )
 
     def _find(self, source: Device, destination: Device, indices: tuple[int, int]) -> Path:
         one, other = self._groups[source.group], self._groups[destination.group]
@@ -235,7 +284,10 @@ class CostGraph:
             *self._crossing_cells(route, leaving, entering),
             *route.shared,
         )
-        return Path(cells, route.bandwidth_bytes_per_second, route.latency_seconds, route.transport)
+        crossings = tuple(number for number, _ in route.crossings)
+        return Path(
+            cells, route.bandwidth_bytes_per_second, route.latency_seconds, route.transport, crossings
+        )
 
     def _crossing_cells(self, route: _Route, leaving: int, entering: int) -> Iterator[tuple[int, float]]:
         """What one node gets of a cross link: all its transfers over that link queue for it, each way."""

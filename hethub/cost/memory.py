@@ -20,8 +20,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
+from hethub.cost.graph import is_host
 from hethub.cost.shapes import (
     BYTES,
     LayerKind,
@@ -96,8 +96,8 @@ class MemoryUse:
 
 def on_host(compute: ComputeModel, device: int) -> bool:
     """Whether the device's tensors lie in the host's memory, as messages do: a CPU's, and an emulated device's."""
-    vendor = catalog.vendor(compute.graph.devices[device].type.vendor)
-    return compute.graph.cluster.emulated_time_scale is not None or vendor.torch_device == "cpu"
+    emulated = compute.graph.cluster.emulated_time_scale is not None
+    return emulated or is_host(compute.graph.devices[device].type)
 
 
 def usable_bytes(device_type: DeviceType) -> int:

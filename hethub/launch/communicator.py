@@ -8,6 +8,7 @@ buffer, and consumed in any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hethub.launch.streams import Moment, Streams, pack
 from hethub.launch.tally import StorageTally
-from hethub.program.actions import Channel, Program, Transfer, What
+from hethub.program.actions import SUMS, Channel, Program, Transfer, What
 from hethub.program.memory import TRAILER_BYTES, acknowledged
 from hethub.timeline.record import Lane
 
@@ -60,7 +62,8 @@ class Communicator:
     sender reserves the path and the message carries its arrival time. A `tally` counts the buffers. The library's own
     threads move the bytes while the device computes. Buffers of activations are kept and used again; those of
     parameters, which come once a step, give their memory to activations meanwhile. Messages of the transfers in `bells`
-    only say that what they would carry can be read where it lies.
+    only say that what they would carry can be read where it lies. With `streams` the device is an accelerator: it
+    copies to host memory by itself, and a thread of this process hands each message on when its copy is there.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Communicator:
         reserve: Reserve | None = None,
         tally: StorageTally | None = None,
         bells: frozenset[int] = frozenset(),
+        streams: Streams | None = None,
     ) -> None:
         self.program = program
         self.device = device
@@ -79,9 +83,13 @@ class Communicator:
         self.tally = tally
         self._extra = 0 if reserve is None else TRAILER_BYTES
         self._inboxes: dict[Channel, _Inbox] = {}
-        # by message: (work, payload, its lane where it is a buffer of ours)
-        self._sending: dict[int, tuple[dist.Work, Tensor, Lane | None]] = {}
-        self._spare: dict[int, list[Tensor]] = {}
+        # by message: (how to wait for it, payload, its lane where it is a buffer of ours)
+        self._sending: dict[int, tuple[Callable[[], object], Tensor, Lane | None]] = {}
+        # by size: buffers, and from when on they may be written
+        self._spare: dict[int, list[tuple[Tensor, Moment | None]]] = {}
+        self._streams = streams
+        # One thread, so that messages leave in the order of the program.
+        self._leaving = None if streams is None else ThreadPoolExecutor(1, thread_name_prefix="leaving")
         self._inbound = [channel for channel in program.order if channel[1] == device]
         self._told = acknowledged(program, {channel[0] for channel in self._inbound})
         self._bells = bells
@@ -102,16 +110,21 @@ class Communicator:
     def _buffer(self, size: int, lane: Lane) -> Tensor:
         spare = self._spare.get(size) if lane == Lane.ACTIVATIONS else None
         if spare:
-            return spare.pop()
-        buffer = torch.empty(size, dtype=torch.uint8)
+            buffer, free = spare.pop()
+            if free is not None:
+                free.synchronize()
+            return buffer
+        buffer = (
+            torch.empty(size, dtype=torch.uint8) if self._streams is None else self._streams.host_memory(size)
+        )
         if self.tally is not None:
             self.tally.add(buffer)
         return buffer
 
-    def release(self, buffer: Tensor, lane: Lane) -> None:
-        """Give a received message's buffer back."""
+    def release(self, buffer: Tensor, lane: Lane, free: Moment | None = None) -> None:
+        """Give a received message's buffer back; `free` is when the device will have read it, None where it has."""
         if lane == Lane.ACTIVATIONS:
-            self._spare.setdefault(buffer.numel(), []).append(buffer)
+            self._spare.setdefault(buffer.numel(), []).append((buffer, free))
         elif self.tally is not None:
             self.tally.drop(buffer.data_ptr())
 
@@ -139,39 +152,46 @@ class Communicator:
         size = sum(part.numel() * part.element_size() for part in parts)
         if size != transfer.bytes:
             raise AssertionError(f"message {message} holds {size} bytes, the program says {transfer.bytes}")
-        first = parts[0]
-        own = (
-            self.reserve is not None
-            or len(parts) > 1
-            or not first.is_contiguous()
-            or first.device.type != "cpu"
-        )
-        payload = (
-            self._packed(parts, self._size[message], transfer.lane)
-            if own
-            else first.detach().view(-1).view(torch.uint8)
-        )
+        copies = self._streams is not None and transfer.what not in SUMS
+        own = copies or self.reserve is not None or len(parts) > 1 or not parts[0].is_contiguous()
+        there: Moment | None = None
+        if not own:
+            payload = parts[0].detach().view(-1).view(torch.uint8)
+        else:
+            payload = self._buffer(self._size[message], transfer.lane)
+            if self._streams is not None and copies:
+                there = self._streams.copy_out(parts, payload)
+            else:
+                pack(parts, payload)
         if self.reserve is not None:
             arrival = self.reserve(transfer.destination, transfer.bytes, now)
             payload[size:].view(torch.float64).fill_(arrival)
-        self._start(message, transfer, payload, transfer.lane if own else None)
+        self._start(message, transfer, payload, transfer.lane if own else None, there)
 
-    def _start(self, message: int, transfer: Transfer, payload: Tensor, lane: Lane | None) -> None:
-        """Hand bytes to the library; `lane` is that of a buffer of ours."""
+    def _start(
+        self,
+        message: int,
+        transfer: Transfer,
+        payload: Tensor,
+        lane: Lane | None,
+        there: Moment | None = None,
+    ) -> None:
+        """Hand bytes to the library, from `there` on; `lane` is that of a buffer of ours."""
         rank = self.rank_of[transfer.destination]
-        work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
-        assert work is not None
-        self._sending[message] = (work, payload, lane)
 
-    def _packed(self, parts: Sequence[Tensor], size: int, lane: Lane) -> Tensor:
-        """A buffer of `size` bytes that begins with the parts' elements."""
-        buffer = self._buffer(size, lane)
-        at = 0
-        for part in parts:
-            stop = at + part.numel() * part.element_size()
-            buffer[at:stop].view(part.dtype).view(part.shape).copy_(part.detach())
-            at = stop
-        return buffer
+        def leave() -> dist.Work:
+            if there is not None:
+                there.synchronize()
+            work = guard(lambda: dist.isend(payload, rank, tag=int(transfer.lane)), transfer.destination)
+            assert work is not None
+            return work
+
+        if self._leaving is None:
+            wait: Callable[[], object] = leave().wait
+        else:
+            left = self._leaving.submit(leave)
+            wait = lambda: left.result().wait()  # noqa: E731
+        self._sending[message] = (wait, payload, lane)
 
     def receive(self, message: int) -> Delivery:
         """Wait for a message. Its buffer comes back with `release`."""
@@ -195,8 +215,8 @@ class Communicator:
         """Take back what was sent. A wait is all that the library tells of a send, so it is made when the receiver has
         shown that it has the message: then it ends at once."""
         if message in self._sending:
-            work, payload, lane = self._sending.pop(message)
-            guard(work.wait, self.program.transfer(message).destination)
+            wait, payload, lane = self._sending.pop(message)
+            guard(wait, self.program.transfer(message).destination)
             if lane is not None:
                 self.release(payload, lane)
 

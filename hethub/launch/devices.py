@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 
 from hethub.launch.clock import Clock
 from hethub.launch.model import TensorGroup
+from hethub.launch.streams import Moment, Streams
 from hethub.launch.tally import StorageTally
 from hethub.program.actions import Price
 
-__all__ = ["ComputeDevice", "EmulatedDevice", "RealDevice", "Timing"]
+__all__ = ["Accelerator", "ComputeDevice", "EmulatedDevice", "RealDevice", "Timing"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Timing:
     """When an action ran (modelled seconds), the device's own compute in it, and what was real.
 
-    `real_seconds` and `overrun_seconds` are wall seconds. `collectives` are (start, end) in modelled seconds.
+    `real_seconds` and `overrun_seconds` are wall seconds. `collectives` are (start, end) in modelled seconds. Of a
+    device that works off a queue all are NaN until `ComputeDevice.settle`.
     """
 
     start: float
@@ -33,47 +36,137 @@ class Timing:
 
 
 class ComputeDevice(Protocol):
-    """Runs math and times it."""
+    """Runs math and times it. One with `streams` works off a queue; the others have done an action when the call
+    returns."""
 
     clock: Clock
     torch_device: torch.device
     tally: StorageTally | None
+    streams: Streams | None
 
     def compute(self, price: Price, group: TensorGroup, work: Callable[[], None]) -> Timing:
         """Run `work` as one action whose predicted price is `price`."""
         ...
 
+    def elapsed(self, work: Callable[[], None]) -> Timing:
+        """Do what is not compute: what the device does not do meanwhile is time lost to it."""
+        ...
 
-def _collectives(group: TensorGroup) -> list[tuple[float, float]]:
+    def settle(self) -> None:
+        """Wait until all actions are done; from then on their timings are known."""
+        ...
+
+
+def _collectives(group: TensorGroup) -> list[tuple[Any, Any]]:
     take = getattr(group, "take_events", None)
-    events: list[tuple[float, float]] = [] if take is None else take()
+    events: list[tuple[Any, Any]] = [] if take is None else take()
     return events
 
 
-class RealDevice:
-    """Any torch device; the action ends when the device has done the math."""
+def _of_compute(start: float, end: float, collectives: tuple[tuple[float, float], ...]) -> Timing:
+    """All of a real action but its collectives is the device's own compute."""
+    busy = max(0.0, end - start - sum(b - a for a, b in collectives))
+    return Timing(start, end, busy, busy, 0.0, collectives)
+
+
+class _OnHost:
+    """A device that is the host's own processor: an action is done when the call returns."""
+
+    clock: Clock
+    streams: Streams | None = None
+
+    def elapsed(self, work: Callable[[], None]) -> Timing:
+        """By the clock."""
+        start = self.clock.now()
+        work()
+        return Timing(start, self.clock.now(), 0.0, 0.0, 0.0)
+
+    def settle(self) -> None:
+        """Nothing is open."""
+
+
+class RealDevice(_OnHost):
+    """The CPU as it is."""
 
     tally: StorageTally | None = None
 
     def __init__(self, clock: Clock, torch_device: torch.device) -> None:
         self.clock = clock
         self.torch_device = torch_device
-        module: Any = getattr(torch, torch_device.type, None)
-        self._synchronize: Callable[[], None] = getattr(module, "synchronize", lambda: None)
 
     def compute(self, price: Price, group: TensorGroup, work: Callable[[], None]) -> Timing:
-        """Run and wait for the device; collectives inside are exposed communication."""
+        """Run; collectives inside are exposed communication."""
         start = self.clock.now()
         work()
-        self._synchronize()
         end = self.clock.now()
         epoch = self.clock.epoch_seconds
-        inside = tuple((a - epoch, b - epoch) for a, b in _collectives(group))
-        busy = max(0.0, end - start - sum(b - a for a, b in inside))
-        return Timing(start, end, busy, busy, 0.0, inside)
+        return _of_compute(start, end, tuple((a - epoch, b - epoch) for a, b in _collectives(group)))
 
 
-class EmulatedDevice:
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """An action in an accelerator's queue: moments of its start, its end and its collectives."""
+
+    timing: Timing
+    start: Moment
+    end: Moment
+    collectives: list[tuple[Moment, Moment]]
+    busy: bool  # whether what lies between is compute
+
+
+class Accelerator:
+    """A device with streams: actions are queued, and timed by events between them.
+
+    Between two events lies what the device did and what it waited for, so a receive's time is what the device stood
+    still for, not what the host waited.
+    """
+
+    tally: StorageTally | None = None
+
+    def __init__(self, clock: Clock, torch_device: torch.device, streams: Streams) -> None:
+        self.clock = clock
+        self.torch_device = torch_device
+        self.streams: Streams | None = streams
+        self._streams = streams
+        self._queue: list[_Queued] = []
+
+    def compute(self, price: Price, group: TensorGroup, work: Callable[[], None]) -> Timing:
+        """Queue it; collectives inside are exposed communication."""
+        return self._queued(work, lambda: _collectives(group), busy=True)
+
+    def elapsed(self, work: Callable[[], None]) -> Timing:
+        """By what the device does in between: nothing, where it has to wait."""
+        return self._queued(work, list, busy=False)
+
+    def _queued(
+        self, work: Callable[[], None], collectives: Callable[[], list[tuple[Moment, Moment]]], busy: bool
+    ) -> Timing:
+        start = self._streams.moment()
+        work()
+        timing = Timing(math.nan, math.nan, math.nan, math.nan, math.nan)
+        self._queue.append(_Queued(timing, start, self._streams.moment(), collectives(), busy))
+        return timing
+
+    def settle(self) -> None:
+        """Wait for the device, and count back from now."""
+        last = self._streams.moment()
+        last.synchronize()
+        now = self.clock.now()
+
+        def when(moment: Moment) -> float:
+            return now - self._streams.seconds(moment, last)
+
+        for queued in self._queue:
+            start, end = when(queued.start), when(queued.end)
+            known = Timing(start, end, 0.0, 0.0, 0.0)
+            if queued.busy:
+                known = _of_compute(start, end, tuple((when(a), when(b)) for a, b in queued.collectives))
+            for entry in fields(Timing):
+                setattr(queued.timing, entry.name, getattr(known, entry.name))
+        self._queue.clear()
+
+
+class EmulatedDevice(_OnHost):
     """Real math on the CPU in a modelled device's time and memory.
 
     An action starts when its inputs are there and the device is free (a group's: when its latest member is), never at

@@ -29,7 +29,7 @@ from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
 from hethub.launch.shards import Shards
 from hethub.launch.tally import DeviceMemoryError, Held
-from hethub.program.actions import Action, Program, Transfer, What
+from hethub.program.actions import SUMS, Action, Program, Transfer, What
 from hethub.program.memory import opens_parameters
 from hethub.specs.job import OptimizerSettings
 from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace, sequence_span
@@ -233,6 +233,7 @@ class Executor:
                 timing = self._do(number, action)
                 self.recorder.add(step, self.device, number, action, timing)
         self._owes = self.program.training
+        self.compute.settle()
         totals = self.lane.totals()
         norm = math.sqrt(float(totals[0])) if self.program.training else math.nan
         return StepResult(float(totals[1]) / rows.tokens, norm)
@@ -295,15 +296,13 @@ class Executor:
         if stage.first or stage.last:
             pipeline = place.pipeline
             base = pipeline.first_row + action.micro_batch * pipeline.micro_batch_rows
-            device = self.compute.torch_device
             inputs, wanted, weight = self._rows.get(
                 base + place.replica.rows[0], base + place.replica.rows[1]
             )
             if stage.first:
-                tokens = torch.from_numpy(np.ascontiguousarray(inputs)).to(device)
+                tokens = self._onto_device(inputs)
             if stage.last:
-                targets = torch.from_numpy(np.ascontiguousarray(wanted)).to(device)
-                weights = torch.from_numpy(weight).to(device)
+                targets, weights = self._onto_device(wanted), self._onto_device(weight)
         entry, held = (tokens, []) if tokens is not None else self._assemble(What.ACTIVATION, action)
         pieces = self._pieces.get(key, (place.stage.layers,))
         scale = 1.0 / self._rows.tokens
@@ -311,6 +310,15 @@ class Executor:
             stage, pieces, entry, targets, weights, scale, self.compute.tally, held
         )
         return flight
+
+    def _onto_device(self, values: np.ndarray) -> Tensor:
+        """Numbers of the host, for work that is queued from now on."""
+        host = torch.from_numpy(np.ascontiguousarray(values))
+        streams = self.compute.streams
+        if streams is None:
+            return host
+        staged = streams.host_memory(host.numel() * host.element_size()).view(host.dtype).view(host.shape)
+        return streams.copy_in(staged.copy_(host))[0]
 
     def _forward(self, action: Action) -> Timing:
         key = (action.stage, action.micro_batch)
@@ -326,7 +334,7 @@ class Executor:
         assert flight.value is not None
         if flight.stage.last:
             if self.places[action.stage].counts_loss:
-                self.lane.loss += float(flight.value)
+                self.lane.losses.append(flight.value)
         else:
             self._offer(What.ACTIVATION, action, flight.value)
         flight.value = None
@@ -438,14 +446,16 @@ class Executor:
 
     def _send(self, action: Action) -> Timing:
         transfer = self.program.transfer(action.message)
-        start = self.compute.clock.now()
-        if transfer.lane == Lane.ACTIVATIONS:
-            parts: Sequence[Tensor] = [self._leaving(transfer, action)]
-        else:
-            parts = self.lane.outgoing(transfer)
-        self.communicator.send(action.message, parts, start)
-        self._during()
-        return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
+
+        def leave() -> None:
+            if transfer.lane == Lane.ACTIVATIONS:
+                parts: Sequence[Tensor] = [self._leaving(transfer, action)]
+            else:
+                parts = self.lane.outgoing(transfer)
+            self.communicator.send(action.message, parts, self.compute.clock.now())
+            self._during()
+
+        return self.compute.elapsed(leave)
 
     def _leaving(self, transfer: Transfer, action: Action) -> Tensor:
         step = -1 if transfer.what == What.ACTIVATION else 1
@@ -458,40 +468,45 @@ class Executor:
 
     def _receive(self, action: Action) -> Timing:
         transfer = self.program.transfer(action.message)
-        start = self.compute.clock.now()
-        self._during()
-        delivery = self.communicator.receive(action.message)
-        if delivery.arrival is not None:
-            self.compute.clock.wait_until(delivery.arrival)
-        if transfer.lane == Lane.ACTIVATIONS:
-            self._keep(transfer, action, delivery)
-        else:
-            self._mail(transfer, delivery)
-        return Timing(start, self.compute.clock.now(), 0.0, 0.0, 0.0)
+
+        def arrive() -> None:
+            self._during()
+            delivery = self.communicator.receive(action.message)
+            if delivery.arrival is not None:
+                self.compute.clock.wait_until(delivery.arrival)
+            if transfer.lane == Lane.ACTIVATIONS:
+                self._keep(transfer, action, delivery)
+            else:
+                self._mail(transfer, delivery)
+
+        return self.compute.elapsed(arrive)
+
+    def _taken(self, delivery: Delivery, transfer: Transfer) -> tuple[Tensor, Tensor | None]:
+        """What came, on the device, and the buffer that it lies in, if it still does."""
+        streams = self.compute.streams
+        if streams is None:
+            return delivery.payload, delivery.buffer
+        value, free = streams.copy_in(delivery.payload)
+        self.communicator.release(delivery.buffer, transfer.lane, free)
+        return value, None
 
     def _keep(self, transfer: Transfer, action: Action, delivery: Delivery) -> None:
         stage = self.stages[transfer.stage]
         rows, tokens = (span[1] - span[0] for span in (transfer.rows, transfer.tokens))
-        value = delivery.payload.view(stage.dtype).view(rows, tokens, stage.model.hidden_size)
+        value, buffer = self._taken(delivery, transfer)
+        value = value.view(stage.dtype).view(rows, tokens, stage.model.hidden_size)
         number = self.program.messages[action.message].transfer
-        on_host = self.compute.torch_device.type == "cpu"
-        if not on_host:
-            value = value.to(self.compute.torch_device)
-            self.communicator.release(delivery.buffer, transfer.lane)
-        buffer = delivery.buffer if on_host else None
         self._parts[transfer.what, transfer.stage, action.micro_batch][number] = (value, buffer)
 
     def _mail(self, transfer: Transfer, delivery: Delivery) -> None:
         """Parameter mail is read by a later action; its buffer is free after that."""
-        payload = delivery.payload
-        if transfer.what in (What.NORM, What.TOTAL):
-            payload = payload.clone()
-            self.communicator.release(delivery.buffer, transfer.lane)
-        elif self.compute.torch_device.type != "cpu":
-            payload = payload.to(self.compute.torch_device)
+        if transfer.what in SUMS:
+            payload = delivery.payload.clone()
             self.communicator.release(delivery.buffer, transfer.lane)
         else:
-            self._letters.append(delivery.buffer)
+            payload, buffer = self._taken(delivery, transfer)
+            if buffer is not None:
+                self._letters.append(buffer)
         self.lane.keep(transfer, payload)
 
     # -- after the pipeline --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hethub.launch.gradients import Deferred
+from hethub.launch.gradients import Deferred, beginning
 from hethub.launch.model import StageModel
 from hethub.launch.tally import Held, StorageTally
 from hethub.specs.layout import Span
@@ -101,9 +101,9 @@ class Flight:
             last = piece == len(self.pieces) - 1
             gradient = torch.ones_like(output) if last else self.inputs[piece + 1].grad
         sink = self.stage.sink
-        assert sink is not None
+        assert sink is not None and gradient is not None
         sink.deferred = self.deferred.setdefault(piece, []) if split else None
-        torch.autograd.backward(output, gradient)
+        beginning(output, gradient).backward()
         sink.deferred = None
         self.outputs[piece] = None
         self._count("output", piece)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hethub.launch.heap import Allocate, in_private
 
-__all__ = ["Deferred", "Packed", "WeightGradients", "add_product", "wide_dtype"]
+__all__ = ["Deferred", "Packed", "WeightGradients", "add_product", "beginning", "wide_dtype"]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +25,29 @@ def add_product(buffer: Tensor, gradient: Tensor, inputs: Tensor) -> None:
         buffer.addmm_(gradient.t(), inputs)
     else:
         buffer.add_(gradient.t() @ inputs)
+
+
+class _Beginning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return torch.ones((), dtype=output.dtype, device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        gradient: Tensor = ctx.gradient
+        return gradient, None
+
+
+def beginning(output: Tensor, gradient: Tensor) -> Tensor:
+    """A number whose gradient by `output` is `gradient`: where a backward begins in the middle of the model.
+
+    To hand `gradient` to torch.autograd itself imports sympy (torch 2.13): half a second of CPU in every worker's first
+    step.
+    """
+    with torch.enable_grad():  # inside another backward it is off
+        number: Tensor = _Beginning.apply(output, gradient)
+    return number
 
 
 class Packed(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,18 +71,19 @@ class SoloGroup:
 
 
 class _Timed:
-    """Counts the seconds and the moments that a group spends in collectives."""
+    """Notes when a group is in a collective: monotonic seconds, or what else `moment` is set to tell."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[float, float]] = []
+        self.moment: Callable[[], Any] = time.monotonic
+        self.events: list[tuple[Any, Any]] = []
 
     def timed(self, call: Callable[[], object]) -> None:
-        start = time.monotonic()
+        start = self.moment()
         call()
-        self.events.append((start, time.monotonic()))
+        self.events.append((start, self.moment()))
 
-    def take_events(self) -> list[tuple[float, float]]:
-        """The (start, end) monotonic seconds of every collective since the last call."""
+    def take_events(self) -> list[tuple[Any, Any]]:
+        """The (start, end) moments of every collective since the last call."""
         events, self.events = self.events, []
         return events
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from hethub.launch.gradients import WeightGradients, add_product, wide_dtype
+from hethub.launch.gradients import WeightGradients, add_product, beginning, wide_dtype
 from hethub.launch.groups import TensorGroup
 
 __all__ = ["Attention", "Block", "Cell", "Embedding", "FeedForward", "HeadLoss"]
@@ -185,7 +185,7 @@ class Cell:
         assert self._mixed is not None
         mixed, leaves = self._mixed, self._leaves
         self._mixed, self._leaves = None, ()
-        return torch.autograd.grad(mixed, leaves, gradient)
+        return torch.autograd.grad(beginning(mixed, gradient), leaves)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from hethub import catalog
-from hethub.cost.profiles.profile import Profile, TransferRow, load_profile, save_profile
+from hethub.cost.profiles.profile import Profile, TransferRow, host_class, load_profile, save_profile
 from hethub.cost.shapes import layer_kind
 from hethub.errors import MachineError
+from hethub.launch.link_profiler import Exchange, measure_exchanges
 from hethub.launch.profiler import (
     LayerProfiler,
     Spread,
     copy_bytes_per_second,
     product_flops_per_second,
-    repeated,
 )
 from hethub.launch.worker import DTYPES
 from hethub.specs.cluster import DeviceType
 from hethub.specs.workload import Workload
 
-__all__ = ["Measured", "measure_device", "measure_layers", "measure_sends"]
+__all__ = ["Measured", "measure_device", "measure_layers", "measure_links"]
 
 _SEND_BYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-_ANSWER_SECONDS = 120.0
+_WORK_BYTES = (1 << 10, 1 << 18, 1 << 22)
+_GROUP_BYTES = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
 
 
 class Measured(NamedTuple):
@@ -71,7 +68,9 @@ def measure_device(
         workload.model, device_type.name, workload.sequence_length, workload.precision, dtype, torch_device
     )
     new = measure_layers(profiler, rows, folder, budget_seconds, tell)
-    new += measure_sends(link_class, folder, budget_seconds, tell) if link_class else 0
+    if link_class is not None:
+        host = host_class(device_type.name) if torch_device.type == "cpu" else None
+        new += measure_links(link_class, host, folder, budget_seconds, tell)
     flops = product_flops_per_second(torch_device, dtype, budget_seconds)
     traffic = copy_bytes_per_second(torch_device, budget_seconds)
     say(f"a product reaches {flops / 1e9:.4g} Gflop/s ({precision}), a copy moves {traffic / 1e9:.4g} GB/s")
@@ -109,92 +108,37 @@ def measure_layers(
     return new
 
 
-def measure_sends(
-    link_class: str, folder: Path, budget_seconds: float, say: Callable[[Measured], None]
+def measure_links(
+    link_class: str,
+    host_class: str | None,
+    folder: Path,
+    budget_seconds: float,
+    say: Callable[[Measured], None],
 ) -> int:
-    """Measure messages between two processes of this host, one way, over the library that training uses between
-    unlike devices; returns how many sizes were new. Raises MachineError when the processes do not answer."""
+    """Measure messages and collectives of a group of two between processes of this host as `link_class`, and, where
+    `host_class` is given, the CPU time that a message takes at either end as that; returns how many rows were new.
+    Raises MachineError when the processes do not answer."""
     profile = open_profile(folder)
-    known = {
-        row.message_bytes
-        for row in profile.transfers
-        if (row.operation, row.link_class) == ("send", link_class)
-    }
-    wanted = [size for size in _SEND_BYTES if size not in known]
-    if not wanted:
-        return 0
-    for size, spread in zip(wanted, _sends(wanted, budget_seconds), strict=True):
-        row = TransferRow(
-            operation="send",
-            link_class=link_class,
-            group_size=1,
-            message_bytes=size,
-            time_seconds=spread.seconds,
+    known = {(row.operation, row.link_class, row.message_bytes) for row in profile.transfers}
+    rows = [
+        TransferRow(
+            operation=operation, link_class=where, group_size=group, message_bytes=size, time_seconds=0.0
         )
-        profile = replace(profile, transfers=(*profile.transfers, row))
-        say(Measured(f"send {size} bytes over {link_class}", spread))
-    save_profile(profile, folder)
-    return len(wanted)
-
-
-def _sends(sizes: Sequence[int], budget_seconds: float) -> list[Spread]:
-    """Half of a round trip's time for each size."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    processes = [
-        context.Process(
-            target=_end, args=(rank, store.port, tuple(sizes), budget_seconds, theirs), daemon=True
+        for operation, where, group, sizes in (
+            ("send", link_class, 1, _SEND_BYTES),
+            *((work, host_class, 1, _WORK_BYTES) for work in ("send_work", "receive_work")),
+            *((name, link_class, 2, _GROUP_BYTES) for name in ("all_gather", "reduce_scatter", "all_reduce")),
         )
-        for rank in range(2)
+        if where is not None
+        for size in sizes
+        if (operation, where, size) not in known
     ]
-    for process in processes:
-        process.start()
-    theirs.close()
-    try:
-        if not ours.poll(_ANSWER_SECONDS + 10 * budget_seconds * len(sizes)):
-            raise MachineError(
-                "two processes of this host do not answer each other. Look at GLOO_SOCKET_IFNAME."
-            )
-        found: list[Spread] = ours.recv()
-        return found
-    except EOFError:
-        raise MachineError("the processes that measure messages have ended. Run with --debug.") from None
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _end(rank: int, port: int, sizes: Sequence[int], budget_seconds: float, answer: Connection) -> None:
-    """One end: the first times round trips and tells the other whether another one comes."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    more = torch.ones(1, dtype=torch.uint8)
-    spreads = []
-    for size in sizes:
-        buffer = torch.zeros(size, dtype=torch.uint8)
-
-        def once(buffer: torch.Tensor = buffer) -> list[float]:
-            dist.send(more, 1)
-            begin = time.perf_counter()
-            dist.send(buffer, 1)
-            dist.recv(buffer, 1)
-            return [(time.perf_counter() - begin) / 2]
-
-        if rank == 0:
-            spreads += repeated(once, budget_seconds)
-            dist.send(torch.zeros(1, dtype=torch.uint8), 1)
-        else:
-            while True:
-                dist.recv(more, 0)
-                if not more.item():
-                    break
-                dist.recv(buffer, 0)
-                dist.send(buffer, 0)
-            more.fill_(1)
-    if rank == 0:
-        answer.send(spreads)
-    dist.barrier()
-    dist.destroy_process_group()
+    if not rows:
+        return 0
+    wanted = [Exchange(row.operation, int(row.message_bytes)) for row in rows]
+    found = measure_exchanges(wanted, budget_seconds)
+    for row, spread in zip(rows, found, strict=True):
+        say(Measured(f"{row.operation} {row.message_bytes:.0f} bytes, {row.link_class}", spread))
+    new = [replace(row, time_seconds=s.seconds) for row, s in zip(rows, found, strict=True)]
+    save_profile(replace(profile, transfers=(*profile.transfers, *new)), folder)
+    return len(new)

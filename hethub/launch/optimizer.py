@@ -73,6 +73,11 @@ class AdamW:
         self.second_moments = {t: torch.zeros_like(t) for t in tensors}
         self._steps = {t: torch.zeros((), dtype=torch.float32, device=t.device) for t in tensors}
 
+    def resume(self, updates: int) -> None:
+        """Go on as after so many steps; the moments are set by whoever has them."""
+        for steps in self._steps.values():
+            steps.fill_(updates)
+
     @torch.no_grad()
     def step(self, learning_rate: float, scale: float) -> None:
         """Update every tensor by its gradient x `scale`."""
@@ -138,6 +143,7 @@ class Updater:
         self.shards = shards
         self.settings = settings
         self.buckets = buckets
+        self.updates = 0  # done so far; alike on all devices
         self.owned = tuple(number for bucket in buckets for number in bucket)
         self.masters: dict[int, Tensor] = {}
         self._apart: set[int] = set()  # slices whose gradient is copied to be contiguous
@@ -164,11 +170,20 @@ class Updater:
         matrices = {p.name for p in parameters if len(p.shape) > 1}
         return AdamW(decay_groups(named, matrices, self.settings), self.settings)
 
+    def resume(self, updates: int) -> None:
+        """Go on as after so many updates; masters and moments are set by whoever has them."""
+        self.updates = updates
+        for optimizer in self.optimizers:
+            optimizer.resume(updates)
+
     def sum_of_squares(self) -> float:
         """Of the summed gradients of all owned slices, added up in fp64."""
         for number in self._apart:
             self._gradient(number).copy_(self.shards.gradient(number))
-        return math.fsum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in self._pieces)
+        if not self._pieces:
+            return 0.0
+        norms = torch.stack([torch.linalg.vector_norm(piece) for piece in self._pieces])
+        return math.fsum(norm**2 for norm in norms.tolist())  # one wait for an accelerator, not one a piece
 
     def _gradient(self, number: int) -> Tensor:
         gradient = self.masters[number].grad

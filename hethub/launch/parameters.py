@@ -11,10 +11,19 @@ from torch import Tensor
 
 from hethub.launch.optimizer import Updater, joined
 from hethub.launch.shards import Shards
-from hethub.program.actions import Program, Transfer, What
+from hethub.program.actions import SUMS, Program, Transfer, What
 from hethub.specs.job import OptimizerSettings
 
-__all__ = ["ParameterLane"]
+__all__ = ["NotFiniteError", "ParameterLane"]
+
+
+class NotFiniteError(FloatingPointError):
+    """The loss or the gradient norm is not finite. `suspicion` of this device: 2 where its own gradient or loss is not
+    finite, 1 where a sum is that it updates, to which others gave their part, 0 where all that it sees is finite."""
+
+    def __init__(self, text: str, *, suspicion: int) -> None:
+        super().__init__(text)
+        self.suspicion = suspicion
 
 
 class ParameterLane:
@@ -42,14 +51,21 @@ class ParameterLane:
         self._norms: dict[int, Tensor] = {}  # sender -> sum of squares and loss
         self._totals: Tensor | None = None
         self._places: dict[tuple[What, tuple[int, ...]], list[Tensor]] = {}  # of what messages carry
-        self.loss = 0.0
+        self.losses: list[Tensor] = []  # of this device's micro-batches: numbers, still on the device
         self.squares = 0.0
+        self.skips = False  # make no update where the gradient is not finite, instead of raising
 
     def begin(self) -> None:
         """Forget the sums of the step before."""
         self._norms.clear()
         self._totals = None
-        self.loss = self.squares = 0.0
+        self.losses.clear()
+        self.squares = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The sum over this device's tokens so far. Waits for the device."""
+        return sum(float(loss) for loss in self.losses)
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -67,7 +83,7 @@ class ParameterLane:
 
     def keep(self, transfer: Transfer, payload: Tensor) -> None:
         """Take a received payload (uint8, the device's own from now on)."""
-        if transfer.what in (What.NORM, What.TOTAL):
+        if transfer.what in SUMS:
             values = payload.view(torch.float64)
             if transfer.what == What.NORM:
                 self._norms[transfer.source] = values
@@ -134,14 +150,41 @@ class ParameterLane:
         return self._totals
 
     def update(self, bucket: int, step: int, total_steps: int) -> None:
-        """Update a bucket by the global norm. Raises FloatingPointError where that is not finite."""
-        norm = math.sqrt(float(self.totals()[0]))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}; lower the learning rate or look at the data"
-            )
+        """Update a bucket by the global norm, which is the same number on all devices. Where it or the loss is not
+        finite nothing is updated: with `skips` that is all, else NotFiniteError is raised."""
+        squares, loss = self.totals().tolist()
+        norm = math.sqrt(squares)
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            if self.skips:
+                return
+            raise self._not_finite(norm, loss)
+        if bucket <= 0:
+            self.updater.updates += 1
         if bucket >= 0:
             self.updater.update(bucket, norm, step, total_steps)
+
+    def _not_finite(self, norm: float, loss: float) -> NotFiniteError:
+        table = self.shards.ownership
+        own, summed = self._first_not_finite(sums=False), self._first_not_finite(sums=True)
+        number = summed if own is None else own
+        name = "" if number is None else table.parameters[table.slices[number].parameter].name
+        what = f"the gradient norm is {norm}" if not math.isfinite(norm) else f"the loss is {loss}"
+        where = f", by the gradient of {name}" if name else ""
+        certain = own is not None or not math.isfinite(self.loss)
+        alone = summed is not None and len(table.slices[summed].holders) == 1
+        suspicion = 2 if certain or alone else 1 if name else 0
+        return NotFiniteError(
+            f"{what}{where}; lower the learning rate or look at the data", suspicion=suspicion
+        )
+
+    def _first_not_finite(self, *, sums: bool) -> int | None:
+        """The first slice whose gradient is not finite here: of those that this device updates, sums by now, or
+        of its own part of the others."""
+        for number, entry in enumerate(self.shards.ownership.slices):
+            mine = self.device in entry.holders and (entry.updater == self.device) == sums
+            if mine and not bool(torch.isfinite(self.shards.gradient(number)).all()):
+                return number
+        return None
 
     @torch.no_grad()
     def gather(self) -> None:

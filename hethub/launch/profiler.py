@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.model import StageModel
 from hethub.launch.optimizer import AdamW
+from hethub.launch.tally import StorageTally
 from hethub.specs.job import OptimizerSettings, OptimizerSpec
 from hethub.specs.layout import Share, Span
 from hethub.specs.workload import Model
@@ -102,14 +105,18 @@ class LayerProfiler:
         gradient = None if stage.last else self._hidden(rows)
 
         def once() -> list[float]:
-            flight = Flight(stage, [stage.layers], entry, tokens, weights, 1.0)
-            return self._timed(
-                lambda: flight.forward([0], keep=True),
-                lambda: flight.backward(0, gradient, split=False),
+            whole, split = (Flight(stage, [stage.layers], entry, tokens, weights, 1.0) for _ in range(2))
+            found = self._timed(
+                lambda: whole.forward([0], keep=True),
+                lambda: whole.backward(0, gradient, split=False),
                 lambda: optimizer.step(1e-9, 0.5),
             )
+            split.forward([0], keep=True)
+            return found + self._timed(
+                lambda: split.backward(0, gradient, split=True), lambda: split.settle(0)
+            )
 
-        names = ("forward", "backward", "update")
+        names = ("forward", "backward", "update", "backward_input", "backward_weight")
         spreads = dict(zip(names, repeated(once, budget_seconds), strict=True))
         row = LayerRow(
             **asdict(self.key(layer)),
@@ -117,9 +124,31 @@ class LayerProfiler:
             forward_seconds=spreads["forward"].seconds,
             backward_seconds=spreads["backward"].seconds,
             update_seconds=spreads["update"].seconds,
+            backward_input_seconds=spreads["backward_input"].seconds,
+            backward_weight_seconds=spreads["backward_weight"].seconds,
             parameters=sum(weight.numel() for weight in stage.parameters.values()),
+            kept_bytes=self._kept_bytes(stage, entry, tokens, weights),
+            peak_bytes=peak_bytes(self.device, once),
+            spread=max(spreads["forward"].ratio, spreads["backward"].ratio),
         )
         return row, spreads
+
+    def _kept_bytes(self, stage: StageModel, entry: Tensor, tokens: Tensor, weights: Tensor) -> int:
+        """What a micro-batch keeps from its forward to its backward, weights and output left out."""
+        tally = StorageTally(sys.maxsize, self.device_type)
+        lasting = tally.hold(stage.parameters.values())
+        before = tally.live_bytes
+        last = stage.last  # which alone keeps targets
+        flight = Flight(
+            stage, [stage.layers], entry, tokens if last else None, weights if last else None, 1.0, tally
+        )
+        flight.forward([0], keep=True)
+        output = flight.outputs[0]
+        assert output is not None
+        kept = tally.live_bytes - before - output.untyped_storage().nbytes()
+        flight.land()
+        lasting.release()
+        return kept
 
     def _stage(self, layers: Span) -> StageModel:
         def weights(parameter: Parameter, span: Span) -> Tensor:
@@ -173,6 +202,18 @@ def synchronize(device: torch.device) -> None:
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
         wait()
+
+
+def peak_bytes(device: torch.device, call: Callable[[], object]) -> int | None:
+    """The most bytes that torch had in use on an accelerator during a call, less those before it; None on a host, whose
+    allocator does not count."""
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "max_memory_allocated"):
+        return None
+    before = int(module.memory_allocated(device))
+    module.reset_peak_memory_stats(device)
+    call()
+    return int(module.max_memory_allocated(device)) - before
 
 
 def product_flops_per_second(

@@ -1,6 +1,9 @@
-"""Collects one device's timeline records; a tuple per action while running, an array when asked."""
+"""Collects one device's timeline records: what ran and its timing while running, an array when asked."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +20,20 @@ class Recorder:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._rows: list[tuple[object, ...]] = []
+        self._done: list[tuple[int, int, int, Action, Timing]] = []
 
-    def add(self, step: int, device: int, number: int, action: Action, timing: Timing | None) -> None:
-        """Record an action that ran."""
-        if timing is None:
-            return
+    def add(self, step: int, device: int, number: int, action: Action, timing: Timing) -> None:
+        """Record an action. Its timing may become known later, before the records are taken."""
+        self._done.append((step, device, number, action, timing))
+
+    def take(self) -> npt.NDArray[np.void]:
+        """The records so far, which are then forgotten here."""
+        done, self._done = self._done, []
+        return np.array([row for entry in done for row in self._rows(*entry)], dtype=RECORD)
+
+    def _rows(
+        self, step: int, device: int, number: int, action: Action, timing: Timing
+    ) -> Iterator[tuple[object, ...]]:
         lane = peer = -1
         size = 0
         if action.message >= 0:
@@ -30,31 +41,13 @@ class Recorder:
             lane, size = int(transfer.lane), transfer.bytes
             peer = transfer.destination if action.kind == Kind.SEND else transfer.source
         where = (action.stage, action.micro_batch, peer, action.message)
-        sent = timing.start if action.kind == Kind.SEND else float("nan")
-        self._rows.append(
-            (step, device, number, int(action.kind), lane, *where, timing.start, timing.end, timing.busy_seconds,
-             sent, timing.real_seconds, timing.overrun_seconds, size)
+        sent = timing.start if action.kind == Kind.SEND else math.nan
+        yield (
+            step, device, number, int(action.kind), lane, *where, timing.start, timing.end, timing.busy_seconds,
+            sent, timing.real_seconds, timing.overrun_seconds, size,
         )  # fmt: skip
         for start, end in timing.collectives:
-            self._rows.append(
-                (
-                    step,
-                    device,
-                    number,
-                    int(Kind.COLLECTIVE),
-                    -1,
-                    *where,
-                    start,
-                    end,
-                    0.0,
-                    float("nan"),
-                    0.0,
-                    0.0,
-                    0,
-                )
-            )
-
-    def take(self) -> npt.NDArray[np.void]:
-        """The records so far, which are then forgotten here."""
-        rows, self._rows = self._rows, []
-        return np.array(rows, dtype=RECORD)
+            yield (
+                step, device, number, int(Kind.COLLECTIVE), -1, *where, start, end, 0.0,
+                math.nan, 0.0, 0.0, 0,
+            )  # fmt: skip

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hethub.errors import InputError
+from hethub.launch.lease import LEASE, Lease
 
 __all__ = ["RunFolder", "write_json"]
 
 _MARK = "run.json"  # written first: says that this folder is a run of ours
 _LOCK = "run.lock"
+_SUMMARY = "summary.json"  # written last: says that the run is whole
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: TextIO | None = None
+        self.lease = Lease(path)
 
     def check(self) -> None:
         """Refuse what `open` would, without touching anything."""
@@ -52,9 +55,36 @@ class RunFolder:
                         f"{self.path}: output is in use by a running job. Name another folder or stop it."
                     )
 
+    def check_resumable(self) -> None:
+        """Refuse what `reopen` would, without touching anything."""
+        if not (self.path / _MARK).is_file():
+            raise InputError(f"{self.path}: is no folder of a run. Give one that `hethub launch` made.")
+        if (self.path / _SUMMARY).exists():
+            raise InputError(
+                f"{self.path}: this run has come to its end. Launch its job again for another one."
+            )
+        self.check()
+
+    def reopen(self) -> None:
+        """Take the folder of an unfinished run as it is. Raises InputError while another driver runs it."""
+        self.check_resumable()
+        self._take()
+
     def open(self, mark: dict[str, Any]) -> None:
         """Take the folder, empty what an earlier run left, and write `mark` as run.json."""
         self.check()
+        self._take()
+        for entry in self.path.iterdir():
+            if entry.name in (_LOCK, LEASE):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        write_json(self.path / _MARK, mark)
+        (self.path / "logs").mkdir()
+
+    def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK).open("a")
@@ -66,18 +96,19 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: output is in use by a running job. Name another folder or stop it."
             )
-        for entry in self.path.iterdir():
-            if entry.name == _LOCK:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        write_json(self.path / _MARK, mark)
-        (self.path / "logs").mkdir()
+        try:
+            self.lease.take()
+        except BaseException:
+            self._unlock()
+            raise
 
     def close(self) -> None:
         """Let go of the folder; its files stay."""
+        if self._lock is not None:
+            self.lease.release()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._lock.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +22,11 @@ from hethub.cost.memory import usable_bytes
 from hethub.cost.shapes import Parameter
 from hethub.data.batches import Batches
 from hethub.data.token_file import open_token_file
-from hethub.errors import MachineError
+from hethub.errors import InputError, MachineError
 from hethub.launch.beacon import Beacon
 from hethub.launch.clock import Clock, wake_punctually
 from hethub.launch.communicator import Communicator, Reserve
-from hethub.launch.devices import ComputeDevice, EmulatedDevice, RealDevice
+from hethub.launch.devices import Accelerator, ComputeDevice, EmulatedDevice, RealDevice
 from hethub.launch.executor import (
     Executor,
     StepResult,
@@ -39,11 +41,16 @@ from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, NativeGroup
 from hethub.launch.heap import Allocate, Heap, in_private
 from hethub.launch.history import HistorySettings, HistoryWriter, digest
+from hethub.launch.lease import LeaseWatch
 from hethub.launch.links import LinkTable
-from hethub.launch.model import StageModel, TensorGroup
+from hethub.launch.model import StageModel, TensorGroup, WeightSource
+from hethub.launch.pretrained import Pretrained
 from hethub.launch.recorder import Recorder
+from hethub.launch.restoring import Restored
+from hethub.launch.saving import CheckpointSettings, Saved, Saver
 from hethub.launch.shards import Shards
 from hethub.launch.shared_memory import Agreed, agree
+from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
@@ -53,9 +60,11 @@ from hethub.specs.layout import Span, sequence_span
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
 
-__all__ = ["DTYPES", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
+__all__ = ["DTYPES", "Fetched", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
 
 HERE = "hethub/here/{}"  # key of the job's store that a rank sets when it begins to join
+_STOP = "hethub/stop"  # key that the root sets to the step after which all stop
+_LEASE_LOOK_SECONDS = 2.0
 _TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,7 +73,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 class WorkerSetup:
     """Who a worker is: `device` indexes `Cluster.devices()`, `rank_of` maps such indices to process ranks.
 
-    `on_join` is what a fault of the job does to it before it joins.
+    `on_join` is what a fault of the job does to it before it joins. `lease` is the run's lease file and the driver's
+    token: a worker whose driver has lost it ends itself.
     """
 
     device: int
@@ -73,6 +83,7 @@ class WorkerSetup:
     store_port: int
     timeout_seconds: float
     on_join: Deed | None = None
+    lease: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +94,9 @@ class Task:
     and that file holds their links; without it they are real. `beacon_file` is where workers say where they are.
     `history` is where they record what they trained on, None where that is not kept; `faults` are interruptions on
     purpose in training. With `read_in_place` workers of one host read each other's parameters where they lie, if they
-    can. `peak_bytes` is the predicted peak memory by device.
+    can. `peak_bytes` is the predicted peak memory by device. `checkpoint` says when to save and where, `restore` is the
+    checkpoint to go on from and `initial_weights` the Hugging Face folder to begin with; without either, weights come
+    from the seed. With `skips` a step whose gradient is not finite makes no update; without, it raises.
     """
 
     graph: CostGraph
@@ -101,11 +114,24 @@ class Task:
     faults: tuple[PlannedFault, ...] = ()
     read_in_place: bool = True
     peak_bytes: Mapping[int, int] = field(default_factory=dict)
+    checkpoint: CheckpointSettings | None = None
+    restore: Path | None = None
+    initial_weights: Path | None = None
+    skips: bool = False
 
     @property
     def cluster(self) -> Cluster:
         """The cluster that the plan is for."""
         return self.graph.cluster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """What a device read of a checkpoint, or why it did not."""
+
+    bytes_read: int = 0
+    bytes_needed: int = 0
+    problem: str = ""
 
 
 def make_batches(task: Task) -> Batches:
@@ -130,7 +156,9 @@ class Worker:
         torch.set_num_threads(1)
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
-        store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=limit)
+        self._store = store = dist.TCPStore(
+            setup.store_host, setup.store_port, is_master=False, timeout=limit
+        )
         store.set(HERE.format(self.rank), "")
         # Host memory is what any two vendors can exchange, so this group carries everything between islands. All
         # connections are made here: with the library's connections on first use, two ends that connect at once were
@@ -142,9 +170,27 @@ class Worker:
             world_size=len(setup.rank_of),
             timeout=limit,
         )
-        self._groups: dict[tuple[int, ...], TensorGroup] = {}
+        self._groups: dict[tuple[int, ...], ExchangeGroup | NativeGroup] = {}
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
+        self.saver: Saver | None = None
+        self._restored: Restored | None = None
+        self._stopping = False
+        if setup.lease is not None:
+            watch = LeaseWatch(*setup.lease)
+            threading.Thread(target=_end_without_lease, args=(watch,), name="lease", daemon=True).start()
+
+    def fetch(self, task: Task) -> Fetched:
+        """Read what this device needs of the task's checkpoint, for the `load` that follows. Damage is an answer, not
+        an error, so that all devices can be asked and another checkpoint be tried."""
+        self._restored = None
+        if task.restore is None or not task.program.devices[self.setup.device]:
+            return Fetched()
+        try:
+            found = self._restored = Restored(task.restore, task.program, self.setup.device)
+        except InputError as error:
+            return Fetched(problem=error.message)
+        return Fetched(bytes_read=found.bytes_read, bytes_needed=found.bytes_needed)
 
     def load(self, task: Task) -> None:
         """Build this device's shards, channels and executors for a task. A device that the plan leaves out idles."""
@@ -155,6 +201,9 @@ class Worker:
         if self.history is not None:
             self.history.close()
         self.history = None
+        if self.saver is not None:
+            self.saver.close()
+        self.saver = None
         if not task.program.devices[self.setup.device]:
             return
         self.batches = make_batches(task)
@@ -167,7 +216,11 @@ class Worker:
         self.agreed = self._agree(heap, shards)
         reserve, mark = self._reserve(), self._mark()
         self.training = self._executor(task.program, stages, sink, shards, self.recorder, reserve, mark)
-        self.history, self.training.hook = self._history(), self._hook()
+        self.training.lane.skips = task.skips
+        if self._restored is not None:
+            self._restored.fill(self.training.lane.updater)
+            self._restored = None
+        self.history, self.training.hook, self.saver = self._history(), self._hook(), self._saver()
         if task.evaluation is not None:
             self.evaluating = self._executor(
                 task.evaluation, stages, sink, shards, Recorder(task.evaluation), reserve, mark
@@ -182,6 +235,13 @@ class Worker:
         names = [device.name for device in task.cluster.devices()]
         return HistoryWriter(task.history, task.program, self.setup.device, names, self.batches)
 
+    def _saver(self) -> Saver | None:
+        settings, training = self.task.checkpoint, self.training
+        if settings is None or training is None:
+            return None
+        name = self.task.cluster.devices()[self.setup.device].name
+        return Saver(settings, name, training.lane.updater)
+
     def _hook(self) -> Interruptions | None:
         """What the job does to this device on purpose; None where it leaves it alone."""
         faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
@@ -193,7 +253,12 @@ class Worker:
         device = self.task.cluster.devices()[self.setup.device]
         clock = Clock(time.monotonic())
         if self.task.links_file is None:
-            return RealDevice(clock, torch.device(catalog.vendor(device.type.vendor).torch_device))
+            real = torch.device(catalog.vendor(device.type.vendor).torch_device)
+            return (
+                RealDevice(clock, real)
+                if real.type == "cpu"
+                else Accelerator(clock, real, DeviceStreams(real))
+            )
         wake_punctually()
         return EmulatedDevice(
             clock,
@@ -204,8 +269,8 @@ class Worker:
 
     def _heap(self) -> Heap | None:
         """Where weights and gradients lie that neighbours may read in place; None where that is not done."""
-        device = self.compute.torch_device
-        if not self.task.read_in_place or self.task.links_file is not None or device.type != "cpu":
+        emulated, accelerator = self.task.links_file is not None, self.compute.streams is not None
+        if not self.task.read_in_place or emulated or accelerator:
             return None
         try:
             return Heap()
@@ -226,9 +291,7 @@ class Worker:
         devices = task.cluster.devices()
         dtype = DTYPES[devices[self.setup.device].type.dtype_for(task.workload.precision)]
 
-        def weights(parameter: Parameter, span: Span) -> Tensor:
-            return torch.from_numpy(initial_weight(parameter, span, task.workload.model, task.seed))
-
+        source = self._weight_source()
         places = local_places(task.program, self.setup.device)
         groups = self._join_groups(
             {place.stage.index: task.program.groups[self.setup.device, i] for i, place in places.items()}
@@ -243,7 +306,7 @@ class Worker:
                 sequence_length=task.workload.sequence_length,
                 dtype=dtype,
                 device=self.compute.torch_device,
-                weights=weights,
+                weights=source,
                 group=groups.get(index),
                 recompute=place.stage.recompute if place.stage.recompute == "selective" else "none",
                 held=shared,
@@ -253,20 +316,34 @@ class Worker:
             stages[index] = stage
         return stages
 
+    def _weight_source(self) -> WeightSource:
+        task = self.task
+        if self._restored is not None:
+            return self._restored.weights
+        if task.initial_weights is not None:
+            return Pretrained(task.initial_weights).weights
+
+        def made(parameter: Parameter, span: Span) -> Tensor:
+            return torch.from_numpy(initial_weight(parameter, span, task.workload.model, task.seed))
+
+        return made
+
     def _join_groups(self, wanted: Mapping[int, tuple[int, ...]]) -> dict[int, TensorGroup]:
         """Tensor-parallel groups of this device, made in an order that all members share."""
         found: dict[int, TensorGroup] = {}
+        moment = time.monotonic if self.compute.streams is None else self.compute.streams.moment
         for members in sorted(set(wanted.values())):
             if len(members) < 2:
                 continue
             if members not in self._groups:
                 self._groups[members] = self._new_group(members)
+            self._groups[members].moment = moment
             for stage, devices in wanted.items():
                 if devices == members:
                     found[stage] = self._groups[members]
         return found
 
-    def _new_group(self, members: tuple[int, ...]) -> TensorGroup:
+    def _new_group(self, members: tuple[int, ...]) -> ExchangeGroup | NativeGroup:
         ranks = [self.setup.rank_of[d] for d in members]
         devices = self.task.cluster.devices()
         vendors = {devices[d].type.vendor for d in members}
@@ -314,6 +391,7 @@ class Worker:
                 reserve,
                 self.compute.tally,
                 self.agreed.bells if program.training else frozenset(),
+                self.compute.streams,
             ),
             recorder=recorder,
             settings=task.settings,
@@ -353,11 +431,13 @@ class Worker:
     def train(
         self, first: int, last: int, report: Callable[[int, StepResult], None] | None = None
     ) -> list[StepResult]:
-        """Steps [first, last); `report` is called after each. Idle devices return nothing."""
+        """Steps [first, last), fewer where `stop` was asked for; `report` is called after each. Idle devices return
+        nothing."""
         results = []
         if self.training is not None:
             workload = self.task.workload
             for step in range(first, last):
+                self._tell_stop(step)
                 rows = training_rows(self.batches, step, workload.global_batch, workload.sequence_length)
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
@@ -365,8 +445,34 @@ class Worker:
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
+                stops = self._told_to_stop(step)
+                more = step + 1 < self.task.total_steps
+                if self.saver is not None and more and (stops or self.saver.due(step + 1)):
+                    self.saver.save(step + 1)
+                if stops:
+                    break
             self.training.settle()
         return results
+
+    def stop(self) -> None:
+        """Let all devices stop after the step that the root begins next, with a checkpoint. Asked of the root."""
+        self._stopping = True
+
+    def _tell_stop(self, step: int) -> None:
+        """On the root, before the totals of `step` leave it: so everyone who has them sees the key."""
+        if self._stopping and self.training is not None and self.training.lane.is_root:
+            self._store.set(_STOP, str(step))
+
+    def _told_to_stop(self, step: int) -> bool:
+        return self.saver is not None and self._store.check([_STOP]) and int(self._store.get(_STOP)) <= step
+
+    def saved(self) -> Sequence[Saved]:
+        """Reports of the newest checkpoints; may be asked while training."""
+        return [] if self.saver is None else self.saver.reports()
+
+    def all_saved(self) -> Sequence[Saved]:
+        """The same, when nothing is being written any more."""
+        return [] if self.saver is None else self.saver.wait()
 
     def _record(self, step: int, result: StepResult) -> None:
         """The step's line of the history."""
@@ -379,7 +485,7 @@ class Worker:
             self.training.settle()
             weight = self.training.lane.shards.weight
             digests = {n: digest(_to_numpy(weight(n)).tobytes()) for n in self.history.held}
-        self.history.add(step, result.loss, digests)
+        self.history.add(step, result.loss, result.norm, digests)
 
     def evaluate(self, rows: int) -> float:
         """Mean loss over the first `rows` held-out rows; meaningful on the root only."""
@@ -474,6 +580,14 @@ class Worker:
     def close(self) -> None:
         """Leave the job."""
         dist.destroy_process_group()
+
+
+def _end_without_lease(watch: LeaseWatch) -> None:
+    """End this process when its driver is gone: on a real cluster it would train on for nobody."""
+    waiting = threading.Event()
+    while not waiting.wait(_LEASE_LOOK_SECONDS):
+        if watch.lost():
+            os._exit(1)
 
 
 def _to_numpy(tensor: Tensor) -> npt.NDArray[np.generic]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hethub.cost.bounds import physical_bound
+from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
@@ -35,13 +36,19 @@ class Answer:
     figures: dict[str, Any]
 
 
-def answer(cluster: Cluster, workload: Workload, *, clock: Callable[[], float] = time.perf_counter) -> Answer:
+def answer(
+    cluster: Cluster,
+    workload: Workload,
+    measured: Measured = NOT_MEASURED,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Answer:
     """Plan, and hold the plan against both bounds and the best even split.
 
     Raises InfeasibleError when no plan fits and InputError when a needed figure of a device is not known.
     """
     begin = clock()
-    problem = Problem.of(cluster, workload)
+    problem = Problem.of(cluster, workload, measured)
     planner = FirstPlanner()
     found = planner.plan(problem)
     seconds = clock() - begin
@@ -70,7 +77,7 @@ def answer(cluster: Cluster, workload: Workload, *, clock: Callable[[], float] =
         }
     )
     modelled = found.modelled.recorded()
-    told = figures(plan, modelled)
+    told = figures(plan, modelled, measured.ratio_interval)
     return Answer(
         plan=plan.model_copy(update={"prediction": _prediction(told)}),
         modelled=modelled,
@@ -84,6 +91,7 @@ def _prediction(figures: dict[str, Any]) -> dict[str, Any]:
     """What the plan file keeps of the figures."""
     kept = (
         "step_seconds",
+        "step_seconds_interval_95",
         "tokens_per_second",
         "share",
         "device_types",

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
+from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.simulate.modelled import Modelled
 from hethub.specs.cluster import Cluster
 from hethub.specs.plan import Plan
@@ -31,9 +32,10 @@ class Problem:
     finalists: int | None = None
 
     @classmethod
-    def of(cls, cluster: Cluster, workload: Workload) -> Problem:
+    def of(cls, cluster: Cluster, workload: Workload, measured: Measured = NOT_MEASURED) -> Problem:
         """The whole cluster and the whole batch."""
-        return cls(cluster=cluster, workload=workload, compute=ComputeModel(CostGraph(cluster), workload))
+        compute = measured.compute(CostGraph(cluster), workload)
+        return cls(cluster=cluster, workload=workload, compute=compute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

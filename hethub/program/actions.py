@@ -12,7 +12,7 @@ from hethub.program.ownership import Ownership
 from hethub.specs.layout import Layout, Span
 from hethub.timeline.record import Kind, Lane
 
-__all__ = ["Action", "Channel", "Message", "Price", "Program", "Transfer", "What"]
+__all__ = ["SUMS", "Action", "Channel", "Message", "Price", "Program", "Transfer", "What"]
 
 
 class What(IntEnum):
@@ -24,6 +24,9 @@ class What(IntEnum):
     NORM = 3  # sum of squares and loss of one updater, to the root
     TOTAL = 4  # their totals, from the root
     WEIGHTS = 5  # new weights of slices, to their holders
+
+
+SUMS = frozenset({What.NORM, What.TOTAL})  # a few numbers, which are formed and read in host memory
 
 
 class Action(NamedTuple):

@@ -38,6 +38,7 @@ class _GroupGraph(CostGraph):
     def __init__(self, each: CostGraph, members: Mapping[int, tuple[int, ...]]) -> None:
         super().__init__(each.cluster)
         self.devices = each.devices  # which may be other than the cluster's
+        self.changed_from = each.changed_from
         self._sizes = {device: len(group) for device, group in members.items()}
         strong: dict[tuple[str, int], DeviceType] = {}
         devices = list(self.devices)
@@ -49,14 +50,20 @@ class _GroupGraph(CostGraph):
         self.devices = tuple(devices)
 
     def path(self, source: int, destination: int) -> Path:
-        """Inside a node every rank has a way of its own; between nodes they share the node's."""
+        """Inside a node every rank has a way of its own, and copies to and from its host of its own; between nodes they
+        share the node's."""
         key = (source, destination)
         found = self._paths.get(key)
         if found is None:
             found = super().path(source, destination)
-            if all(cell < 2 * len(self.devices) for cell, _ in found.cells):
+            own = [self.is_own(cell) for cell, _ in found.cells]
+            if any(own):
+                # an even cell is a way out, an odd one a way in
                 sizes = (self._sizes[source], self._sizes[destination])
-                cells = tuple((c, b * size) for (c, b), size in zip(found.cells, sizes, strict=True))
+                cells = tuple(
+                    (cell, speed * sizes[cell % 2] if mine else speed)
+                    for (cell, speed), mine in zip(found.cells, own, strict=True)
+                )
                 found = replace(found, cells=cells, bandwidth_bytes_per_second=min(b for _, b in cells))
             self._paths[key] = found
         return found
@@ -75,7 +82,7 @@ class _GroupCompute(ComputeModel):
     """Prices a group's only rank as the group that it stands for; alike groups are priced once."""
 
     def __init__(self, graph: CostGraph, each: ComputeModel, groups: Mapping[int, _Ranks]) -> None:
-        super().__init__(graph, each.workload)
+        super().__init__(graph, each.workload, slow_down=each.slow_down)
         self._each = each
         self._groups = groups
 
@@ -96,7 +103,7 @@ class _GroupCompute(ComputeModel):
     def touch_seconds(self, device_type: DeviceType, size_bytes: float) -> float:
         """All ranks touch their part at once."""
         bandwidth = device_type.memory_bandwidth_bytes_per_second * device_type.memory_efficiency
-        return size_bytes / bandwidth
+        return self._slow(device_type) * size_bytes / bandwidth
 
 
 def fold(layout: Layout, compute: ComputeModel) -> Fold | None:

@@ -17,10 +17,7 @@ def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
     """The ownership table with updaters' shares in proportion to their memory bandwidth (an update only touches
     memory), less where optimizer state and incoming gradients would not fit."""
     devices = compute.graph.devices
-    strengths = {
-        d: devices[d].type.memory_bandwidth_bytes_per_second * devices[d].type.memory_efficiency
-        for d in layout.used
-    }
+    strengths = {d: 1.0 / compute.touch_seconds(devices[d].type, 1.0) for d in layout.used}
     ownership = own(layout, strengths)
     free = {
         d: usable_bytes(devices[d].type) - use.total

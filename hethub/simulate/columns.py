@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.curve import LinkFit
 from hethub.program.actions import Action, Program, What
 from hethub.simulate.kernel import COMPUTE, RECEIVE, SEND, Rules, State, Tables
 from hethub.timeline.record import Kind, Lane
@@ -18,6 +19,9 @@ from hethub.timeline.record import Kind, Lane
 __all__ = ["Columns", "columns_of", "new_state"]
 
 _FIELDS = len(Action._fields)
+_IN_PLACE = (What.REDUCE, What.WEIGHTS)
+_BELL_BYTES = 1
+MessageWork = Callable[[int], tuple[LinkFit, LinkFit] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,15 @@ class Columns:
     tables: Tables
     actions: npt.NDArray[np.int32]  # [actions, fields of Action]
     price_busy: npt.NDArray[np.float64]
+    bytes_told: npt.NDArray[np.int64]  # [transfers] of records: what is read in place counts as moved
     price_numbers: dict[tuple[int, int, Kind, int], int]
     channels: int
     cells: int
 
 
-def columns_of(program: Program, graph: CostGraph) -> Columns:
-    """Flatten a program and the paths that its transfers take."""
+def columns_of(program: Program, graph: CostGraph, work: MessageWork = lambda device: None) -> Columns:
+    """Flatten a program and the paths that its transfers take; `work(device)` is what messages take of a device itself,
+    sent and received, None where nothing."""
     actions = _flat(chain.from_iterable(program.devices), _FIELDS)
     kind, message = actions[:, 0], actions[:, 3]
     code = np.full(len(actions), COMPUTE, dtype=np.int8)
@@ -51,7 +57,7 @@ def columns_of(program: Program, graph: CostGraph) -> Columns:
     works = np.flatnonzero(code == COMPUTE)
     devices = np.repeat(np.arange(len(lengths)), lengths)[works]
     subject[works] = prices.find(devices, actions[works])
-    ways = _Ways(program, graph)
+    ways = _Ways(program, graph, work)
     tables: dict[str, Any] = {
         "first": np.concatenate(([0], np.cumsum(lengths))),
         "code": code,
@@ -68,6 +74,7 @@ def columns_of(program: Program, graph: CostGraph) -> Columns:
         tables=Tables(**tables),
         actions=actions,
         price_busy=prices.busy,
+        bytes_told=ways.bytes_told,
         price_numbers={key: number for number, key in enumerate(program.prices)},
         channels=ways.channels,
         cells=graph.cell_count,
@@ -171,12 +178,17 @@ class _Prices:
 class _Ways:
     """Transfers, the channels that they stand on and the paths that these take."""
 
-    def __init__(self, program: Program, graph: CostGraph) -> None:
+    def __init__(self, program: Program, graph: CostGraph, work: MessageWork) -> None:
         transfers = program.transfers
         facts = np.fromiter(
             chain.from_iterable((t.source, t.destination, t.lane, t.bytes) for t in transfers), np.int64
         )
-        source, destination, lane, size = np.ascontiguousarray(facts.reshape(-1, 4).T)
+        source, destination, lane, told = np.ascontiguousarray(facts.reshape(-1, 4).T)
+        size = told.copy()
+        if graph.shares_memory:
+            bells = [t.what in _IN_PLACE and graph.reads_in_place(t.source, t.destination) for t in transfers]
+            size[bells] = _BELL_BYTES
+        self.bytes_told = told
         pairs, path = np.unique(source * len(program.devices) + destination, return_inverse=True)
         lanes, channel = np.unique(path * len(Lane) + lane, return_inverse=True)
         self.channels = max(1, len(lanes))
@@ -189,8 +201,23 @@ class _Ways:
             "transfer_source": source,
             "transfer_destination": destination,
             "transfer_bytes": size.astype(np.float64),
+            "transfer_send_seconds": _work_seconds(work, 0, source, size),
+            "transfer_receive_seconds": _work_seconds(work, 1, destination, size),
             "path_first": np.cumsum([0, *(len(found.cells) for found in paths)], dtype=np.int64),
             "path_cell": np.array([cell for cell, _ in cells], dtype=np.int64),
             "path_bandwidth": np.array([bandwidth for _, bandwidth in cells], dtype=np.float64),
             "path_latency": np.array([found.latency_seconds for found in paths], dtype=np.float64),
         }
+
+
+def _work_seconds(
+    work: MessageWork, end: int, device: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """What each transfer takes of the device at one end of it."""
+    found = np.zeros(len(size))
+    for one in np.unique(device).tolist():
+        both = work(one)
+        if both is not None:
+            own = device == one
+            found[own] = both[end].latency_seconds + size[own] / both[end].bandwidth_bytes_per_second
+    return found

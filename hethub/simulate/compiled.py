@@ -7,6 +7,7 @@ the source changes. Loading numba and that result takes about a third of a secon
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -18,23 +19,38 @@ from hethub.simulate.kernel import Rules, State, Tables
 
 __all__ = ["compiled_events"]
 
+_CALLED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+
 
 @cache
 def compiled_events() -> Callable[[Tables, State, Rules], None]:
     """`kernel.run_events`, compiled; it takes tables and state as arrays."""
-    import numba
-
+    numba = _numba()
     space: dict[str, Any] = dict(vars(kernel))
     for name, function in vars(kernel).items():
         if isinstance(function, FunctionType) and function.__module__ == kernel.__name__:
             alike = FunctionType(function.__code__, space, name)
             # Only the loop itself is called from Python, and its cached code holds the others: wrappers and caches of
-            # theirs would double the time of compiling.
+            # theirs would double the time of compiling. Calls are laid open, since each would pass some fifty arrays.
             entry = name == kernel.run_events.__name__
-            options = {"cache": True} if entry else {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+            options = {"cache": True} if entry else _CALLED
             space[name] = numba.njit(error_model="numpy", **options)(alike)
     found: Callable[[Tables, State, Rules], None] = space["run_events"]
     return found
+
+
+def _numba() -> Any:
+    """Numba, which looks for BLAS by importing scipy: a fifth of a second for linear algebra that the loop has none of.
+    So it finds no scipy while it loads."""
+    hidden = {} if "scipy" in sys.modules else {"scipy": None}
+    sys.modules.update(hidden)  # type: ignore[arg-type]
+    try:
+        import numba
+        import numba.np.arraymath
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return numba
 
 
 def _compile_ahead() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hethub.cost.graph import CostGraph
+from hethub.program.actions import Program
 from hethub.specs.cluster import DeviceType
 from hethub.timeline.summary import DeviceSummary
 
-__all__ = ["Job", "job_of", "joules_of"]
+__all__ = ["Job", "egress_usd", "job_of", "joules_of"]
 
 _JOULES_PER_KWH = 3.6e6
 
@@ -27,6 +29,21 @@ def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
     exposed = summary.exposed_communication_ratio
     watts = full * busy + (full if sending is None else sending) * exposed + idle * (1.0 - busy - exposed)
     return watts * summary.seconds
+
+
+def egress_usd(program: Program, graph: CostGraph) -> float:
+    """Dollars that a step's messages over priced links cost: bytes x the price of every link that they cross.
+
+    Collectives of a group that spans a priced link are no messages and cost nothing here.
+    """
+    prices = [link.usd_per_gb or 0.0 for link in graph.cluster.links]
+    if not any(prices):
+        return 0.0
+    each = [
+        sum(prices[number] for number in graph.path(t.source, t.destination).crossings) * t.bytes / 1e9
+        for t in program.transfers
+    ]
+    return sum(each[message.transfer] for message in program.messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

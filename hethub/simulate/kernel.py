@@ -45,6 +45,8 @@ class Tables(NamedTuple):
     transfer_source: Ints
     transfer_destination: Ints
     transfer_bytes: Floats
+    transfer_send_seconds: Floats  # what moving it takes of the devices themselves, beside their other work
+    transfer_receive_seconds: Floats
     path_first: Ints
     path_cell: Ints
     path_bandwidth: Floats  # [as path_cell] bytes per second
@@ -154,20 +156,33 @@ def advance(t: Tables, s: State, rules: Rules, queue: Queue, number: int, now: f
                 return
             action += 1
         else:
-            key = (step - t.carried[action]) * len(t.message_transfer) + t.subject[action]
-            if s.arrival[key] < 0.0:
-                s.waiting[key] = device
-                s.since[device] = now
-                s.at[device] = action
-                wake(t, s, queue, t.transfer_channel[t.message_transfer[t.subject[action]]], now, rules)
+            s.at[device] = action
+            now = receive(t, s, rules, queue, device, now)
+            if now < 0.0:
                 return
-            s.start[step * actions + action] = now
-            now = max(now, s.arrival[key])
-            s.end[step * actions + action] = now
-            read(t, s, rules, queue, t.subject[action], now)
             action += 1
             lane = 0
     s.at[device] = action
+
+
+def receive(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: float) -> float:
+    """Take the message that the device is at. Returns when the device goes on, -1 where it must wait."""
+    action, step = s.at[device], s.step[device]
+    message = t.subject[action]
+    transfer = t.message_transfer[message]
+    key = (step - t.carried[action]) * len(t.message_transfer) + message
+    if s.arrival[key] < 0.0:
+        s.waiting[key] = device
+        s.since[device] = now
+        wake(t, s, queue, t.transfer_channel[transfer], now, rules)
+        return -1.0
+    row = step * len(t.code) + action
+    s.start[row] = now
+    # A message that came while the device worked was taken in beside that, which put it behind.
+    now = s.arrival[key] if s.arrival[key] > now else now + t.transfer_receive_seconds[transfer]
+    s.end[row] = now
+    read(t, s, rules, queue, message, now)
+    return now
 
 
 def meet(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: float) -> None:
@@ -228,11 +243,11 @@ def send(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: floa
         hand_over(t, s, queue, channel, key, now)
         if rules.buffers >= 0:
             return -1.0
+        now += t.transfer_send_seconds[transfer]
         s.end[row] = now
         return now
     arrival = reserve(t, s, transfer, now)
-    if rules.buffers >= 0:
-        now = arrival
+    now = arrival if rules.buffers >= 0 else now + t.transfer_send_seconds[transfer]
     s.end[row] = now
     under_way(t, s, transfer, arrival)
     deliver(t, s, rules, queue, key, arrival)
@@ -377,8 +392,11 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
     reached = s.least[cell]
     s.work_done[cell] = reached
     s.updated[cell] = now
-    through = [0 for _ in range(0)]
-    kept, slot = -1, s.head[cell]
+    through, kept, slot = (
+        -1,
+        -1,
+        s.head[cell],
+    )  # chains of slots: done with all their cells, and not with this one
     while slot >= 0:
         following = s.slot_next[slot]
         if s.slot_target[slot] <= reached:
@@ -386,7 +404,8 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
             s.sharers[cell] -= 1
             s.hops_left[channel] -= 1
             if s.hops_left[channel] == 0:
-                through.append(channel)
+                s.slot_next[slot] = through
+                through = slot
         else:
             s.least[cell] = s.slot_target[slot] if kept < 0 else min(s.least[cell], s.slot_target[slot])
             s.slot_next[slot] = kept
@@ -396,8 +415,10 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
     if kept >= 0:
         path = t.transfer_path[t.message_transfer[s.carrying[kept // hops] % len(t.message_transfer)]]
         expect(t, s, queue, cell, t.path_bandwidth[t.path_first[path] + kept % hops], now)
-    for channel in through:
-        unload(t, s, rules, queue, channel, now)
+    while through >= 0:
+        following = s.slot_next[through]  # before the channel's next message takes the slot
+        unload(t, s, rules, queue, through // hops, now)
+        through = following
 
 
 def unload(t: Tables, s: State, rules: Rules, queue: Queue, channel: int, now: float) -> None:

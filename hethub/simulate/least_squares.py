@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hethub.errors import InputError, MachineError
 
-__all__ = ["Coefficient", "Fit", "fit"]
+__all__ = ["Coefficient", "Fit", "fit", "ratio_interval"]
 
 Vector = npt.NDArray[np.float64]
 Errors = Callable[[Vector, Sequence[int]], Vector]
@@ -76,6 +76,21 @@ def fit(errors: Errors, runs: int, coefficients: Sequence[Coefficient]) -> Fit:
         tuple(float(e) for e in found),
         tuple(left_out),
     )
+
+
+def ratio_interval(left_out_errors: Sequence[float]) -> tuple[float, float]:
+    """Between which measured over predicted lies in a further run, with 95 %.
+
+    From runs that were predicted without having been fitted to: log ratios are taken as normal, so their mean
+    +- t x s x sqrt(1 + 1 / n), the interval of one more of them. Needs two runs at least.
+    """
+    from scipy.stats import t
+
+    ratios = -np.log1p(np.asarray(left_out_errors))
+    count = len(ratios)
+    half = float(t.ppf(0.975, count - 1)) * float(ratios.std(ddof=1)) * math.sqrt(1 + 1 / count)
+    middle = float(ratios.mean())
+    return math.exp(middle - half), math.exp(middle + half)
 
 
 def _solve(

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hethub.cost.profiles.profile import Profile
 from hethub.simulate.least_squares import Coefficient, Fit, Vector, fit
 from hethub.simulate.validation import OwnRun, own_step_seconds
 
 __all__ = ["calibrate_own_runs"]
 
 
-def calibrate_own_runs(runs: Sequence[OwnRun]) -> Fit:
-    """Fit how much longer each device type works than its figures say; each step is simulated anew.
+def calibrate_own_runs(runs: Sequence[OwnRun], profile: Profile | None = None) -> Fit:
+    """Fit how much longer each device type works than its figures, or its profile, say; each step is simulated anew.
 
     Raises InputError where the runs cannot bear a coefficient for each device type.
     """
@@ -25,7 +26,7 @@ def calibrate_own_runs(runs: Sequence[OwnRun]) -> Fit:
         slow = {n: float(v) for n, v in zip(types, values, strict=True) if n in run.plan.cluster.device_types}
         key = (number, tuple(slow.values()))
         if key not in known:
-            known[key] = own_step_seconds(run.plan, slow) / run.step_seconds - 1
+            known[key] = own_step_seconds(run.plan, slow, profile) / run.step_seconds - 1
         return known[key]
 
     def errors(values: Vector, numbers: Sequence[int]) -> Vector:

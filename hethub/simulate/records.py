@@ -73,7 +73,7 @@ def _fill(found: Records, columns: Columns, state: State, rows: npt.NDArray[np.i
         transfer = np.asarray(t.message_transfer)[subject[chosen]]
         found["lane"][chosen] = np.asarray(t.transfer_lane)[transfer]
         found["peer"][chosen] = np.asarray(other)[transfer]
-        found["bytes"][chosen] = np.asarray(t.transfer_bytes)[transfer]
+        found["bytes"][chosen] = columns.bytes_told[transfer]
         found["sent"][chosen] = left[sent_in[chosen] * len(t.message_transfer) + subject[chosen]]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hethub.cost.bounds import physical_step_seconds
 from hethub.cost.compute import ComputeModel
 from hethub.cost.memory import usable_bytes
-from hethub.simulate.energy import joules_of
+from hethub.simulate.energy import egress_usd, joules_of
 from hethub.simulate.modelled import Modelled
 from hethub.specs.layout import PipelinePlace, Span, StagePlace
 from hethub.specs.plan import Plan, plan_to_spec
@@ -23,8 +23,11 @@ from hethub.timeline.summary import by_type
 __all__ = ["StageRow", "figures", "stage_rows"]
 
 
-def figures(plan: Plan, modelled: Modelled) -> dict[str, Any]:
-    """The JSON figures of a plan whose simulation kept its timeline. The homogeneous bound and
+def figures(
+    plan: Plan, modelled: Modelled, ratio_interval: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """The JSON figures of a plan whose simulation kept its timeline; measured over predicted lies in `ratio_interval`
+    with 95 %, where that is known. The homogeneous bound and
     the even split are searches of their own: they are taken from `plan.bounds`, and null with a reason
     under `missing` where the plan does not hold them.
     """
@@ -50,8 +53,14 @@ def figures(plan: Plan, modelled: Modelled) -> dict[str, Any]:
             else "the plan holds no bounds; `hethub plan` computes them"
         )
         missing["baselines.even_tokens_per_second"] = why
+    if ratio_interval is None:
+        reason = "no --calibration is given, and no --profiles that say how repeatable they are"
+        missing["step_seconds_interval_95"] = reason
     return {
         "step_seconds": seconds,
+        "step_seconds_interval_95": (
+            None if ratio_interval is None else [seconds * ratio for ratio in ratio_interval]
+        ),
         "tokens_per_second": speed,
         "bounds": {"homogeneous_tokens_per_second": homogeneous, "physical_tokens_per_second": physical},
         "share": {
@@ -109,7 +118,7 @@ def _joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) 
 def _usd_per_million_tokens(
     modelled: Modelled, seconds: float, tokens: int, missing: dict[str, str]
 ) -> float | None:
-    """Rent of the devices in use."""
+    """Rent of the devices in use, and what their messages over priced links cost."""
     usd_per_hour = 0.0
     for device in modelled.layout.used:
         device_type = modelled.compute.graph.devices[device].type
@@ -118,7 +127,8 @@ def _usd_per_million_tokens(
             missing["usd_per_million_tokens"] = f"usd_per_hour of {device_type.name} is not known"
             return None
         usd_per_hour += price
-    return usd_per_hour / 3600 * seconds / tokens * 1e6
+    usd = usd_per_hour / 3600 * seconds + egress_usd(modelled.program, modelled.compute.graph)
+    return usd / tokens * 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

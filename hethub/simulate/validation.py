@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,14 +23,14 @@ from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
 
 __all__ = [
+    "Calibration",
     "OwnRun",
     "RunCheck",
     "check_imported_run",
     "check_own_run",
-    "load_coefficients",
+    "load_calibration",
     "load_own_run",
     "own_step_seconds",
-    "slowed",
 ]
 
 _WARM_UP_STEPS = 3
@@ -41,8 +41,8 @@ _SLOW, _PAUSE, _OVERHEAD = "slow_down.", "host_pause_seconds", "overhead_bytes."
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCheck:
     """One run. `terms` are measured less predicted seconds of a step by cause, the mean over devices, where the run
-    recorded causes; `substitutes` what stands in for missing profiles. Bytes are the fullest device's, None where they
-    were not measured."""
+    recorded causes; `substitutes` what stands in for missing profiles. Bytes are the fullest device's, of our own runs
+    those of the device furthest off; None where they were not measured."""
 
     name: str
     emulated: bool
@@ -73,7 +73,8 @@ class RunCheck:
 
 @dataclass(frozen=True, slots=True)
 class OwnRun:
-    """A run folder: its plan, both timelines, the median measured step after the warm-up."""
+    """A run folder: its plan, both timelines, the median measured step after the warm-up, and (predicted, measured)
+    peak bytes of each device that counted them."""
 
     name: str
     plan: Plan
@@ -82,6 +83,7 @@ class OwnRun:
     first_step: int
     last_step: int
     step_seconds: float
+    peak_bytes: tuple[tuple[float, float], ...] = ()
 
 
 def load_own_run(folder: Path) -> OwnRun:
@@ -94,44 +96,59 @@ def load_own_run(folder: Path) -> OwnRun:
     numbers = step_numbers(measured)
     first = int(numbers[min(_WARM_UP_STEPS, len(numbers) - 1)])
     chosen = step_seconds(measured)[numbers >= first]
-    return OwnRun(str(folder), plan, predicted, measured, first, int(numbers[-1]), float(np.median(chosen)))
+    return OwnRun(
+        str(folder),
+        plan,
+        predicted,
+        measured,
+        first,
+        int(numbers[-1]),
+        float(np.median(chosen)),
+        _peak_bytes(folder / "summary.json"),
+    )
 
 
-def slowed(plan: Plan, slow_down: Mapping[str, float]) -> Plan:
-    """The plan on devices that work `slow_down` times as long (1 where a type is not named)."""
-    types = {
-        name: replace(
-            kind,
-            matmul_efficiency=kind.matmul_efficiency / slow_down.get(name, 1.0),
-            memory_efficiency=kind.memory_efficiency / slow_down.get(name, 1.0),
+def _peak_bytes(path: Path) -> tuple[tuple[float, float], ...]:
+    """What a run's summary has of peak memory; nothing where devices did not count it."""
+    try:
+        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("peak_bytes", {})
+        return tuple(
+            (float(entry["predicted"]), float(entry["measured"]))
+            for entry in written.values()
+            if entry["measured"] is not None
         )
-        for name, kind in plan.cluster.device_types.items()
-    }
-    return plan.model_copy(update={"cluster": replace(plan.cluster, device_types=types)})
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is no summary of a run ({error}). Run the job again.") from None
 
 
-def own_step_seconds(plan: Plan, slow_down: Mapping[str, float]) -> float:
+def own_step_seconds(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None = None) -> float:
     """A plan's step on slowed devices, between two others."""
-    plan = slowed(plan, slow_down)
-    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+    compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile, slow_down=slow_down)
     return steady_step_seconds(plan, compute)
 
 
-def check_own_run(run: OwnRun, coefficients: Coefficients | None = None) -> RunCheck:
-    """Under the prediction that the run was launched with, or under `coefficients`."""
+def check_own_run(
+    run: OwnRun, coefficients: Coefficients | None = None, profile: Profile | None = None
+) -> RunCheck:
+    """Under the prediction that the run was launched with, or under `coefficients` or a profile."""
     steady = int(np.flatnonzero(step_numbers(run.predicted) == 0)[0])
     seconds = float(step_seconds(run.predicted)[steady])
     before = _terms(summarize(run.predicted, 0, 0), 1)
     after = _terms(summarize(run.measured, run.first_step, run.last_step), run.last_step - run.first_step + 1)
-    if coefficients is not None:
-        seconds = own_step_seconds(run.plan, coefficients.slow_down)
+    if coefficients is not None or profile is not None:
+        seconds = own_step_seconds(run.plan, coefficients.slow_down if coefficients else {}, profile)
+    # of the device furthest off, which tells most
+    peak = max(run.peak_bytes, key=lambda both: abs(both[0] / both[1] - 1), default=None)
+    predicted_bytes, measured_bytes = peak or (None, None)
     return RunCheck(
         name=run.name,
         emulated=run.measured.info.emulated,
         predicted_seconds=seconds,
         measured_seconds=run.step_seconds,
-        predicted_bytes=None,
-        measured_bytes=None,
+        predicted_bytes=predicted_bytes,
+        measured_bytes=measured_bytes,
         terms={name: after[name] - before[name] for name in _TERMS},
     )
 
@@ -163,18 +180,30 @@ def check_imported_run(
     )
 
 
-def load_coefficients(path: Path) -> Coefficients:
+class Calibration(NamedTuple):
+    """What `hethub calibrate` found: coefficients, whether beside a profile, and between which measured over predicted
+    lies in a further run with 95 % (None in a file that does not say)."""
+
+    coefficients: Coefficients
+    profiled: bool
+    ratio_interval: tuple[float, float] | None
+
+
+def load_calibration(path: Path) -> Calibration:
     """What `hethub calibrate` wrote. Raises InputError, the file and the coefficient named."""
     try:
-        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["coefficients"]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        written: dict[str, Any] = content["coefficients"]
         values = {name: float(entry["value"]) for name, entry in written.items()}
+        low, high = map(float, content.get("ratio_interval_95") or (0.0, 0.0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no calibration ({error}). Name a file of `hethub calibrate`.") from None
     for name, value in values.items():
         if not np.isfinite(value) or value < 0 or not name.startswith((_SLOW, _PAUSE, _OVERHEAD)):
             raise InputError(f"{path}: coefficients.{name}: {value} is not usable. Calibrate again.")
-    return Coefficients(
+    coefficients = Coefficients(
         slow_down={n.removeprefix(_SLOW): v for n, v in values.items() if n.startswith(_SLOW)},
         host_pause_seconds=values.get(_PAUSE, 0.0),
         overhead_bytes={n.removeprefix(_OVERHEAD): v for n, v in values.items() if n.startswith(_OVERHEAD)},
     )
+    return Calibration(coefficients, bool(content.get("profiled")), (low, high) if 0 < low <= high else None)

@@ -106,6 +106,7 @@ class GroupLinkSpec(_Bandwidth):
     total_bandwidth_gbit_s: float | None = Field(None, gt=0, description="What all nodes share, 10^9 bits/s.")
     total_bandwidth_gb_s: float | None = Field(None, gt=0, description="What all nodes share, 10^9 bytes/s.")
     total_bandwidth_mb_s: float | None = Field(None, gt=0, description="What all nodes share, 10^6 bytes/s.")
+    usd_per_gb: float | None = Field(None, ge=0, description="Price of 10^9 bytes, either way, US dollars.")
     transport: Transport = Field("host-staged", description=_TRANSPORT)
 
     @model_validator(mode="after")
@@ -310,6 +311,7 @@ class _Resolver:
             between=(link.between[0], link.between[1]),
             link=link.link(link.name, link.transport),
             total_bandwidth_bytes_per_second=None if total is None else float(total[0] * total[1]),
+            usd_per_gb=link.usd_per_gb,
         )
 
     def _check_ends(self, number: int, link: GroupLinkSpec) -> None:
@@ -454,4 +456,5 @@ def _write_group_link(link: GroupLink) -> dict[str, Any]:
         "between": list(link.between),
         **_write_link(link.link),
         **({} if total is None else write_bandwidth("total_bandwidth", total)),
+        **({} if link.usd_per_gb is None else {"usd_per_gb": link.usd_per_gb}),
     }

@@ -58,6 +58,12 @@ class DeviceTypeSpec(Spec):
     communication_power_watts: float | None = Field(
         None, ge=0, description="Power of one device that only communicates, watts; full power if not given."
     )
+    host_copy_gb_s: float | None = Field(
+        None,
+        gt=0,
+        description="What one device moves to or from its host's memory, 10^9 bytes/s: host-staged messages are copied "
+        "in chunks while others are on the wire. Copies are free where it is not given.",
+    )
     usd_per_hour: float | None = Field(None, ge=0, description="Price of one device, US dollars per hour.")
     substitute_dtype: dict[Precision, Precision] = Field(
         {}, description="Dtypes to compute in where the device lacks one, such as {bf16: fp16}."
@@ -143,6 +149,7 @@ class _Figures:
                 )
         if self.failed or memory is None or bandwidth is None or vendor is None:
             return None
+        copied = self.spec.host_copy_gb_s
         catalog_name = self.known.name if self.known else self.spec.catalog
         return DeviceType(
             name=self.name,
@@ -161,6 +168,7 @@ class _Figures:
             usd_per_hour=self._given("usd_per_hour"),
             idle_power_watts=self.spec.idle_power_watts,
             communication_power_watts=self.spec.communication_power_watts,
+            host_copy_bytes_per_second=None if copied is None else copied * 1e9,
         )
 
     def _refuse(self, key: str, text: str) -> None:
@@ -240,5 +248,10 @@ def write_device_type(device_type: DeviceType) -> dict[str, Any]:
             for key in ("idle_power_watts", "communication_power_watts")
             if (watts := getattr(device_type, key)) is not None
         },
+        **(
+            {}
+            if device_type.host_copy_bytes_per_second is None
+            else {"host_copy_gb_s": device_type.host_copy_bytes_per_second / 1e9}
+        ),
         **({"substitute_dtype": dict(device_type.substitute_dtype)} if device_type.substitute_dtype else {}),
     }

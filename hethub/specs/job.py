@@ -17,7 +17,18 @@ from hethub.specs.document import Document, Key, load_document
 from hethub.specs.nearest import unknown_name
 from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
 
-__all__ = ["JOIN", "Deed", "Fault", "Job", "JobSpec", "OptimizerSettings", "PhaseName", "load_job"]
+__all__ = [
+    "JOIN",
+    "CheckpointPolicy",
+    "Deed",
+    "FailurePolicy",
+    "Fault",
+    "Job",
+    "JobSpec",
+    "OptimizerSettings",
+    "PhaseName",
+    "load_job",
+]
 
 _STDLIB = "stdlib:"
 JOIN = "join"  # the one action of a fault that comes before the first step: joining the job
@@ -82,6 +93,33 @@ class HistorySpec(Spec):
     digest_every: int = Field(50, ge=1, description="Steps between digests of all weights.")
 
 
+class CheckpointSpec(Spec):
+    """When the whole state goes to disk."""
+
+    every: int = Field(ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
+    notice_seconds: float = Field(
+        30.0, ge=0, description="After SIGTERM, how long the run has to save and end; 0 ends at once."
+    )
+
+
+class FailureSpec(Spec):
+    """What becomes of the run when a worker dies or stalls, or a gradient is no number."""
+
+    restart: Literal["none", "same", "replan"] = Field(
+        "none",
+        description="none: the run ends. same: from the newest checkpoint on the same devices. replan: without the "
+        "lost devices, split anew.",
+    )
+    max_restarts: int = Field(3, ge=0, description="Most restarts within `within_seconds`.")
+    within_seconds: float = Field(3600.0, gt=0, description="The time in which restarts count.")
+    not_a_number: Literal["stop", "skip", "roll_back"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite. stop: the run ends before the update. skip: no update in "
+        "this step. roll_back: from the newest checkpoint again.",
+    )
+
+
 class FaultSpec(Spec):
     """An interruption on purpose, to see what becomes of the run."""
 
@@ -115,6 +153,11 @@ class JobSpec(Spec):
     ray: RaySpec = Field(RaySpec(), description="Where the workers run.")
     workload: WorkloadSpec | None = Field(None, description="Instead of the cluster file's workload.")
     history: HistorySpec = Field(HistorySpec(), description="The record of what every worker trained on.")
+    checkpoint: CheckpointSpec | None = Field(None, description="Checkpoints; without it there are none.")
+    on_failure: FailureSpec = Field(FailureSpec(), description="When to go on after a failure, and how.")
+    initial_weights: str | None = Field(
+        None, description="Folder of a Hugging Face Llama (config.json, *.safetensors) to begin with."
+    )
     fault: FaultSpec | list[FaultSpec] = Field(
         default=[], description="Interruptions on purpose, one or a list; none in a run that matters."
     )
@@ -133,6 +176,25 @@ class OptimizerSettings:
     beta2: float
     epsilon: float
     final_learning_rate_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPolicy:
+    """Save after every `every` steps, keep the newest `keep`; SIGTERM leaves `notice_seconds` to save and end."""
+
+    every: int
+    keep: int
+    notice_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailurePolicy:
+    """When a failed run goes on, and how; the fields are the job file's `on_failure`."""
+
+    restart: Literal["none", "same", "replan"]
+    max_restarts: int
+    within_seconds: float
+    not_a_number: Literal["stop", "skip", "roll_back"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,20 +241,34 @@ class Job:
     ray_address: str | None
     digest_every: int
     faults: tuple[Fault, ...]
+    checkpoint: CheckpointPolicy | None
+    on_failure: FailurePolicy
+    initial_weights: Path | None
 
 
-def load_job(path: Path) -> Job:
-    """Read a job file, and the cluster file that it names. Raises InputError with one line per problem."""
+def load_job(path: Path, *, cluster_file: Path | None = None, plan_file: Path | None = None) -> Job:
+    """Read a job file, and the cluster file that it names. Raises InputError with one line per problem.
+
+    `cluster_file` and `plan_file` stand in for the job's own; with another cluster and no plan the plan is searched.
+    """
     document = load_document(path)
     spec = validate_document(document, JobSpec)
     problems = Problems(document)
-    cluster_path = _file(spec.cluster, document, problems, "cluster")
-    plan = None if spec.plan == "auto" else _file(spec.plan, document, problems, "plan")
+    cluster_path = cluster_file or _file(spec.cluster, document, problems, "cluster")
+    plan = plan_file
+    if plan is None and cluster_file is None and spec.plan != "auto":
+        plan = _file(spec.plan, document, problems, "plan")
     tokenizer: str | Path = "bytes"
     if spec.data.tokenizer != "bytes":
         tokenizer = _file(spec.data.tokenizer, document, problems, "data", "tokenizer")
     data_files = _data_files(spec.data.files, document, problems)
     _check_evaluation(spec, problems)
+    _check_recovery(spec, problems)
+    initial = None if spec.initial_weights is None else _absolute(document, spec.initial_weights)
+    if initial is not None and not initial.is_dir():
+        problems.add(
+            ("initial_weights",), f"there is no folder {initial}. Mend the path, relative to this file."
+        )
     problems.raise_any()
     cluster, default = load_cluster(cluster_path)
     evaluate = spec.evaluate
@@ -215,6 +291,9 @@ def load_job(path: Path) -> Job:
         ray_address=spec.ray.address,
         digest_every=spec.history.digest_every,
         faults=_faults(spec, document, cluster),
+        checkpoint=None if spec.checkpoint is None else CheckpointPolicy(**spec.checkpoint.model_dump()),
+        on_failure=FailurePolicy(**spec.on_failure.model_dump()),
+        initial_weights=initial,
     )
 
 
@@ -259,6 +338,15 @@ def _check_evaluation(spec: JobSpec, problems: Problems) -> None:
     if spec.evaluate is not None and spec.data.held_out == 0:
         problems.add(
             ("evaluate",), "there is no held-out text, as data.held_out is 0. Give some, or drop this key."
+        )
+
+
+def _check_recovery(spec: JobSpec, problems: Problems) -> None:
+    """Going on needs something to go on from."""
+    policy = spec.on_failure
+    if spec.checkpoint is None and policy.not_a_number == "roll_back":
+        problems.add(
+            ("on_failure", "not_a_number"), "roll_back needs checkpoints. Add `checkpoint`, or skip."
         )
 
 

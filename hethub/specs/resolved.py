@@ -15,7 +15,8 @@ __all__ = ["Cluster", "Device", "DeviceType", "GroupLink", "Link", "NodeGroup"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceType:
-    """A kind of accelerator. Efficiencies are achievable shares of the peaks, in (0, 1]."""
+    """A kind of accelerator. Efficiencies are achievable shares of the peaks, in (0, 1]. `host_copy_bytes_per_second`
+    is each way between device and host memory."""
 
     name: str
     catalog: str | None
@@ -31,6 +32,7 @@ class DeviceType:
     usd_per_hour: float | None
     idle_power_watts: float | None = None
     communication_power_watts: float | None = None
+    host_copy_bytes_per_second: float | None = None
 
     def dtype_for(self, precision: str) -> str:
         """The dtype in which this device computes a job of `precision`."""
@@ -76,11 +78,13 @@ class NodeGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLink:
-    """A link between two groups or zones: `link` is what a node gets, the total what all share."""
+    """A link between two groups or zones: `link` is what a node gets, the total what all share. `usd_per_gb` is what
+    10^9 bytes cost, either way; None where they are free."""
 
     between: tuple[str, str]
     link: Link
     total_bandwidth_bytes_per_second: float | None
+    usd_per_gb: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,8 @@ Records = npt.NDArray[np.void]
 CAUSES = {
     "busy": "forward and backward work",
     "recompute": "forward work done again",
-    "imbalance": "less work than the busiest device has: layers, rows and micro-batches are whole numbers",
+    "rounding": "less work than the busiest device has, but no layer, row or micro-batch more would fit beside it",
+    "imbalance": "less work than the busiest device has, by whole layers, rows or micro-batches",
     "bubble": "waits inside the pipeline for a message that is not sent yet",
     "collectives": "tensor-parallel collectives and waits for members",
     "activations": "activations on their way, and handling them",
@@ -80,12 +81,20 @@ class Waterfall:
         return {"seconds": self.seconds, "total": self.total, "devices": list(self.devices)}
 
 
-def waterfall(timeline: Timeline, first: int, last: int, speeds: Sequence[float] | None = None) -> Waterfall:
+def waterfall(
+    timeline: Timeline,
+    first: int,
+    last: int,
+    speeds: Sequence[float] | None = None,
+    pieces: Sequence[float] | None = None,
+) -> Waterfall:
     """Attribute the time of steps `first` to `last`, inclusive.
 
     `speeds` are the devices' relative speeds in the timeline's order (None: all alike). A message counts by what it
     carries; the wait for it is its own cause once it is sent, and the bubble, or the tail's cause, before. Time in
-    which a device waits although it has less work than the busiest one is imbalance first.
+    which a device waits although it has less work than the busiest one is imbalance first, and of that rounding what
+    is left when as many whole `pieces` of work (seconds of a step, by device) as fit are taken off; without `pieces`
+    nothing is called rounding.
     Raises InputError when a step at either end is not in the timeline or the window has no length.
     """
     actions = sorted_actions(timeline.records)
@@ -99,7 +108,8 @@ def waterfall(timeline: Timeline, first: int, last: int, speeds: Sequence[float]
     idle, unaccounted = gap_seconds(actions, clock, window, devices)
     waits[_AT["idle"]] += idle
     shares[_AT["unaccounted"]] += unaccounted
-    _move_imbalance(shares, waits)
+    steps = last - first + 1
+    _move_imbalance(shares, waits, np.zeros(devices) if pieces is None else steps * np.asarray(pieces))
     shares = (shares + waits) / (window[1] - window[0])
     weights = np.ones(devices) if speeds is None else np.asarray(speeds, dtype=np.float64)
     total = shares @ (weights / weights.sum())
@@ -197,15 +207,21 @@ def _place(records: Records) -> npt.NDArray[np.int64]:
     return np.asarray((records["device"].astype(np.int64) << 16) + records["stage"])
 
 
-def _move_imbalance(shares: Floats, waits: Floats) -> None:
-    """Call imbalance what a device waits because it has less to compute than the busiest one, while that works."""
+def _move_imbalance(shares: Floats, waits: Floats, pieces: Floats) -> None:
+    """Call imbalance, or rounding, what a device waits because it has less to compute than the busiest one, while that
+    works."""
     work = shares[_AT["busy"]] + shares[_AT["recompute"]]
     spare = work.max(initial=0.0) - work
+    fit = np.floor(spare / np.where(pieces > 0, pieces, np.inf) + 1e-9)  # sums of times are not exact
+    rest = np.where(pieces > 0, np.maximum(0.0, spare - fit * pieces), 0.0)
     for cause in ("bubble", "reduction", "norm", "gather", "idle"):
         moved = np.minimum(spare, waits[_AT[cause]])
         waits[_AT[cause]] -= moved
         shares[_AT["imbalance"]] += moved
         spare = spare - moved
+    rounding = np.minimum(rest, shares[_AT["imbalance"]])
+    shares[_AT["imbalance"]] -= rounding
+    shares[_AT["rounding"]] += rounding
 
 
 def _add(shares: Floats, cause: str, actions: Records, seconds: Floats, chosen: Bools) -> None:

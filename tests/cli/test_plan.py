@@ -21,8 +21,8 @@ from hethub.specs.plan import load_plan
 LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
 KEYS = {
     "": {
-        "step_seconds", "tokens_per_second", "bounds", "share", "device_types", "joules_per_token",
-        "usd_per_million_tokens", "search", "baselines", "missing", "emulated", "plan",
+        "step_seconds", "step_seconds_interval_95", "tokens_per_second", "bounds", "share", "device_types",
+        "joules_per_token", "usd_per_million_tokens", "search", "baselines", "missing", "emulated", "plan",
     },
     "bounds": {"homogeneous_tokens_per_second", "physical_tokens_per_second"},
     "share": {"homogeneous_bound", "physical_bound", "not_a_bound"},
@@ -210,3 +210,61 @@ def test_measured_layers_set_the_time_and_what_they_lack_is_told(laptop_plan: Pa
     assert json.loads(result.stdout)["step_seconds"] > max(10.0, before["step_seconds"])
     with pytest.raises(InputError, match="embedding on fast"):
         _run("simulate", laptop_plan, "--profiles", tmp_path, "--strict")
+
+
+def _measured_types(folder: Path, seconds: dict[str, float], spread: float) -> Path:
+    """A profile of the laptop's model in which a decoder's forward takes so long on each type."""
+    plan = json.loads(_run("plan", LAPTOP, "--json"))["plan"]
+    workload = plan["workload"]
+    rows = tuple(
+        LayerRow(
+            model=workload["model"]["name"], device_type=name, layer_kind=kind, tensor_parallel=1, micro_batch=rows,
+            sequence_length=workload["sequence_length"], dtype="fp32", forward_seconds=rows * forward / part,
+            backward_seconds=2 * rows * forward / part, spread=spread,
+        )
+        for name, forward in seconds.items()
+        for kind, part in (("embedding", 10), ("decoder", 1), ("head", 1))
+        for rows in (1, 4)
+    )  # fmt: skip
+    save_profile(Profile(rows, ()), folder)
+    return folder
+
+
+def _layers_by_type(plan: dict[str, Any], types: dict[str, str]) -> dict[str, float]:
+    """Layers x rows of a step that each type does, over its devices."""
+    found: dict[str, float] = {}
+    for pipeline in plan["pipelines"]:
+        for stage in pipeline["stages"]:
+            for replica in stage["replicas"]:
+                for rank in replica["ranks"]:
+                    name = types[(rank.get("device") or rank["devices"]).split("/")[0]]
+                    work = (stage["layers"][1] - stage["layers"][0]) * replica["rows"] / len(replica["ranks"])
+                    found[name] = found.get(name, 0.0) + work * pipeline["micro_batches"]
+    return found
+
+
+def test_plan_gives_layers_to_the_types_that_were_measured_quick(tmp_path: Path) -> None:
+    """Catalog figures say that `slow` is slow; a profile that says the reverse turns the split around, and its spread
+    gives the step an interval."""
+    profiles = _measured_types(tmp_path, {"fast": 0.2, "middle": 0.04, "slow": 0.01}, spread=0.1)
+    plain = json.loads(_run("plan", LAPTOP, "--json"))
+    found = json.loads(_run("plan", LAPTOP, "--json", "--profiles", profiles, "--strict"))
+    types = {name: name for name in ("fast", "middle", "slow")}
+    before, after = (_layers_by_type(figures["plan"], types) for figures in (plain, found))
+    assert after["slow"] / after.get("fast", 1e-9) > 2 * before["slow"] / before["fast"]
+    low, high = found["step_seconds_interval_95"]
+    assert low * high == pytest.approx(found["step_seconds"] ** 2)
+    assert high / found["step_seconds"] == pytest.approx(1 + 0.1 * 1.96 / 1.349)
+    assert found["plan"]["prediction"]["step_seconds_interval_95"] == found["step_seconds_interval_95"]
+    assert found["share"]["physical_bound"] <= 1.0
+
+
+def test_further_devices_are_planned_anew(laptop_plan: Path) -> None:
+    before = json.loads(_run("simulate", laptop_plan, "--json"))
+    after = json.loads(_run("simulate", laptop_plan, "--json", "--what-if", "type:fast=+3"))
+    counts = {entry["name"]: entry["count"] for entry in before["device_types"]}
+    assert {e["name"]: e["count"] for e in after["device_types"]} == counts | {"fast": counts["fast"] + 3}
+    assert after["tokens_per_second"] > 1.1 * before["tokens_per_second"]
+    both = ("--what-if", "type:fast=+3", "--what-if", "type:fast=0.5x")
+    slower = json.loads(_run("simulate", laptop_plan, "--json", *both))
+    assert slower["tokens_per_second"] < after["tokens_per_second"]

@@ -9,7 +9,7 @@ from hethub.cli.main import app
 from hethub.errors import InputError
 from hethub.simulate.engine_calibration import platforms
 from hethub.simulate.imported_runs import load_runs
-from hethub.simulate.validation import load_coefficients
+from hethub.simulate.validation import load_calibration
 
 DEVICE, OTHER = "TITAN-RTX", "RTX-2080Ti"
 
@@ -95,7 +95,7 @@ def test_calibration_finds_the_slow_device_and_predictions_use_it(data, tmp_path
 def test_a_file_that_is_no_calibration_is_refused_with_its_name(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(InputError, match=r"c\.json"):
-        load_coefficients(tmp_path / "c.json")
+        load_calibration(tmp_path / "c.json")
 
 
 def test_device_types_that_runs_share_are_one_platform(data, tmp_path):

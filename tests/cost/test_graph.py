@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hethub.cost.graph import CostGraph, reserve
+from hethub.cost.graph import STAGED_CHUNK_BYTES, CostGraph, reserve
 from hethub.errors import InputError
 from hethub.specs.cluster import Cluster
 from tests.plan_strategies import clusters, three_speeds
@@ -140,3 +140,27 @@ def test_edges_grow_with_devices_not_with_their_pairs(cluster: Cluster) -> None:
     assert graph.number_of_edges() == graph.number_of_nodes() - len(
         {group.zone for group in cluster.node_groups}
     ) + len(cluster.links)
+
+
+def test_host_staged_messages_are_copied_in_chunks_beside_the_wire() -> None:
+    """The slowest of copy, wire and copy sets the pace; first and last chunk are copied alone."""
+    cluster = three_speeds()
+    links = tuple(
+        replace(cross, link=replace(cross.link, transport="host-staged")) for cross in cluster.links
+    )
+    groups = tuple(
+        replace(group, inter_link=replace(group.inter_link, transport="host-staged"))
+        for group in cluster.node_groups
+    )
+    staged = replace(cluster, links=links, node_groups=groups)
+    plain = CostGraph(staged).path(FAST, SLOW)
+    for speed in (plain.bandwidth_bytes_per_second / 2, plain.bandwidth_bytes_per_second * 4):
+        types = dict(staged.device_types)
+        name = staged.devices()[SLOW].type.name
+        types[name] = replace(types[name], host_copy_bytes_per_second=speed)
+        path = CostGraph(replace(staged, device_types=types)).path(FAST, SLOW)
+        pace = min(speed, plain.bandwidth_bytes_per_second)
+        expected = plain.latency_seconds + STAGED_CHUNK_BYTES / speed + 1e6 / pace
+        assert path.seconds(1e6) == pytest.approx(expected)
+        assert path.cells[-1] == (path.cells[-1][0], speed)
+        assert path.cells[-1][0] % 2 == 1  # a way in

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,7 +22,8 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.faults import plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
-from hethub.launch.worker import Task, Worker, WorkerSetup, assemble
+from hethub.launch.saving import CheckpointSettings
+from hethub.launch.worker import Fetched, Task, WorkerSetup, assemble
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.program.memory import program_memory
@@ -31,6 +32,7 @@ from hethub.specs.job import Fault, OptimizerSettings
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline, TimelineInfo
+from tests.launch.host_streams import PretendingWorker
 from tests.plan_strategies import VOCABULARY, compute_model
 
 SETTINGS = OptimizerSettings(
@@ -67,7 +69,7 @@ class PoolError(Exception):
 
 
 def _serve(device: int, count: int, port: int, connection: Connection) -> None:
-    worker = Worker(
+    worker = PretendingWorker(
         WorkerSetup(
             device=device,
             rank_of={i: i for i in range(count)},
@@ -93,6 +95,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = self.active = size
+        self.fetched: list[Fetched] = []  # what each device read of the last checkpoint
         self.folder = Path(tempfile.mkdtemp(prefix="hethub-test-"))
         context = multiprocessing.get_context("spawn")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -150,10 +153,17 @@ class Pool:
         faults: Sequence[Fault] = (),
         history: HistorySettings | None = None,
         read_in_place: bool = True,
+        first: int = 0,
+        checkpoint: CheckpointSettings | None = None,
+        restore: Path | None = None,
+        initial_weights: Path | None = None,
+        skips: bool = False,
+        accelerators: Collection[int] = (),
     ) -> Trained:
         """Train a plan from the first step on all its devices; `time_scale` emulates them, `faults` are interruptions
         on purpose, whose predicted actions take a second. Parameters go by messages where devices are emulated or not
-        `read_in_place`."""
+        `read_in_place`. The devices `accelerators` have streams of their own (see `HostStreams`). With
+        `restore` training goes on from that checkpoint, whose step is `first`."""
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
         program = compile_program(lay_out(plan), compute)
@@ -177,12 +187,22 @@ class Pool:
             faults=plan_faults(faults, program, lambda device, action: 1.0),
             history=history,
             read_in_place=read_in_place,
+            checkpoint=checkpoint,
+            restore=restore,
+            initial_weights=initial_weights,
+            skips=skips,
             peak_bytes={d: peak.total for d, peak in program_memory(program, compute).items()},
         )
+        if restore is not None:
+            self.fetched = self.call("fetch", task)
+            problem = next((answer.problem for answer in self.fetched if answer.problem), "")
+            if problem:
+                raise PoolError(problem)
+        self.call("pretend", frozenset(accelerators))
         self.call("load", task)
         self.call("start_clock", time.monotonic(), time_scale or 1.0)
         root = program.layout.used[0]
-        results = self.call("train", 0, steps)[root]
+        results = self.call("train", first, steps)[root]
         records = [r for r in self.call("records") if len(r)]
         devices = compute.graph.devices
         info = TimelineInfo(

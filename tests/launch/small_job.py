@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -125,12 +126,12 @@ _END_SECONDS = 90.0  # a launch that hangs fails its test
 class Launch:
     """`hethub launch` as a process group of its own, marked so that whatever it leaves behind is found."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, job: str = "job.yaml") -> None:
         self.folder = folder
         # Not pytest's folder: Ray's sockets need a short path.
         self.temporary = Path(tempfile.mkdtemp(prefix="hh-"))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hethub", "launch", "job.yaml", *arguments],
+            [sys.executable, "-m", "hethub", "launch", *([job] if job else []), *arguments],
             cwd=folder,
             env={**os.environ, "TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
@@ -143,7 +144,7 @@ class Launch:
         """Return when the first step is done."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if "step 1/" in line:
+            if re.search(r"step \d+/", line):  # quick steps may come several at once
                 return
         raise AssertionError("the launch ended before its first step")
 
@@ -152,10 +153,17 @@ class Launch:
         first = (self.folder / "run" / "logs" / f"{device.replace('/', '-')}.log").read_text().splitlines()[0]
         return int(first.split("process ")[1].split(",")[0])
 
-    def end(self) -> Result:
+    def end(self, seconds: float = _END_SECONDS) -> Result:
         """Wait for the end."""
-        out, err = self.process.communicate(timeout=_END_SECONDS)
+        out, err = self.process.communicate(timeout=seconds)
         return Result(self.process.returncode, out, err)
+
+    def close(self) -> None:
+        """Kill it with its whole group if it has not ended, and remove its temporary files."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def left(self) -> list[str]:
         """Processes and files that it left behind."""
@@ -183,7 +191,4 @@ def launched(folder: Path, *arguments: str) -> Iterator[Launch]:
     try:
         yield launch
     finally:
-        if launch.process.poll() is None:
-            os.killpg(launch.process.pid, signal.SIGKILL)
-            launch.process.communicate()
-        shutil.rmtree(launch.temporary, ignore_errors=True)
+        launch.close()

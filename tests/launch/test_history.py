@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hethub.launch.history import Entry, HistorySettings, Read, check_history, history_file, read_history
+from hethub.launch.history import Entry, HistorySettings, Read, history_file, read_history
+from hethub.launch.history_check import check_history
 from tests.launch.pool import Pool
 from tests.plan_strategies import NAMED_PLANS
 

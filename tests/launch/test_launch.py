@@ -116,8 +116,9 @@ def test_a_run_on_real_devices_is_the_training_of_one_process(real: Run, referen
     assert (real.summary["emulated"], real.summary["time_scale"]) == (False, 1.0)
 
 
-FILES = {"run.json", "plan.yaml", "predicted.npz", "measured.npz", "metrics.jsonl", "model.safetensors", "trace.json",
-         "timeline.html", "summary.json", "logs", "logs/a-0-0.log", "logs/b-0-0.log", "history", "history/a-0-0.jsonl",
+FILES = {"run.json", "attempts.jsonl", "plan.yaml", "predicted.npz", "measured.npz", "metrics.jsonl",
+         "model.safetensors", "trace.json", "timeline.html", "summary.json",
+         "logs", "logs/a-0-0.log", "logs/b-0-0.log", "history", "history/a-0-0.jsonl",
          "history/b-0-0.jsonl"}  # fmt: skip
 
 

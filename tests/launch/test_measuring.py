@@ -9,9 +9,12 @@ import torch
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.profile import load_profile
+from hethub.cost.memory import RankShape, layer_bytes
+from hethub.cost.profiles.profile import host_class, load_profile
 from hethub.cost.shapes import Work
-from hethub.launch.measuring import Measured, measure_layers, measure_sends
+from hethub.launch import measuring
+from hethub.launch.link_profiler import OPERATIONS
+from hethub.launch.measuring import Measured, measure_layers, measure_links
 from hethub.launch.profiler import LayerProfiler, repeated
 from hethub.specs.layout import Share
 from hethub.timeline.record import Kind
@@ -25,7 +28,7 @@ def _profiler() -> LayerProfiler:
 def test_every_kind_of_layer_is_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
     told: list[Measured] = []
     assert measure_layers(_profiler(), [1], tmp_path, 0.0, told.append) == 3
-    assert len(told) == 9
+    assert len(told) == 15
     before = load_profile(tmp_path)
     assert measure_layers(_profiler(), [1, 2], tmp_path, 0.0, told.append) == 3
     after = load_profile(tmp_path)
@@ -36,11 +39,32 @@ def test_every_kind_of_layer_is_measured_once_and_a_second_run_goes_on(tmp_path:
     assert all(row.forward_seconds > 0 and row.backward_seconds for row in after.layers)
 
 
-def test_messages_between_two_processes_take_longer_the_larger_they_are(tmp_path: Path) -> None:
-    assert measure_sends("shared-memory", tmp_path, 0.0, lambda measured: None) == 6
-    rows = load_profile(tmp_path).transfers
-    assert rows[-1].time_seconds > rows[0].time_seconds > 0
-    assert measure_sends("shared-memory", tmp_path, 0.0, lambda measured: None) == 0
+def test_messages_collectives_and_the_work_of_messages_are_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SEND_BYTES", (1 << 10, 1 << 20))
+    monkeypatch.setattr(measuring, "_WORK_BYTES", (1 << 10, 1 << 20))
+    monkeypatch.setattr(measuring, "_GROUP_BYTES", (1 << 14,))
+    where = ("intra/fast", host_class("fast"), tmp_path, 0.0, lambda measured: None)
+    assert measure_links(*where) == 3 * 2 + 3
+    profile = load_profile(tmp_path)
+    assert {row.operation for row in profile.transfers} == set(OPERATIONS)
+    assert all(row.time_seconds > 0 for row in profile.transfers)
+    assert measure_links(*where) == 0
+    work = profile.message_work("fast")
+    assert work is not None
+    assert profile.message_work("slow") is None
+
+
+def test_a_layer_keeps_for_its_backward_what_the_memory_model_says(tmp_path: Path) -> None:
+    plan = NAMED_PLANS["pipeline of 2"]("fp32")
+    profiler = _profiler()
+    shape = RankShape(plan.workload, Share.whole(profiler.model), 2, 4)
+    assert plan.workload.model == profiler.model
+    row, _ = profiler.measure(1, 2, 0.0)
+    assert row.kept_bytes == layer_bytes(shape, "decoder").kept
+    assert row.peak_bytes is None  # a host's allocator does not count
+    assert row.spread is not None
 
 
 def test_a_repetition_counts_with_the_mean_of_its_calls() -> None:

@@ -7,6 +7,8 @@ out, gradients squared in place by the norm in fp64.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,6 +19,7 @@ from hethub.launch.executor import local_places
 from hethub.launch.reference import train_reference
 from hethub.launch.worker import DTYPES, make_batches
 from hethub.specs.plan import Plan
+from hethub.timeline.record import Kind
 from tests.launch.pool import SETTINGS, Pool, Trained
 from tests.plan_strategies import NAMED_PLANS, plans
 
@@ -66,7 +69,10 @@ def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: st
     _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place), STEPS)
 
 
-@given(plan=plans("fp64"), in_place=st.booleans())
+_SOME_DEVICES = st.just(frozenset()) | st.frozensets(st.integers(0, 5))
+
+
+@given(plan=plans("fp64"), in_place=st.booleans(), accelerators=_SOME_DEVICES)
 @settings(
     max_examples=12,
     deadline=None,
@@ -75,8 +81,13 @@ def test_named_plan_trains_like_one_process(pool: Pool, name: str, precision: st
     database=None,
     phases=[Phase.generate],  # a failure leaves the pool as it is: show it rather than shrink it
 )
-def test_random_plan_trains_like_one_process(pool: Pool, plan: Plan, in_place: bool) -> None:
-    _check(plan, pool.train(plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place), STEPS)
+def test_random_plan_trains_like_one_process(
+    pool: Pool, plan: Plan, in_place: bool, accelerators: frozenset[int]
+) -> None:
+    trained = pool.train(
+        plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place, accelerators=accelerators
+    )
+    _check(plan, trained, STEPS)
 
 
 def test_the_same_plan_is_the_same_bits_again_and_by_messages(pool: Pool) -> None:
@@ -85,3 +96,28 @@ def test_the_same_plan_is_the_same_bits_again_and_by_messages(pool: Pool) -> Non
     for another in (other, by_messages):
         assert [x.hex() for x in one.losses] == [x.hex() for x in another.losses]
         assert all(np.array_equal(one.weights[name], another.weights[name]) for name in one.weights)
+
+
+@pytest.mark.parametrize("accelerators", [range(6), (0, 3)], ids=["all", "two"])
+def test_devices_with_queues_of_their_own_train_the_same_bits(
+    pool: Pool, accelerators: Collection[int]
+) -> None:
+    """Seen to catch a message that leaves before its copy is there, and a receive buffer that is posted again before
+    the device has read it."""
+    plan = NAMED_PLANS["everything uneven at once"]("fp32")
+    by_host = pool.train(plan, 5)
+    queued = pool.train(plan, 5, accelerators=accelerators)
+    assert [x.hex() for x in queued.losses] == [x.hex() for x in by_host.losses]
+    assert queued.held_out == by_host.held_out
+    assert all(np.array_equal(queued.weights[name], by_host.weights[name]) for name in by_host.weights)
+    records = queued.timeline.records
+    for device in accelerators:
+        mine = records[(records["device"] == device) & (records["kind"] != Kind.COLLECTIVE)]
+        assert (mine["start"] <= mine["end"]).all()  # and known
+        assert (mine["start"][1:] >= mine["end"][:-1]).all()  # one after the other
+
+
+def test_training_does_not_load_what_only_compilers_need(pool: Pool) -> None:
+    """Half a second of CPU in every worker's first step, where a backward is given its gradient (see `beginning`)."""
+    pool.train(NAMED_PLANS["everything uneven at once"]("fp32"), 1)
+    assert not any(pool.call("imported", "sympy"))

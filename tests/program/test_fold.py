@@ -8,11 +8,12 @@ import pytest
 
 from hethub.program.compile import compile_program
 from hethub.program.fold import fold
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Pipeline, Plan, Rank, Replica, Stage
 from hethub.specs.resolved import Cluster, DeviceType, Link, NodeGroup
 from hethub.specs.workload import Workload
+from hethub.timeline.record import Kind
 from tests.plan_strategies import NAMED_PLANS, compute_model, tiny_model
 
 _LAYERS = 12
@@ -105,6 +106,39 @@ def test_a_folded_plan_takes_as_long(degree: int) -> None:
     whole, part, actions, fewer = _seconds(plan, lay_out(plan))
     assert part == pytest.approx(whole, rel=0.02)
     assert fewer < 1.3 * actions / degree
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_pipeline_work_of_a_folded_group_is_when_its_members_do_it(degree: int) -> None:
+    """To the rounding of sums: ranks with equal actions, costs and links. Parameters that every rank holds whole, a
+    norm's, are what is left to differ, after the pipeline.
+
+    Seen to catch: a folded path with the latency of each rank's message added up.
+    """
+    plan = _plan(degree, [8 // degree] * degree)
+    layout, compute = lay_out(plan), compute_model(plan)
+    folded = fold(layout, compute)
+    assert folded is not None
+    whole = _pipeline_times(simulate(compile_program(layout, compute), compute))
+    part = _pipeline_times(
+        simulate(compile_program(folded.layout, folded.compute), folded.compute, sub_events=False)
+    )
+    assert part.keys() == {key for key in whole if key[0] in folded.members}
+    for (first, *rest), times in part.items():
+        for device in folded.members[first]:
+            assert whole[device, *rest] == pytest.approx(times, rel=1e-9, abs=1e-12)
+
+
+def _pipeline_times(simulation: Simulation) -> dict[tuple[int, ...], tuple[float, float]]:
+    """Start and end of each piece of pipeline work, parts taken together, by device, kind, stage and micro-batch."""
+    assert simulation.timeline is not None
+    found: dict[tuple[int, ...], tuple[float, float]] = {}
+    for record in simulation.timeline.records:
+        if record["kind"] in (Kind.FORWARD, Kind.BACKWARD):
+            key = tuple(int(record[name]) for name in ("device", "kind", "stage", "micro_batch"))
+            start, end = found.get(key, (float("inf"), 0.0))
+            found[key] = (min(start, float(record["start"])), max(end, float(record["end"])))
+    return found
 
 
 @pytest.mark.parametrize("name", NAMED_PLANS)

@@ -57,7 +57,7 @@ def test_links_queue_by_the_rule_that_emulated_links_follow(plan: Plan, data: st
     for number, now in data.draw(st.lists(picks, min_size=1, max_size=20)):
         transfer = program.transfers[number]
         path = graph.path(transfer.source, transfer.destination)
-        expected = reserve(free_at, path, transfer.bytes, now)
+        expected = reserve(free_at, path, columns.tables.transfer_bytes[number], now)
         assert kernel.reserve(columns.tables, state, number, now) == expected
 
 
@@ -75,6 +75,7 @@ def run(
     seconds: list[float] | None = None,
     lanes: list[Lane] | None = None,
     latencies: list[float] | None = None,
+    works: list[float] | None = None,
 ) -> tuple[Tables, State]:
     """Run lists whose compute actions are single devices' work of `seconds`; every pair of devices has one channel."""
     flat = [entry for own in lists for entry in own]
@@ -96,6 +97,8 @@ def run(
         transfer_source=[message[0] for message in messages],
         transfer_destination=[message[1] for message in messages],
         transfer_bytes=[message[2] for message in messages],
+        transfer_send_seconds=works or [0.0] * len(messages),
+        transfer_receive_seconds=works or [0.0] * len(messages),
         path_first=np.cumsum([0, *(len(message[3]) for message in messages)]).tolist(),
         path_cell=cells,
         path_bandwidth=[bandwidths[cell] for cell in cells],
@@ -105,6 +108,7 @@ def run(
         tables=tables,
         actions=np.zeros((0, 5), dtype=np.int32),
         price_busy=np.zeros(0),
+        bytes_told=np.zeros(0, dtype=np.int64),
         price_numbers={},
         channels=len(pairs),
         cells=len(bandwidths),
@@ -206,6 +210,16 @@ def test_a_rendezvous_waits_for_the_receiver(sharing: bool) -> None:
     assert state.start == [0.0, 0.0, 3.0]
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_what_a_message_takes_of_a_device_delays_what_it_does_next(sharing: bool) -> None:
+    """Seeded bug it caught: charged to a receiver that waited, whose wait the link's own time already explains."""
+    lists: Lists = [[(SEND, 0), (COMPUTE, 0)], [(COMPUTE, 1), (RECEIVE, 0), (COMPUTE, 0)]]
+    for busy, end in ((1.0, 10.5 + 2.0), (20.0, 20.0 + 0.25 + 2.0)):
+        _, state = run(lists, [(0, 1, 100.0, [0])], [10.0], Rules(sharing=sharing), [2.0, busy], works=[0.25])
+        assert state.end[1] == 2.25
+        assert state.end[4] == end
+
+
 def test_compute_is_slowed_while_a_message_is_under_way() -> None:
     lists: Lists = [[(SEND, 0), (COMPUTE, 0)], [(RECEIVE, 0)]]
     _, state = run(lists, [(0, 1, 10.0, [0])], [10.0], Rules(overlap_slowdown=0.2), [4.0])
@@ -234,6 +248,10 @@ def test_blocking_sends_hold_devices_no_longer_than_messages_take(plan: Plan, sh
     done = simulate(program, compute, rules=Rules(buffers=1 << 20, sharing=sharing))
     assert done.timeline is not None
     sends = done.timeline.records[done.timeline.records["kind"] == Kind.SEND]
+    moved = columns_of(program, compute.graph).tables.transfer_bytes
     for record in sends:
         path = compute.graph.path(int(record["device"]), int(record["peer"]))
-        assert record["end"] >= record["start"] + path.seconds(int(record["bytes"])) - 1e-9
+        assert (
+            record["end"]
+            >= record["start"] + path.seconds(moved[program.messages[record["message"]].transfer]) - 1e-9
+        )

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hethub.cost.compute import ComputeModel
+from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.profile import LayerRow, Profile
 from hethub.errors import InputError
 from hethub.program.compile import compile_program
-from hethub.simulate.energy import job_of, joules_of
+from hethub.simulate.energy import egress_usd, job_of, joules_of
 from hethub.simulate.engine import simulate
-from hethub.simulate.what_if import changed_graph, parse_change
-from hethub.specs.layout import lay_out
+from hethub.simulate.what_if import Addition, Change, changed_graph, enlarged, parse_change
+from hethub.specs.layout import Share, lay_out
 from hethub.specs.plan import Plan
+from hethub.specs.resolved import GroupLink
 from hethub.timeline.summary import DeviceSummary
 from tests.plan_strategies import NAMED_PLANS
 
 
 def seconds(plan: Plan, *changes: str) -> float:
-    graph = changed_graph(plan.cluster, [parse_change(text) for text in changes])
+    parsed = [parse_change(text) for text in changes]
+    graph = changed_graph(plan.cluster, [change for change in parsed if isinstance(change, Change)])
     compute = ComputeModel(graph, plan.workload)
     return simulate(compile_program(lay_out(plan), compute), compute, record=False).step_seconds
 
@@ -44,10 +50,77 @@ def test_a_slower_device_slows_the_step() -> None:
     assert seconds(plan, f"device:{used}=1x") == seconds(plan)
 
 
+def test_a_changed_device_is_known_by_what_was_measured_of_its_type() -> None:
+    """Seeded bug: the profile asked for the made-up type, so that a roofline stood in."""
+    plan = NAMED_PLANS["single device"]("fp32")
+    device = plan.cluster.devices()[0]
+    model, workload = plan.workload.model, plan.workload
+    rows = tuple(
+        LayerRow(
+            model=model.name, device_type=device.type.name, layer_kind=kind, tensor_parallel=1, micro_batch=1,
+            sequence_length=workload.sequence_length, dtype="fp32", forward_seconds=0.25, backward_seconds=0.5,
+        )
+        for kind in ("embedding", "decoder", "head")
+    )  # fmt: skip
+    graph = changed_graph(plan.cluster, [Change("device", device.name, 0.5)])
+    compute = ComputeModel(graph, workload, Profile(rows, ()), slow_down={device.type.name: 2.0})
+    layer = compute.layer_seconds(graph.devices[0].type, "decoder", Share.whole(model), 1)
+    assert layer == pytest.approx(2 * 2 * 0.75)
+
+
+def test_further_devices_stand_in_the_first_group_of_their_type() -> None:
+    plan = NAMED_PLANS["pipeline of 2"]("fp32")
+    group = plan.cluster.node_groups[0]
+    before = plan.cluster.counts()
+    for count in (1, group.devices_per_node, 2 * group.devices_per_node + 1):
+        change = parse_change(f"type:{group.device_type}=+{count}")
+        assert isinstance(change, Addition)
+        found = enlarged(plan.cluster, [change])
+        assert found.counts() == before | {group.device_type: before[group.device_type] + count}
+        assert {d.name for d in plan.cluster.devices()} <= {d.name for d in found.devices()}
+    with pytest.raises(InputError, match="has no such type"):
+        enlarged(plan.cluster, [Addition("none", 1)])
+
+
+def test_messages_over_a_priced_link_cost_by_the_byte() -> None:
+    plan = two_zones(usd_per_gb=None)
+    assert money(plan) == 0.0
+    priced = two_zones(usd_per_gb=2.0)
+    program = compile_program(lay_out(priced), ComputeModel(CostGraph(priced.cluster), priced.workload))
+    sizes = [program.transfer(n).bytes for n in range(len(program.messages))]
+    assert sizes
+    assert money(priced) == pytest.approx(2.0 * sum(sizes) / 1e9)
+
+
+def money(plan: Plan) -> float:
+    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+    return egress_usd(compile_program(lay_out(plan), compute), compute.graph)
+
+
+def two_zones(usd_per_gb: float | None) -> Plan:
+    """A pipeline of two stages whose devices stand in zones that one link joins."""
+    plan = NAMED_PLANS["pipeline of 2"]("fp32")
+    used = {s.replicas[0].ranks[0].device.split("/")[0] for s in plan.pipelines[0].stages}  # type: ignore[union-attr]
+    one, other = sorted(used)
+    groups = tuple(replace(group, zone=f"zone-{group.name}") for group in plan.cluster.node_groups)
+    link = groups[0].inter_link
+    links = tuple(
+        GroupLink(
+            between=(a.name, b.name), link=link, total_bandwidth_bytes_per_second=None, usd_per_gb=usd_per_gb
+        )
+        for number, a in enumerate(groups)
+        for b in groups[number + 1 :]
+    )
+    assert one != other
+    return plan.model_copy(update={"cluster": replace(plan.cluster, node_groups=groups, links=links)})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("faster", "not a change"),
+        ("type:a=+0", "not a change"),
+        ("device:a/0/0=+2", "not a change"),
         ("type:a=0x", "not a change"),
         ("type:a=1e999x", "not a change"),
         ("type:a=..x", "not a change"),
@@ -72,8 +145,6 @@ def test_energy_counts_each_power_for_its_time() -> None:
     )  # fmt: skip
 
     def joules(full: float | None, sending: float | None, idle: float | None) -> float | None:
-        from dataclasses import replace
-
         device_type = replace(
             known, power_watts=full, communication_power_watts=sending, idle_power_watts=idle
         )

@@ -229,3 +229,28 @@ def test_the_schema_describes_every_key():
     for part in (schema, *schema["$defs"].values()):
         for key, field in part["properties"].items():
             assert field.get("description"), key
+
+
+def test_checkpoints_and_failures_have_policies(folder):
+    job = load(folder, JOB)
+    assert job.checkpoint is None and job.initial_weights is None
+    assert (job.on_failure.restart, job.on_failure.not_a_number) == ("none", "stop")
+    text = "checkpoint: {every: 20}\non_failure: {restart: replan, within_seconds: 60}\ninitial_weights: corpus\n"
+    job = load(folder, JOB + text)
+    assert (job.checkpoint.every, job.checkpoint.keep, job.checkpoint.notice_seconds) == (20, 2, 30)
+    assert (job.on_failure.restart, job.on_failure.max_restarts) == ("replan", 3)
+    assert job.initial_weights == folder / "corpus"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("checkpoint: {every: 0}", r"checkpoint\.every: 0 is less than 1"),
+        ("on_failure: {restart: again}", r'on_failure\.restart: .*"again"'),
+        ("on_failure: {not_a_number: roll_back}", r"on_failure\.not_a_number: roll_back needs checkpoints"),
+        ("initial_weights: nowhere", r"initial_weights: there is no folder .*nowhere"),
+    ],
+)
+def test_policies_that_cannot_be_kept_are_refused_at_their_key(folder, text, words):
+    with pytest.raises(InputError, match=words):
+        load(folder, JOB + text + "\n")

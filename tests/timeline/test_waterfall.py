@@ -46,6 +46,15 @@ def test_a_known_step_is_split_as_by_hand(timeline, rows):
     }
 
 
+def test_less_work_than_a_whole_piece_is_rounding(timeline, rows):
+    """Half a second less than the busiest: with pieces of 0.2 s two more fit and 0.1 s is left; of 0.6 s none fits."""
+    for piece, rounding in ((0.2, 0.01), (0.25, 0.0), (0.6, 0.05)):
+        first, second = waterfall(timeline(rows(0, 0.0)), 0, 0, pieces=[piece, piece]).devices
+        assert first["rounding"] == pytest.approx(rounding)
+        assert first["rounding"] + first["imbalance"] == pytest.approx(0.05)
+        assert second["rounding"] == 0.0
+
+
 def test_devices_weigh_by_their_speed(timeline, rows):
     found = waterfall(timeline(rows(0, 0.0)), 0, 0, [3.0, 1.0])
     assert found.seconds == 10.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from hethub.cost.profiles.curve import Curve, LinkFit, fit_link
 from hethub.cost.profiles.table import Column, read_table, write_table
 
-__all__ = ["LayerKey", "LayerRow", "Profile", "TransferRow", "load_profile", "save_profile"]
+__all__ = ["LayerKey", "LayerRow", "Profile", "TransferRow", "host_class", "load_profile", "save_profile"]
 
 LAYERS, TRANSFERS = "layers", "transfers"
 _LAYER_COLUMNS = (
@@ -25,6 +26,9 @@ _LAYER_COLUMNS = (
     Column("parameters", "count", optional=True),
     Column("kept", "size", optional=True),
     Column("peak", "size", optional=True),
+    Column("spread", "ratio", optional=True),
+    Column("backward_input", "time", optional=True),
+    Column("backward_weight", "time", optional=True),
 )
 _TRANSFER_COLUMNS = (
     Column("operation", "text", key=True),
@@ -40,7 +44,9 @@ class LayerRow:
     """One layer on one rank: seconds with the collectives inside; None where it was not timed.
 
     `update_seconds` is the optimizer's share for the layer's `parameters` (elements of the rank); `kept_bytes` what a
-    micro-batch keeps for the backward, `peak_bytes` the peak of the layer alone.
+    micro-batch keeps for the backward, `peak_bytes` the peak of the layer alone. `spread` is how far the quartiles of
+    repetitions are apart, over their median: the larger of forward's and backward's. `backward_input_seconds` and
+    `backward_weight_seconds` are the halves of a backward that is split.
     """
 
     model: str
@@ -56,6 +62,9 @@ class LayerRow:
     parameters: int | None = None
     kept_bytes: float | None = None
     peak_bytes: float | None = None
+    spread: float | None = None
+    backward_input_seconds: float | None = None
+    backward_weight_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,7 @@ class TransferRow:
     """`operation` (all_reduce, all_gather, reduce_scatter, send) over `link_class` by `group_size` devices.
 
     `message_bytes` is what each device puts in; of a send it is what each of `group_size` pairs moves at once.
+    `send_work` and `receive_work` are what a message takes of a device that is the host's own CPU (`host_class`).
     """
 
     operation: str
@@ -118,13 +128,50 @@ class Profile:
             found[row.operation, row.link_class][row.group_size][row.message_bytes] = row.time_seconds
         return found
 
+    @cached_property
+    def micro_batches(self) -> tuple[int, ...]:
+        """The rows of a micro-batch at which some layer was measured, ascending."""
+        return tuple(sorted({row.micro_batch for row in self.layers}))
+
+    def spread(self, model: str, device_types: Iterable[str]) -> float | None:
+        """The largest spread of a model's layers on some device types; None where none was noted."""
+        chosen = set(device_types)
+        noted = [r.spread for r in self.layers if r.model == model and r.device_type in chosen]
+        return max((spread for spread in noted if spread is not None), default=None)
+
     def rows(self, key: LayerKey) -> tuple[LayerRow, ...]:
         """The measured micro-batches of a layer."""
         return tuple(self._by_layer.get(key, ()))
 
     def seconds(self, key: LayerKey, what: str, micro_batch: float, slow_down: float = 1.0) -> float | None:
-        """`what` (forward, backward or update) at a micro-batch, the device's own part `slow_down` times as long (see
-        `Curve.slowed`); None where that was never measured."""
+        """`what` (a time of `LayerRow`) at a micro-batch, the device's own part `slow_down` times as long (see
+        `Curve.slowed`). Between two measured tensor-parallel degrees it is a power of the degree; None beyond them and
+        where nothing was measured."""
+        found = self._at_degree(key, what, micro_batch, slow_down)
+        if found is not None:
+            return found
+        degrees = [
+            n for n in self._degrees if self._at_degree(replace(key, tensor_parallel=n), what, 1) is not None
+        ]
+        below = max((n for n in degrees if n < key.tensor_parallel), default=None)
+        above = min((n for n in degrees if n > key.tensor_parallel), default=None)
+        if below is None or above is None:
+            return None
+        ends = [
+            self._at_degree(replace(key, tensor_parallel=n), what, micro_batch, slow_down) or 0.0
+            for n in (below, above)
+        ]
+        share = math.log(key.tensor_parallel / below) / math.log(above / below)
+        return float(ends[0] ** (1 - share) * ends[1] ** share)
+
+    @cached_property
+    def _degrees(self) -> tuple[int, ...]:
+        return tuple(sorted({row.tensor_parallel for row in self.layers}))
+
+    def _at_degree(
+        self, key: LayerKey, what: str, micro_batch: float, slow_down: float = 1.0
+    ) -> float | None:
+        """The same at a degree that was measured."""
         place = (key, what)
         if place not in self._curves:
             points = {
@@ -152,6 +199,25 @@ class Profile:
             return None
         nearest = min(known, key=lambda n: (abs(n - pairs), n))
         return fit_link({size * nearest: seconds for size, seconds in known[nearest].items()})
+
+    def message_work(self, device_type: str) -> tuple[LinkFit, LinkFit] | None:
+        """What a message takes of a device that is the host's CPU, sent and received; None where not measured."""
+        where = host_class(device_type)
+        known = [
+            self._links.get((operation, where), {}).get(1) for operation in ("send_work", "receive_work")
+        ]
+        if None in known:
+            return None
+        curves = [
+            Curve.through(points) for points in known if points is not None
+        ]  # without what was disturbed
+        sent, received = (fit_link(dict(zip(c.sizes, c.seconds, strict=True))) for c in curves)
+        return sent, received
+
+
+def host_class(device_type: str) -> str:
+    """The link class under which stands what messages take of the CPUs of a device type."""
+    return f"host/{device_type}"
 
 
 def load_profile(folder: Path) -> Profile:

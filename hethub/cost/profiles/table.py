@@ -31,10 +31,10 @@ Row = dict[str, str | int | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: text, a count (a whole number above 0), a time or a size; `key` columns tell rows apart."""
+    """A column: text, a count (a whole number above 0), a time, a size or a ratio; `key` columns tell rows apart."""
 
     name: str
-    kind: Literal["text", "count", "time", "size"]
+    kind: Literal["text", "count", "time", "size", "ratio"]
     key: bool = False
     optional: bool = False
 
@@ -177,4 +177,4 @@ def _written(column: Column, value: object) -> str:
     if column.kind in UNITS:
         assert isinstance(value, int | float)
         return format(value / UNITS[column.kind][_WRITTEN[column.kind]], ".10g")
-    return str(value)
+    return format(value, ".4g") if column.kind == "ratio" else str(value)

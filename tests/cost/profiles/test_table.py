@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hethub.cost.profiles.profile import LayerRow, Profile, TransferRow, load_profile, save_profile
+from hethub.cost.profiles.profile import LayerKey, LayerRow, Profile, TransferRow, load_profile, save_profile
 from hethub.cost.profiles.table import Column, read_table
 from hethub.errors import InputError
 
@@ -106,3 +108,19 @@ def test_a_written_profile_reads_back(tmp_path_factory, layers, transfers):
             assert getattr(other, field) == (
                 pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
             )
+
+
+def test_between_two_measured_degrees_time_is_a_power_of_the_degree():
+    """Seeded bugs: straight in the degree or in the time; came out at 5."""
+
+    def row(degree, forward):
+        return LayerRow(
+            model="m", device_type="A", layer_kind="decoder", tensor_parallel=degree, micro_batch=1,
+            sequence_length=8, dtype="fp32", forward_seconds=forward,
+        )  # fmt: skip
+
+    profile = Profile((row(1, 8.0), row(4, 2.0)), ())
+    key = LayerKey("m", "A", "decoder", 2, 8, "fp32")
+    assert profile.seconds(key, "forward", 1) == pytest.approx(4.0)
+    assert profile.seconds(key, "backward", 1) is None
+    assert profile.seconds(replace(key, tensor_parallel=8), "forward", 1) is None

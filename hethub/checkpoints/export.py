@@ -1,0 +1,66 @@
+"""A checkpoint as a Hugging Face Llama folder: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hethub.checkpoints.manifest import Manifest
+from hethub.checkpoints.reshard import Need, Reader
+from hethub.checkpoints.store import open_checkpoint
+from hethub.errors import InputError
+from hethub.specs.llama_config import config_of
+from hethub.specs.workload import Model
+
+__all__ = ["export_checkpoint", "hugging_face_config", "whole_weights"]
+
+
+def whole_weights(folder: Path, manifest: Manifest) -> dict[str, npt.NDArray[np.floating]]:
+    """Every weight as it was trained, wide, by its Hugging Face name. Raises CheckpointError where it is damaged."""
+    with Reader(folder, manifest) as reader:
+        return {
+            p.name: np.ascontiguousarray(reader.read(Need(0, number, 0, p.shape[p.axis])))
+            for number, p in enumerate(manifest.parameters)
+        }
+
+
+def hugging_face_config(model: Model, sequence_length: int, dtype: str) -> dict[str, Any]:
+    """What `transformers` wants to know of the model; `dtype` is that of the weights beside it."""
+    config = {key: value for key, value in config_of(model).items() if key != "name"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **config,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": sequence_length,
+        "torch_dtype": {"fp32": "float32", "fp64": "float64"}[dtype],
+    }
+
+
+def export_checkpoint(folder: Path, output: Path) -> Manifest:
+    """Write a checkpoint's weights to a new or empty folder. Raises CheckpointError, or InputError for the output."""
+    from safetensors.numpy import save_file
+
+    manifest = open_checkpoint(folder)
+    model = manifest.model()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: is there already. Name a folder that does not exist yet.")
+    weights = whole_weights(folder, manifest)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = output / "model.safetensors.tmp"
+        save_file(weights, str(temporary), metadata={"format": "pt"})
+        os.replace(temporary, output / "model.safetensors")
+        config = hugging_face_config(model, manifest.training.sequence_length, manifest.dtype)
+        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}). Name another folder.") from error
+    return manifest

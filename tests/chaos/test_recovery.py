@@ -1,0 +1,271 @@
+"""Runs that lose workers, drivers and files, by real processes: they go on as if nothing had been, or say why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from hethub.checkpoints.store import CHECKPOINTS
+from hethub.launch.history_check import check_history, compare_histories
+from tests.chaos.three_types import (
+    JOB,
+    Ran,
+    check_invariants,
+    ended,
+    kill,
+    kill_points,
+    kinds_of,
+    launch,
+    write_job,
+)
+from tests.launch.small_job import Launch, hethub
+
+STEPS = JOB["steps"]
+LONG = 100_000  # steps of a run that is stopped from outside
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    write_job(folder)
+    ran = launch(folder)
+    check_invariants(ran, ran, STEPS)
+    return ran
+
+
+def fault(device: str, step: int, do: str, action: str | int = 0, phase: str = "before") -> dict[str, object]:
+    return {"device": device, "step": step, "action": action, "phase": phase, "do": do}
+
+
+def test_workers_killed_at_seeded_points_of_any_kind_cost_steps_and_nothing_else(
+    unbroken: Ran, tmp_path: Path
+) -> None:
+    """Rows 1, 2 and 27 of the matrix, in small; `make chaos` has 200 points."""
+    write_job(tmp_path)
+    points = kill_points(tmp_path, seed=3, count=5, steps=STEPS)
+    assert len(kinds_of(points, tmp_path)) == 5
+    write_job(tmp_path, fault=points, on_failure={"restart": "same", "max_restarts": 5})
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS)
+    failed = [event for event in ran.journal() if event.event == "failed"]
+    assert [event.device for event in failed] == [point["device"] for point in points]
+    assert {event.cause for event in failed} == {"worker"}
+    assert ran.summary()["restarts"] == 5
+
+
+def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:
+    """Row 5."""
+    stopped = fault("b/0/1", 4, "stop", phase="during")
+    write_job(tmp_path, fault=stopped, on_failure={"restart": "same"})
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS)
+    (failed,) = [event for event in ran.journal() if event.event == "failed"]
+    assert (failed.cause, failed.device) == ("stall", "b/0/1")
+
+
+def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_path: Path) -> None:
+    """Row 3 and 15: another split, the same samples, the same losses within 1e-6."""
+    write_job(tmp_path, fault=fault("b/0/0", 7, "kill"), on_failure={"restart": "replan"})
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS, relative=1e-5)
+    failed = next(event for event in ran.journal() if event.event == "failed")
+    began = [event for event in ran.journal() if event.event == "began"]
+    assert failed.lost == ("b/0/0",)
+    assert "b/0/0" not in began[1].devices and began[1].plan != began[0].plan
+    first = [e for e in ran.history() if e.step == began[1].step]
+    before, after = (float.fromhex(next(e.loss for e in first if e.attempt == n)) for n in (1, 2))
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.chaos
+def test_a_node_whose_workers_all_die_is_told_as_one(unbroken: Ran, tmp_path: Path) -> None:
+    """Row 3: both devices of node c."""
+    both = [fault("c/0/0", 5, "kill"), fault("c/0/1", 5, "kill")]
+    write_job(tmp_path, fault=both, on_failure={"restart": "replan"})
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS, relative=1e-5)
+    lost = {device for event in ran.journal() if event.event == "failed" for device in event.lost}
+    assert lost == {"c/0/0", "c/0/1"}
+
+
+@pytest.mark.chaos
+def test_a_policy_that_is_used_up_ends_the_run_and_says_so(tmp_path: Path) -> None:
+    points = [fault("a/0/0", 2, "kill"), fault("b/0/1", 4, "raise")]
+    write_job(tmp_path, fault=points, on_failure={"restart": "same", "max_restarts": 1})
+    ran = launch(tmp_path)
+    assert ran.result.exit_code == 1 and ran.left == []
+    last = ran.result.err.splitlines()[-1]
+    assert "device b/0/1 (middle)" in last and "raised on purpose" in last
+    assert last.endswith("Not restarted: 1 restarts within 3600 s, on_failure.max_restarts is 1.")
+
+
+@pytest.mark.parametrize("policy", ["stop", "roll_back"])
+def test_a_gradient_that_is_no_number_is_dealt_with_before_the_update(
+    unbroken: Ran, tmp_path: Path, policy: str
+) -> None:
+    """Row 22. A transient one: rolled back, it does not come again, and the run is the unbroken one."""
+    bad = fault("b/0/1", 7, "nan", action="backward stage 1 micro-batch 0", phase="during")
+    write_job(tmp_path, fault=bad, on_failure={"not_a_number": policy})
+    ran = launch(tmp_path)
+    (failed,) = [event for event in ran.journal() if event.event == "failed"]
+    assert failed.cause == "not-a-number"
+    if policy == "roll_back":
+        check_invariants(ran, unbroken, STEPS)
+        return
+    assert ran.result.exit_code == 1
+    assert "device b/0/1" in ran.result.err.splitlines()[-1]
+    assert "by the gradient of model.layers." in ran.result.err.splitlines()[-1]
+    entries = ran.history()
+    assert check_history(entries, 7) == [] and max(entry.step for entry in entries) == 6
+
+
+# -- drivers ---------------------------------------------------------------------------------------------------
+
+
+def resumed(ran: Ran, *arguments: str) -> Ran:
+    """Go on with a run to the steps that the unbroken one has."""
+    return launch(ran.folder, "--resume", "run", *arguments, job="")
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A run whose worker died for good in step 8: checkpoints after 3 and 6."""
+    folder = tmp_path_factory.mktemp("cut-off")
+    write_job(folder, fault=fault("c/0/1", 8, "kill"))
+    ran = launch(folder)
+    assert ran.result.exit_code == 1 and ran.steps_saved() == [3, 6]
+    write_job(folder)  # the fault is mended
+    return ran
+
+
+def copied(ran: Ran, folder: Path) -> Ran:
+    """The same run elsewhere."""
+    shutil.copytree(ran.folder, folder)
+    mark = folder / "run" / "run.json"
+    mark.write_text(mark.read_text().replace(str(ran.folder), str(folder)))
+    return Ran(folder, ran.result, [])
+
+
+def test_a_run_goes_on_where_it_was_cut_off(unbroken: Ran, cut_off: Ran, tmp_path: Path) -> None:
+    ran = resumed(copied(cut_off, tmp_path / "job"))
+    assert "going on from step-00000006" in ran.result.err
+    check_history_of_resumed(ran, unbroken, [0, 6])
+
+
+def check_history_of_resumed(ran: Ran, unbroken: Ran, starts: list[int], relative: float = 1e-6) -> None:
+    assert ran.result.exit_code == 0, ran.result.err
+    assert check_history(ran.history(), STEPS) == []
+    assert compare_histories(ran.history(), unbroken.history(), relative=relative) == []
+    began = [event for event in ran.journal() if event.event == "began"]
+    assert [event.step for event in began] == starts
+    assert [event.attempt for event in began] == list(range(1, len(starts) + 1))
+    assert ran.summary()["history_problems"] == [] and ran.left == []
+
+
+def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
+    unbroken: Ran, cut_off: Ran, tmp_path: Path
+) -> None:
+    """Row 13, whole."""
+    broken = copied(cut_off, tmp_path / "job")
+    file = broken.run / CHECKPOINTS / "step-00000006" / "c-0-1.state"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ran = resumed(broken)
+    assert "c-0-1.state: is damaged between bytes" in ran.result.err
+    assert "going on from step-00000003" in ran.result.err
+    check_history_of_resumed(ran, unbroken, [0, 3])
+
+
+@pytest.mark.chaos
+def test_a_run_goes_on_on_another_cluster(unbroken: Ran, cut_off: Ran, tmp_path: Path) -> None:
+    broken = copied(cut_off, tmp_path / "job")
+    text = (broken.folder / "cluster.yaml").read_text()
+    (broken.folder / "smaller.yaml").write_text(text.replace("links:", "exclude: [b/0/0-1, c/0/0]\nlinks:"))
+    ran = resumed(broken, "--cluster", "smaller.yaml")
+    check_history_of_resumed(ran, unbroken, [0, 6], relative=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 2}, "seed (1 there, 2 here)"),
+        ({"steps": 13}, "steps (12 there, 13 here)"),
+        (
+            {"data": {"files": ["other.txt"], "tokenizer": "bytes", "held_out": 0.1}},
+            "tokens (another one here)",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(
+    capsys: pytest.CaptureFixture[str], cut_off: Ran, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    """Rows 24 and 25, before any worker starts."""
+    broken = copied(cut_off, tmp_path / "job")
+    (broken.folder / "other.txt").write_text("another text\n" * 2000)
+    write_job(broken.folder, **changes)
+    result = hethub(capsys, broken.folder, "launch", "--resume", "run")
+    assert result.exit_code == 2 and words in result.err, result.err
+    assert "Traceback" not in result.err and broken.steps_saved() == [3, 6]
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_and_another_goes_on(unbroken: Ran, tmp_path: Path) -> None:
+    """Rows 19 and 20: the driver holds the Ray head, so both are gone at once."""
+    write_job(tmp_path, steps=LONG)
+    started = Launch(tmp_path)
+    try:
+        started.training()
+        workers = [started.worker(f"{group}/0/0") for group in "abc"]
+        other = launch(tmp_path, "--resume", "run", job="")
+        assert other.result.exit_code == 2
+        assert "output is in use by a running job" in other.result.err
+        kill(started.process.pid)
+        started.process.communicate(timeout=30)
+        for worker in workers:
+            wait_for_end(worker)
+    finally:
+        started.close()
+    assert (tmp_path / "run" / "lease.json").exists()
+    events = Ran(tmp_path, unbroken.result, []).journal()
+    assert [event.event for event in events] == ["began"]
+
+
+def wait_for_end(process: int) -> None:
+    """Return when a process has ended; the test's own time limit is the limit."""
+    import select
+
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    select.select([descriptor], [], [], 30)
+    os.close(descriptor)
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    """Row 20: a checkpoint within the notice, exit code 75, the same bits when resumed."""
+    write_job(tmp_path, steps=300, checkpoint={"every": 1000, "keep": 2})
+    started = Launch(tmp_path)
+    try:
+        started.training()
+        started.process.send_signal(signal.SIGTERM)
+    finally:
+        stopped = ended(started)
+    assert stopped.result.exit_code == 75, stopped.result.err
+    assert stopped.result.err.splitlines()[-1] == "hethub: stopped by SIGTERM"
+    assert stopped.left == []
+    (step,) = stopped.steps_saved()
+    assert check_history(stopped.history(), step) == []
+    # Two goings-on from there, one of them killed again, are the same training.
+    write_job(
+        tmp_path, steps=300, checkpoint={"every": 1000, "keep": 2}, fault=fault("a/0/0", step + 2, "kill")
+    )
+    again = resumed(stopped)
+    assert again.result.exit_code == 1
+    before = [e for e in again.history() if e.attempt == 2]
+    assert {e.step for e in before} == {step, step + 1}
