@@ -12,6 +12,7 @@ from hethub import __version__
 from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
 from hethub.cli.checkpoint import app as checkpoint_app
+from hethub.cli.compare import compare
 from hethub.cli.data import app as data_app
 from hethub.cli.diff import diff
 from hethub.cli.launch import launch
@@ -39,6 +40,7 @@ app.command()(plan)
 app.command()(simulate)
 app.command()(bound)
 app.command()(diff)
+app.command()(compare)
 app.command()(launch)
 app.command()(timeline)
 app.command()(validate)

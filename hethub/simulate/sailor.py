@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,14 +20,26 @@ from hethub.cost.shapes import layer_kind
 from hethub.errors import InputError
 from hethub.specs.workload import Model
 
-__all__ = ["SailorCosts", "load_sailor_costs", "sailor_peak_bytes", "sailor_step_seconds"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "FLOAT_BYTES",
+    "LARGEST_AVERAGED_DEGREE",
+    "SailorCosts",
+    "chain_seconds",
+    "load_sailor_costs",
+    "moving_seconds",
+    "ring_seconds",
+    "sailor_peak_bytes",
+    "sailor_step_seconds",
+]
 
 _Row = dict[str, str]
-_FLOAT_BYTES = 4
-_BYTES_PER_PARAMETER = 24  # weight, gradient, Adam 8, bucket 4, a copy of DeepSpeed's 4
+FLOAT_BYTES = 4
+BYTES_PER_PARAMETER = 24  # weight, gradient, Adam 8, bucket 4, a copy of DeepSpeed's 4
 _RUNTIME_BYTES = 4.76e9 + 300e6
-_LARGEST_AVERAGED_DEGREE = 4  # it divides a stage's gradients by the tensor-parallel degree, but by 4 at most
+LARGEST_AVERAGED_DEGREE = 4  # it divides a stage's gradients by the tensor-parallel degree, but by 4 at most
 _FEW_STAGES = 3  # of so many stages the first one's transfer counts once, else twice
+_BUCKET_BYTES = 500_000_000  # gradients are reduced in buckets of so many bytes
 
 
 @dataclass(frozen=True)
@@ -72,17 +85,43 @@ def load_sailor_costs(folder: Path) -> SailorCosts:
 
 
 def sailor_step_seconds(run: EngineRun, costs: SailorCosts) -> float:
-    """(micro-batches - 1) x the slowest stage with its transfers + all stages + all transfers + update + reduction.
+    """The pipeline + update + reduction.
 
     Raises InputError where its tables lack what the run uses.
     """
-    stages = len(run.stages)
-    compute = [_compute(run, n, costs) for n in range(stages)]
-    moving = [_transfers(run, n, costs) for n in range(stages)]
+    stages = range(len(run.stages))
+    compute = [_compute(run, n, costs) for n in stages]
+    forth = [_between(run, n, n + 1, run.stages[n].layers[1] - 1, costs) for n in stages[:-1]]
+    back = [_between(run, n, n - 1, run.stages[n].layers[0], costs) for n in stages[1:]]
+    update = max(_update(run, n, costs) for n in stages)
+    reduction = max(_reduction(run, n, costs) for n in stages)
+    return chain_seconds(compute, moving_seconds(forth, back), run.micro_batches) + update + reduction
+
+
+def chain_seconds(compute: Sequence[float], moving: Sequence[float], micro_batches: int) -> float:
+    """Of a pipeline: (micro-batches - 1) x the slowest stage with its messages + all stages + all messages."""
     slowest = max(c + m for c, m in zip(compute, moving, strict=True))
-    update = max(_update(run, n, costs) for n in range(stages))
-    reduction = max(_reduction(run, n, costs) for n in range(stages))
-    return (run.micro_batches - 1) * slowest + sum(compute) + sum(moving) + update + reduction
+    return (micro_batches - 1) * slowest + sum(compute) + sum(moving)
+
+
+def moving_seconds(forth: Sequence[float], back: Sequence[float]) -> list[float]:
+    """What it adds to the time of each stage for messages, from what an activation takes over each boundary (`forth`)
+    and a gradient (`back`): the last stage's counts twice, the first one's too where there are more than three."""
+    count = len(forth) + 1
+    if count == 1:
+        return [0.0]
+    first = forth[0] if count <= _FEW_STAGES else 2 * forth[0]
+    between = [back[stage - 1] + forth[stage] for stage in range(1, count - 1)]
+    return [first, *between, 2 * back[-1]]
+
+
+def ring_seconds(size: float, count: int, seconds: Callable[[float], float]) -> float:
+    """An all-reduce among `count`, bucket by bucket: 2 (n - 1) passes of a part, each `seconds` of its bytes."""
+    if count < 2:
+        return 0.0
+    whole, rest = divmod(size, _BUCKET_BYTES)
+    buckets = [(whole, _BUCKET_BYTES), (1.0, rest)]
+    return sum(2 * (count - 1) * times * seconds(part / count) for times, part in buckets if times * part > 0)
 
 
 def sailor_peak_bytes(run: EngineRun, costs: SailorCosts) -> float:
@@ -92,7 +131,7 @@ def sailor_peak_bytes(run: EngineRun, costs: SailorCosts) -> float:
         known = [costs.memory[run.tensor_parallel, kind] for kind in _kinds(run, stage)]
         kept = sum(activation for _, activation, _ in known) * run.micro_batch
         parameters = sum(elements for elements, _, _ in known)
-        return parameters * _BYTES_PER_PARAMETER + kept * (len(run.stages) - stage) + _RUNTIME_BYTES
+        return parameters * BYTES_PER_PARAMETER + kept * (len(run.stages) - stage) + _RUNTIME_BYTES
 
     return max(map(stage_bytes, range(len(run.stages))))
 
@@ -154,7 +193,7 @@ def _link(costs: SailorCosts, sender: str, receiver: str, devices: int) -> tuple
 
 def _between(run: EngineRun, stage: int, other: int, layer: int, costs: SailorCosts) -> float:
     """The slowest replica's send of `layer`'s whole output from `stage` to `other`."""
-    size = costs.memory[1, _kind(run.model, layer)][2] * _FLOAT_BYTES * run.micro_batch
+    size = costs.memory[1, _kind(run.model, layer)][2] * FLOAT_BYTES * run.micro_batch
     pairs = zip(run.stages[stage].replicas, run.stages[other].replicas, strict=True)
     return max(
         _seconds(size, _link(costs, one.device_type, two.device_type, run.tensor_parallel))
@@ -162,29 +201,16 @@ def _between(run: EngineRun, stage: int, other: int, layer: int, costs: SailorCo
     )
 
 
-def _transfers(run: EngineRun, stage: int, costs: SailorCosts) -> float:
-    """What it adds to a stage's time for messages: sent activations and gradients, by the stage's place."""
-    count, (first, end) = len(run.stages), run.stages[stage].layers
-    if count == 1:
-        return 0.0
-    away = _between(run, stage, stage + 1, end - 1, costs) if stage < count - 1 else 0.0
-    back = _between(run, stage, stage - 1, first, costs) if stage > 0 else 0.0
-    if stage == count - 1:
-        return 2 * back
-    if stage == 0:
-        return away if count <= _FEW_STAGES else 2 * away
-    return away + back
-
-
 def _reduction(run: EngineRun, stage: int, costs: SailorCosts) -> float:
-    """2 (n - 1) passes of a part over the slowest neighbouring pair, at the bandwidth of one device each."""
+    """Over the slowest neighbouring pair, at the bandwidth of one device each."""
     replicas = run.stages[stage].replicas
-    count = len(replicas)
-    if count < 2:
-        return 0.0
     elements = sum(costs.memory[1, kind][0] for kind in _kinds(run, stage))
-    size = elements * _FLOAT_BYTES / min(_LARGEST_AVERAGED_DEGREE, run.tensor_parallel)
+    size = elements * FLOAT_BYTES / min(LARGEST_AVERAGED_DEGREE, run.tensor_parallel)
+    links = {(one.device_type, two.device_type) for one, two in pairwise(replicas)}
     return max(
-        2 * (count - 1) * _seconds(size / count, _link(costs, one.device_type, two.device_type, 1))
-        for one, two in pairwise(replicas)
+        (
+            ring_seconds(size, len(replicas), partial(_seconds, coefficients=_link(costs, *ends, 1)))
+            for ends in links
+        ),
+        default=0.0,
     )
