@@ -100,7 +100,7 @@ def main() -> int:
             "quiet": quiet.summary["checkpoints"],
         }
         figures = recovery_figures(raw) | checkpoint_figures(raw, quiet, step)
-        figures["kills_survived_ratio"] = killed.summary.get("restarts", 0) / kills
+        figures["kills_survived_ratio"] = bool(killed.summary) * killed_workers(killed.folder) / kills
         wrong = [
             f"{ran.folder.parent.name}: {text}" for ran in (quiet, killed, nodes) for text in ran.problems
         ]
@@ -177,8 +177,9 @@ def launch(
     problems += torn + check_history(entries, steps) + check_journal(entries, events, steps)
     failed = [event for event in events if event.event == "failed"]
     lost = {event.device for event in failed} | {device for event in failed for device in event.lost}
-    if lost != {point["device"] for point in points} or (not replan and len(failed) != len(points)):
-        problems.append(f"{len(failed)} failures of {sorted(lost)}, asked for {len(points)}")
+    done_ones = killed_workers(run)
+    if not lost <= {point["device"] for point in points} or done_ones != len(points):
+        problems.append(f"{done_ones} killed, {sorted(lost)} lost, asked for {len(points)}")
     if name != "quiet":
         # The learning rate is the same in all steps, so runs of other lengths are the same training.
         unbroken, _ = read_history(folder / "quiet" / "run" / HISTORY)
@@ -187,6 +188,11 @@ def launch(
         theirs = [entry for entry in unbroken if entry.step < common]
         problems += compare_histories(ours, theirs, relative=1e-5)
     return Ran(run, summary, events, problems)
+
+
+def killed_workers(run: Path) -> int:
+    """Workers that a fault killed, by their own logs. Two that die together are one failure."""
+    return sum(len(_KILLED.findall(log.read_text())) for log in (run / "logs").glob("*.log"))
 
 
 def step_seconds(ran: Ran) -> float:

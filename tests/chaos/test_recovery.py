@@ -52,9 +52,10 @@ def test_workers_killed_at_seeded_points_of_any_kind_cost_steps_and_nothing_else
     ran = launch(tmp_path)
     check_invariants(ran, unbroken, STEPS)
     failed = [event for event in ran.journal() if event.event == "failed"]
-    assert [event.device for event in failed] == [point["device"] for point in points]
+    assert {event.device for event in failed} <= {point["device"] for point in points}
     assert {event.cause for event in failed} == {"worker"}
-    assert ran.summary()["restarts"] == 5
+    assert ran.killed() == 5
+    assert ran.summary()["restarts"] == len(failed)
 
 
 def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:

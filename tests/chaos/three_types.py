@@ -141,6 +141,10 @@ class Ran:
         assert problems == []
         return events
 
+    def killed(self) -> int:
+        """Workers that a fault killed. Two that die together are one failure."""
+        return sum(log.read_text().count("killed on purpose") for log in (self.run / "logs").glob("*.log"))
+
     def steps_saved(self) -> list[int]:
         """Steps of the checkpoints in the run folder."""
         return sorted(
