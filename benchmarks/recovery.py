@@ -39,18 +39,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.damage import DAMAGES
+from bench.kills import kill_points
 from bench.results import print_figures, write_result
 from hethub.checkpoints.manifest import CheckpointError
 from hethub.checkpoints.store import CHECKPOINTS, Store, verify_checkpoint
-from hethub.cost.compute import ComputeModel
-from hethub.cost.graph import CostGraph
 from hethub.launch.attempts import HISTORY
 from hethub.launch.history import read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
-from hethub.program.compile import compile_program
 from hethub.specs.cluster import load_cluster
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import load_plan, save_plan
@@ -87,7 +85,10 @@ def main() -> int:
         quiet = launch(folder, "quiet", steps=QUIET_STEPS, every=20)
         step = step_seconds(quiet)
         killed = launch(
-            folder, "kills", steps=kills + EVERY + 2, points=points(folder, kills, kills + EVERY + 1, SEED)
+            folder,
+            "kills",
+            steps=kills + EVERY + 2,
+            points=kill_points(folder / "plan.yaml", SEED, kills, kills + EVERY + 1, EVERY),
         )
         nodes = launch(
             folder, "nodes", steps=14, points=[*node(folder, "slow/1", 4), *node(folder, "slow/0", 9)]
@@ -100,7 +101,9 @@ def main() -> int:
         }
         figures = recovery_figures(raw) | checkpoint_figures(raw, quiet, step)
         figures["kills_survived_ratio"] = killed.summary.get("restarts", 0) / kills
-        wrong = [f"{ran.folder.name}: {text}" for ran in (quiet, killed, nodes) for text in ran.problems]
+        wrong = [
+            f"{ran.folder.parent.name}: {text}" for ran in (quiet, killed, nodes) for text in ran.problems
+        ]
         if step < LEAST_STEP_SECONDS:
             wrong.append(f"a step takes {step:.2f} s")
         if faults:
@@ -191,27 +194,6 @@ def step_seconds(ran: Ran) -> float:
     return float(ran.summary["step_seconds"]) * float(ran.summary["time_scale"])
 
 
-def points(folder: Path, count: int, steps: int, seed: int) -> list[dict[str, Any]]:
-    """Kills at other steps each, over all kinds of actions and phases."""
-    chosen = random.Random(seed)
-    plan, _ = load_plan(folder / "plan.yaml")
-    program = compile_program(lay_out(plan), ComputeModel(CostGraph(plan.cluster), plan.workload))
-    places: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for device in program.layout.used:
-        for number, action in enumerate(program.devices[device]):
-            for phase in ("before", "during", "after"):
-                places.setdefault((int(action.kind), phase), []).append((device, number))
-    kinds = sorted(places)
-    chosen.shuffle(kinds)
-    found = []
-    for number, step in enumerate(sorted(chosen.sample(range(1, steps), count))):
-        kind = kinds[number % len(kinds)]
-        device, action = chosen.choice(places[kind])
-        name = plan.cluster.devices()[device].name
-        found.append({"device": name, "step": step, "action": action, "phase": kind[1], "do": "kill"})
-    return found
-
-
 def node(folder: Path, name: str, step: int) -> list[dict[str, Any]]:
     """Kills of all of a node's devices that the plan uses, at the same step."""
     plan, _ = load_plan(folder / "plan.yaml")
@@ -282,7 +264,7 @@ def soak(
     folder: Path, steps: int, faults: int, step: float, killed: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Many steps with faults: goodput, and what was expected of it."""
-    chosen = points(folder, faults, steps - EVERY, SEED + 1)
+    chosen = kill_points(folder / "plan.yaml", SEED + 1, faults, steps - EVERY, EVERY)
     # Without the steps done again: detection, the parts, and the first step's own share is a step like others.
     alone = [
         entry["detect_seconds"]

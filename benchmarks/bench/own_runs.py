@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.curve import LinkFit, fit_link
+from hethub.cost.profiles.curve import Curve, LinkFit, fit_link
 from hethub.cost.profiles.profile import LayerRow, Profile, TransferRow, host_class
 from hethub.launch.link_profiler import Exchange, measure_exchanges
 from hethub.launch.profiler import LayerProfiler, copy_bytes_per_second
@@ -150,7 +150,10 @@ def measure(quotas: CpuQuotas) -> _Measurement:
         if exchange.operation != "send"
         for name in stretch
     ]
-    link = fit_link({e.message_bytes: s.seconds for e, s in moved.items() if e.operation == "send"})
+    sends = Curve.through(
+        {float(e.message_bytes): s.seconds for e, s in moved.items() if e.operation == "send"}
+    )
+    link = fit_link(dict(zip(sends.sizes, sends.seconds, strict=True)))
     return _Measurement(Profile(tuple(rows), tuple(works)), copies, stretch, link)
 
 

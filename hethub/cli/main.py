@@ -14,6 +14,7 @@ from hethub.cli.calibrate import calibrate
 from hethub.cli.checkpoint import app as checkpoint_app
 from hethub.cli.compare import compare
 from hethub.cli.data import app as data_app
+from hethub.cli.diff import diff
 from hethub.cli.launch import launch
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(simulate)
 app.command()(bound)
+app.command()(diff)
 app.command()(compare)
 app.command()(launch)
 app.command()(timeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,35 +33,54 @@ def plan(
     strict: StrictOption = False,
     calibration: CalibrationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also say what limits each device type, what more would bring, and why others lost.",
+        ),
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for the search; it ends with the best plan so far.")
+    ] = math.inf,
 ) -> None:
-    """Find the split of a model over a cluster that trains fastest, and predict what it will do.
+    """Find the split of a model over a cluster that is best by the file's objective (speed, where it names none),
+    within the file's constraints, and predict what it will do.
 
-    Example: hethub plan cluster_specs/laptop.yaml
+    Example: hethub plan cluster_specs/laptop.yaml --explain
     """
     with uncollected():
-        _plan(cluster, output, profiles, calibration, strict, as_json)
+        _plan(cluster, output, (profiles, calibration, strict), (as_json, explain), time_limit)
 
 
 def _plan(
     cluster: Path,
     output: Path | None,
-    profiles: Path | None,
-    calibration: Path | None,
-    strict: bool,
-    as_json: bool,
+    measurements: tuple[Path | None, Path | None, bool],
+    printed: tuple[bool, bool],
+    time_limit: float,
 ) -> None:
+    profiles, calibration, strict = measurements
+    as_json, explain = printed
     from hethub.cli.measured import read_measured
     from hethub.errors import InputError
     from hethub.planners.answer import answer
-    from hethub.specs.cluster import load_problem
+    from hethub.specs.cluster import load_planning
     from hethub.specs.plan import save_plan
 
-    loaded, workload = load_problem(cluster)
+    told = load_planning(cluster)
     target = output or (None if as_json else _DEFAULT_OUTPUT)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")
-    measured = read_measured(loaded, workload, profiles, calibration, strict=strict)
-    found = answer(loaded, workload, measured)
+    measured = read_measured(told.cluster, told.workload, profiles, calibration, strict=strict)
+    found = answer(
+        told.cluster,
+        told.workload,
+        measured,
+        constraints=told.constraints,
+        objective=told.objective,
+        time_limit_seconds=time_limit,
+    )
     if target is not None:
         try:
             save_plan(found.plan, target)
@@ -68,10 +88,22 @@ def _plan(
             raise InputError(
                 f"{target}: cannot be written ({error.strerror}). Give another --output."
             ) from error
+    why = None
+    if explain:
+        from hethub.cli.explain import explanation
+
+        why = explanation(found, told, measured)
     if as_json:
-        typer.echo(json.dumps(found.figures, indent=2))
-    else:
-        _print(found, target)
+        typer.echo(
+            json.dumps(
+                found.figures if why is None else found.figures | {"explanation": why.content}, indent=2
+            )
+        )
+        return
+    _print(found, target)
+    _print_job(found, told.objective.tokens)
+    for line in [] if why is None else why.lines():
+        typer.echo(line)
 
 
 def _print(found: Answer, target: Path | None) -> None:
@@ -87,11 +119,27 @@ def _print(found: Answer, target: Path | None) -> None:
         typer.echo(f"wrote {target}", err=not sys.stdout.isatty())
 
 
+def _print_job(found: Answer, tokens: float | None) -> None:
+    """What the objective's tokens take."""
+    if tokens is None:
+        return
+    from hethub.simulate.energy import job_of
+
+    speed, joules, usd = (
+        found.figures[key] for key in ("tokens_per_second", "joules_per_token", "usd_per_million_tokens")
+    )
+    job = job_of(tokens, speed, joules, usd)
+    parts = [f"{job.hours:.4g} hours"]
+    parts += [] if job.usd is None else [f"{job.usd:,.6g} USD"]
+    parts += [] if job.kwh is None else [f"{job.kwh:,.6g} kWh"]
+    typer.echo(f"job of {tokens:.4g} tokens\t{', '.join(parts)}")
+
+
 def _search_lines(found: Answer) -> list[str]:
     """Why this plan: the size of the search, the gap proven, and why the runner-up lost."""
     search = found.figures["search"]
     effort = f"{search['considered']} splits considered in {search['seconds']:.2g} s"
-    gap = f"no plan's step can be more than {search['proven_gap']:.1%} shorter (physical bound)"
+    gap = f"no plan's step can be more than {search['proven_gap']:.1%} shorter ({search['proven_by']})"
     lines = [f"search\t{effort}; {gap}"]
     if search["runners_up"]:
         loser = search["runners_up"][0]

@@ -94,7 +94,8 @@ class _Actor:
 
         try:
             if method == "join":
-                self._worker = None  # of the attempt before
+                if self._worker is not None:  # of the attempt before
+                    self._worker.close()
                 self._device = arguments[0].device
                 self._worker = Worker(*arguments)
                 return None
@@ -112,14 +113,9 @@ class _Actor:
             reason = error.reason if isinstance(error, ActionError) else f"{type(error).__name__}: {error}"
             if self._worker is not None and cause is not None:
                 reason = self._worker.memory_words(cause) or reason
-            self._leave()
+            if self._worker is not None:
+                self._worker.cut()
             return Failure(self._device, action, reason.splitlines()[0], *_sorted(cause))
-
-    def _leave(self) -> None:
-        """Close this worker's connections, so that those who wait for it learn that it will not come. Not waited for:
-        the failure is told whatever becomes of it."""
-        if self._worker is not None:
-            threading.Thread(target=self._worker.close, name="leave", daemon=True).start()
 
     def _report(self, step: int, result: Any) -> None:
         self._results.append((step, result.loss, result.norm))

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hethub.checkpoints.manifest import CheckpointError, Manifest
+from hethub.checkpoints.manifest import MANIFEST, CheckpointError, Manifest, read_manifest
 from hethub.checkpoints.reshard import Reader, needs, stored_parameters_differ
-from hethub.checkpoints.store import open_checkpoint
 from hethub.cost.shapes import Parameter
 from hethub.launch.optimizer import Updater
 from hethub.program.actions import Program
@@ -27,7 +26,7 @@ class Restored:
 
     def __init__(self, folder: Path, program: Program, device: int) -> None:
         """Raises CheckpointError: damaged, absent, of another model."""
-        self.manifest: Manifest = open_checkpoint(folder)
+        self.manifest: Manifest = read_manifest(folder / MANIFEST)
         if stored_parameters_differ(self.manifest, program.ownership.parameters):
             raise CheckpointError(f"{folder}: its parameters are those of another model.")
         wanted = needs(program, device)

@@ -50,6 +50,7 @@ from hethub.launch.restoring import Restored
 from hethub.launch.saving import CheckpointSettings, Saved, Saver
 from hethub.launch.shards import Shards
 from hethub.launch.shared_memory import Agreed, agree
+from hethub.launch.sockets import Connections
 from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
@@ -156,6 +157,7 @@ class Worker:
         torch.set_num_threads(1)
         self.rank = setup.rank_of[setup.device]
         limit = datetime.timedelta(seconds=setup.timeout_seconds)
+        self._connections = Connections()
         self._store = store = dist.TCPStore(
             setup.store_host, setup.store_port, is_master=False, timeout=limit
         )
@@ -170,6 +172,7 @@ class Worker:
             world_size=len(setup.rank_of),
             timeout=limit,
         )
+        self._connections.note()
         self._groups: dict[tuple[int, ...], ExchangeGroup | NativeGroup] = {}
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
@@ -576,6 +579,10 @@ class Worker:
         spent = time.perf_counter() - begin
         self.training.sink.clear()
         return spent
+
+    def cut(self) -> None:
+        """Let all that wait for this worker know that it will not come."""
+        self._connections.cut()
 
     def close(self) -> None:
         """Leave the job."""

@@ -3,13 +3,15 @@ together."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hethub.cost.bounds import physical_bound
 from hethub.cost.measured import NOT_MEASURED, Measured
+from hethub.errors import InfeasibleError
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
@@ -18,6 +20,7 @@ from hethub.program.check import check_plan
 from hethub.simulate.modelled import Modelled
 from hethub.simulate.report import figures
 from hethub.specs.cluster import Cluster
+from hethub.specs.constraints import FASTEST, FREE, Constraints, Objective
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 
@@ -41,24 +44,32 @@ def answer(
     workload: Workload,
     measured: Measured = NOT_MEASURED,
     *,
+    constraints: Constraints = FREE,
+    objective: Objective = FASTEST,
+    time_limit_seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Answer:
     """Plan, and hold the plan against both bounds and the best even split.
 
-    Raises InfeasibleError when no plan fits and InputError when a needed figure of a device is not known.
+    Raises InfeasibleError when no plan fits, or none within the objective's limits, and InputError when a needed figure
+    of a device is not known or the constraints contradict each other.
     """
     begin = clock()
-    problem = Problem.of(cluster, workload, measured)
+    problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     planner = FirstPlanner()
-    found = planner.plan(problem)
+    found = _planned(planner, problem, objective)
     seconds = clock() - begin
     wrong = check_plan(found.plan)
     if wrong:
         raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
     physical = physical_bound(problem.compute)
-    homogeneous = homogeneous_bound(planner, problem, physical, whole=found)
+    # bounds are of the cluster, whatever the user fixes of the plan
+    homogeneous = homogeneous_bound(planner, replace(problem, constraints=FREE), physical, whole=found)
     even = EvenPlanner().search(problem)
     tokens = workload.global_batch * workload.sequence_length
+    gap, by = found.proven_gap, "the closed form over the plan space"
+    if gap is None:
+        gap, by = 1.0 - physical.step_seconds / found.step_seconds, "the physical bound"
     plan = found.plan.model_copy(
         update={
             "bounds": {
@@ -71,7 +82,11 @@ def answer(
             "search": {
                 "seconds": seconds,
                 "considered": found.considered,
-                "proven_gap": 1.0 - physical.step_seconds / found.step_seconds,
+                "proven_gap": gap,
+                "proven_by": by,
+                "closed_form_seconds": found.closed_form_seconds,
+                "lower_bound_seconds": found.lower_bound_seconds,
+                "worth": dict(found.worth),
                 "runners_up": [asdict(loser) for loser in found.runners_up],
             },
         }
@@ -85,6 +100,22 @@ def answer(
         even=even,
         figures=_with_search(told, plan),
     )
+
+
+def _planned(planner: FirstPlanner, problem: Problem, objective: Objective) -> Found:
+    if objective.plain and problem.constraints == FREE:
+        return planner.plan(problem)
+    # Loaded here: most problems have neither, and start-up counts.
+    from hethub.planners.conflicts import conflict
+    from hethub.planners.objective import best_plan
+
+    try:
+        return best_plan(planner, problem, objective)
+    except InfeasibleError:
+        contradiction = conflict(planner, problem)
+        if contradiction is not None:
+            raise contradiction from None
+        raise
 
 
 def _prediction(figures: dict[str, Any]) -> dict[str, Any]:

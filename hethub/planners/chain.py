@@ -17,7 +17,6 @@ from hethub.planners.steady import round_trips, settle
 
 __all__ = ["Chain", "Chains", "StageDraft"]
 
-_NEVER = float("inf")
 # Micro-batches in flight that a division makes room for, of those that 1F1B holds.
 _HELD = (1.0, 1.5, 0.5, 0.0)
 _BOUND = 1.01  # of the slowest stage's seconds: a period no longer needs no more in flight
@@ -61,64 +60,7 @@ class Chains:
         self.layers = costs.compute.workload.model.layers
         self._staffs: dict[tuple[Slot, int], Staff | None] = {}
         self._chains: dict[tuple[Crew, int, Setting], Chain | None] = {}
-        self._periods: dict[tuple[Crew, int], tuple[float, float]] = {}
-        self._tails: dict[tuple[Crew, Setting], float] = {}
-        self._rates: dict[tuple[Crew, int], tuple[float, float]] = {}
-        self._each_row: dict[tuple[int, int, int], float] = {}
         self.links = LinkCosts(costs)
-
-    def rates(self, crew: Crew, most_rows: int) -> tuple[float, float]:
-        """Row-decoders per second of the quickest stage and of all stages, at the very most: a decoder's seconds for
-        each row fall with the rows of a micro-batch, of which there are at most `most_rows`."""
-        found = self._rates.get((crew, most_rows))
-        if found is None:
-            stages = [
-                (sum(s.replicas / self._row_seconds(s.pool, s.degree, most_rows) for s in slot), count)
-                for slot, count in crew
-            ]
-            found = max(rate for rate, _ in stages), sum(rate * count for rate, count in stages)
-            self._rates[crew, most_rows] = found
-        return found
-
-    def _row_seconds(self, pool: int, degree: int, rows: int) -> float:
-        key = (pool, degree, rows)
-        if key not in self._each_row:
-            self._each_row[key] = sum(self.costs.cost(pool, degree, rows).decoder) / rows
-        return self._each_row[key]
-
-    def bound(self, crew: Crew, rows: int) -> tuple[float, float]:
-        """(least period, least fill) in seconds of any division of the layers, memory and links ignored.
-
-        Infinite when the crew cannot run `rows` rows at all.
-        """
-        key = (crew, rows)
-        found = self._periods.get(key)
-        if found is None:
-            found = self._periods[key] = self._bound(crew, rows)
-        return found
-
-    def _bound(self, crew: Crew, rows: int) -> tuple[float, float]:
-        """Whole decoders to the slots, the slowest slot as quick as can be. The ends and the links are left
-        out, and of memory only what a single micro-batch needs counts."""
-        if crew_size(crew) > self.layers + 2:
-            return _NEVER, _NEVER
-        runs = []
-        for slot, count in crew:
-            staff = self.staff(slot, rows)
-            if staff is None:
-                return _NEVER, _NEVER
-            runs.append((staff, count))
-        levels = [0] * len(runs)
-        queue = [(staff.least_seconds(1), i) for i, (staff, _) in enumerate(runs)]
-        heapq.heapify(queue)
-        left, period = self.layers, 0.0
-        while left > 0:
-            period, i = queue[0]
-            staff, count = runs[i]
-            left -= count  # alike slots take one decoder each
-            levels[i] += 1
-            heapq.heapreplace(queue, (staff.least_seconds(levels[i] + 1), i))
-        return period, max(period, self.layers * min(staff.decoder_seconds for staff, _ in runs))
 
     def staff(self, slot: Slot, rows: int) -> Staff | None:
         """Deal the rows of a micro-batch to a slot's replicas by speed; None when there are too few."""
@@ -141,18 +83,9 @@ class Chains:
             kinds[kind] = kinds.get(kind, 0) + 1
         seats = tuple((Seat(pool, degree, count), own) for (pool, degree, own), count in kinds.items())
         costs = tuple(self.costs.cost(s.pool, s.degree, own) for s, own in seats)
-        # no end, one micro-batch in flight, updates not shared or by very many: the least that memory can ask
-        most = [
-            min(max(c.most_decoders((False, False), 1, n, full=full) for n in (1, 1 << 30)) for c in costs)
-            for full in (False, True)
-        ]
         return Staff(
             seats=seats,
             costs=costs,
-            decoder_seconds=max(sum(cost.decoder) for cost in costs),
-            again_seconds=max(cost.decoder[0] for cost in costs),
-            most_kept=most[0],
-            most_recomputed=max(most),
         )
 
     def chain(self, crew: Crew, rows: int, setting: Setting) -> Chain | None:
@@ -238,16 +171,6 @@ class Chains:
             period_seconds=period,
             tail_seconds=tail,
         )
-
-    def tail_bound(self, crew: Crew, setting: Setting) -> float:
-        """The least `tail_seconds` of any division of the layers: decoders only, fractions allowed."""
-        key = (crew, setting)
-        found = self._tails.get(key)
-        if found is None:
-            found = self._tails[key] = self.layers / sum(
-                count / self.links.least_tail_seconds(slot, setting) for slot, count in crew
-            )
-        return found
 
 
 def divide(layers: int, stages: Sequence[Stage]) -> list[int] | None:

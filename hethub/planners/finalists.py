@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.memory import device_memory, usable_bytes
@@ -13,40 +13,58 @@ from hethub.planners.placement import place
 from hethub.planners.pools import Pools
 from hethub.program.ownership import Ownership
 from hethub.program.updaters import own_by_strength
-from hethub.simulate.modelled import Modelled, model
+from hethub.simulate.modelled import DETAILED_ACTIONS, Modelled, model
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
 
-__all__ = ["Finalist", "describe", "fits", "run_off", "simulate_plan", "why_slower"]
+__all__ = ["Finalist", "actions_of", "describe", "fits", "run_off", "simulate_plan", "why_slower"]
+
+
+_WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
+_SAMPLED = 2  # of alike pipelines, in such a part
+_ROUNDS = 3  # micro-batches for each stage, in such a part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """A candidate that was compiled and simulated."""
+    """A candidate that was placed and simulated. `step_seconds` is the simulated step: of the whole plan where there is
+    `modelled`, else of a part of it, in which at most two of alike pipelines work and exchange their gradients."""
 
     candidate: Candidate
     plan: Plan
-    modelled: Modelled
-
-    @property
-    def step_seconds(self) -> float:
-        """Simulated seconds of a step."""
-        return self.modelled.simulation.step_seconds
+    step_seconds: float
+    modelled: Modelled | None
 
 
-def fits(compute: ComputeModel, layout: Layout, ownership: Ownership) -> bool:
-    """Whether every device's peak memory, its true share of the updates counted, is within its size."""
+def fits(
+    compute: ComputeModel,
+    layout: Layout,
+    ownership: Ownership,
+    reserve_bytes: Mapping[str, int] | None = None,
+) -> bool:
+    """Whether every device's peak memory, its true share of the updates counted, is within its size, less what the user
+    keeps free on its type."""
+    reserve = reserve_bytes or {}
     devices = compute.graph.devices
     use = device_memory(compute, layout, ownership.owned_elements, ownership.incoming_elements)
-    return all(memory.total <= usable_bytes(devices[device].type) for device, memory in use.items())
+    return all(
+        memory.total <= usable_bytes(devices[d].type) - reserve.get(devices[d].type.name, 0)
+        for d, memory in use.items()
+    )
 
 
-def simulate_plan(plan: Plan, compute: ComputeModel, *, record: bool = False) -> Modelled | None:
+def simulate_plan(
+    plan: Plan,
+    compute: ComputeModel,
+    *,
+    record: bool = False,
+    reserve_bytes: Mapping[str, int] | None = None,
+) -> Modelled | None:
     """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of
     actions."""
     layout = lay_out(plan)
     ownership = own_by_strength(layout, compute)
-    if not fits(compute, layout, ownership):
+    if not fits(compute, layout, ownership, reserve_bytes):
         return None
     return model(layout, compute, ownership, record=record)
 
@@ -54,14 +72,62 @@ def simulate_plan(plan: Plan, compute: ComputeModel, *, record: bool = False) ->
 def run_off(
     candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
 ) -> list[Finalist]:
-    """Compile and simulate; the quickest first. Those that do not fit after all are left out."""
+    """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
+    simulated in part: whether the whole fits is seen when it is completed."""
+    named = [
+        (candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates
+    ]
+    reserve = problem.constraints.memory_reserve_bytes
+    whole = all(
+        actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named
+    )  # compared are like with like
     finalists = []
-    for candidate in candidates:
-        plan = place(candidate, pools, problem.cluster, problem.workload)
-        done = simulate_plan(plan, problem.compute, record=record)
-        if done is not None:
-            finalists.append(Finalist(candidate=candidate, plan=plan, modelled=done))
+    for candidate, plan in named:
+        if plan is None:
+            continue
+        modelled = None
+        if whole:
+            modelled = simulate_plan(plan, problem.compute, record=record, reserve_bytes=reserve)
+            seconds = None if modelled is None else modelled.simulation.step_seconds
+        else:
+            seconds = _part_seconds(candidate, problem, pools)
+        if seconds is not None:
+            finalists.append(
+                Finalist(candidate=candidate, plan=plan, step_seconds=seconds, modelled=modelled)
+            )
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
+
+
+def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
+    """Simulated seconds of a part of a plan, that is lengthened to the whole as the closed form is; None where the part
+    cannot be placed."""
+    left_out = max(0, min(e.micro_batches - _ROUNDS * len(e.chain.stages) for e in candidate.entries))
+    entries = tuple(
+        entry._replace(repeat=min(entry.repeat, _SAMPLED), micro_batches=entry.micro_batches - left_out)
+        for entry in candidate.entries
+    )
+    rows = sum(e.repeat * e.micro_batches * e.chain.rows for e in entries)
+    workload = replace(problem.workload, global_batch=rows)
+    plan = place(replace(candidate, entries=entries), pools, problem.cluster, workload)
+    if plan is None:
+        return None
+    seconds = model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
+    part = max(e.chain.seconds(e.micro_batches) for e in entries)
+    return seconds * candidate.seconds / (part + max(e.chain.tail_seconds for e in entries))
+
+
+def actions_of(candidate: Candidate) -> int:
+    """Actions that are simulated, about: forward, backward and four messages of every micro-batch and rank, or of a big
+    plan every group; and in the exchange a few of every pair of pipelines."""
+    ranks = groups = pairs = 0
+    pipelines = sum(entry.repeat for entry in candidate.entries)
+    for entry in candidate.entries:
+        for stage in entry.chain.stages:
+            for seat, _ in stage.seats:
+                each = 6 * entry.repeat * entry.micro_batches * seat.replicas
+                groups, ranks = groups + each, ranks + each * seat.degree
+                pairs += 4 * entry.repeat * seat.replicas * pipelines
+    return (ranks if ranks <= DETAILED_ACTIONS else groups) + pairs
 
 
 def describe(candidate: Candidate, pools: Pools) -> str:

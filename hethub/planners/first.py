@@ -1,27 +1,73 @@
-"""The first planner: simple and honest. Closed forms rank thousands of splits, the simulator decides
-between a few."""
+"""Our planner: it searches over counts of interchangeable devices with bounds and closed forms (`search.py`), and the
+simulator decides between the best few."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
-from hethub.planners.finalists import Finalist, describe, run_off, why_slower
+from hethub.planners.finalists import (
+    Finalist,
+    actions_of,
+    describe,
+    run_off,
+    simulate_plan,
+    why_slower,
+)
 from hethub.planners.interface import Found, Problem, RunnerUp
 from hethub.planners.pools import Pools
-from hethub.planners.search import rank, with_reach
+from hethub.planners.search import Ranking, rank, with_reach
 from hethub.planners.seats import SeatCosts
-from hethub.simulate.modelled import DETAILED_ACTIONS
+from hethub.planners.space import space_of
+from hethub.simulate.modelled import Modelled
+from hethub.specs.constraints import FREE
+from hethub.specs.plan import Plan
 
-__all__ = ["FirstPlanner"]
+__all__ = ["Choice", "FirstPlanner"]
 
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
+_PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
+_COMPARED, _COMPARED_ACTIONS = 2, 300_000  # of those, simulated whole; not with more actions
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A plan chosen: the finalists, best first, how the search went,
+    and what it proves."""
+
+    finalists: tuple[Finalist, ...]
+    ranking: Ranking
+    considered: int
+    pools: Pools
+
+    @property
+    def plan(self) -> Plan:
+        """The winner's."""
+        return self.finalists[0].plan
+
+    @property
+    def simulated(self) -> int:
+        """Finalists that were simulated."""
+        return len(self.finalists)
+
+    @property
+    def closed_form_seconds(self) -> float:
+        """The winner's step by the closed form."""
+        return self.finalists[0].candidate.seconds
+
+    @property
+    def proven_gap(self) -> float:
+        """1 - lower bound / step, both by the closed form."""
+        return max(0.0, 1.0 - self.ranking.lower_bound_seconds / self.closed_form_seconds)
+
+
 class FirstPlanner:
-    """Searches the families of `teams.py`. Prices are kept between calls with the same `ComputeModel`."""
+    """Searches the space of `space.py`. Prices are kept between calls with the same `ComputeModel`."""
 
     def __init__(self) -> None:
         self._chains: Chains | None = None
@@ -38,74 +84,160 @@ class FirstPlanner:
 
     def search(self, problem: Problem) -> Found | None:
         """Find a plan, or None when none fits."""
+        choice = self.choose(problem)
+        return self._even(problem) if choice is None else self.complete(choice, problem)
+
+    def choose(self, problem: Problem) -> Choice | None:
+        """Choose a plan; of a big one only a part is simulated. None when none fits."""
         chains = self.chains(problem)
-        pools = chains.costs.pools
-        numbers = pools.of_types(problem.types)
-        batch = problem.workload.global_batch
+        pools, batch = chains.costs.pools, problem.workload.global_batch
         most = _FINALISTS if problem.finalists is None else problem.finalists
-        ranking = rank(chains, numbers, batch, most)
+        ranking = self._rank(problem, most)
         considered = ranking.considered
         affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
         # The only finalist's simulation is the one that will be reported: keep its timeline.
         alone = len(affordable) == 1
         finalists = run_off(affordable, problem, pools, record=alone)
         if not finalists and ranking.candidates:
-            finalists = self._any_that_fits(problem, numbers)
+            finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if problem.finalists is None and not alone:
+        if problem.finalists is None and not alone and finalists[0].modelled is not None:
             # The simulator also says how deep the best one's stages should run ahead.
             best = finalists[0].candidate
             tried = [with_reach(chains, best, batch, reach) for reach in (0, 1, 2) if reach != best.reach]
             others = list({other.key: other for other in tried if other is not None}.values())
             considered += len(others)
             finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
-        return _found(finalists, ranking.candidates, considered, pools)
+        if finalists[0].modelled is None and actions_of(finalists[0].candidate) <= _COMPARED_ACTIONS:
+            finalists = _compared(finalists, problem) or finalists
+        return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
-    def _any_that_fits(self, problem: Problem, numbers: tuple[int, ...]) -> list[Finalist]:
+    @staticmethod
+    def complete(choice: Choice, problem: Problem) -> Found | None:
+        """The best finalist that fits, simulated whole."""
+        for place, finalist in enumerate(choice.finalists):
+            modelled = finalist.modelled
+            if modelled is None:
+                reserve = problem.constraints.memory_reserve_bytes
+                modelled = simulate_plan(finalist.plan, problem.compute, record=True, reserve_bytes=reserve)
+            if modelled is not None:
+                return _found(choice.finalists[place:], modelled, choice)
+        return None
+
+    def _rank(self, problem: Problem, most: int) -> Ranking:
+        chains, batch = self.chains(problem), problem.workload.global_batch
+        numbers = chains.costs.pools.of_types(problem.types)
+        if problem.available is not None:
+            numbers = tuple(n for n in numbers if problem.available.get(n))
+        space = space_of(chains.costs, numbers, batch, problem.constraints, problem.available)
+        return rank(chains, space, batch, most, seconds=problem.seconds)
+
+    def estimate(self, problem: Problem) -> tuple[float, dict[int, int]] | None:
+        """(Seconds of a step by the closed form, devices in use of each pool) of the best candidate, or None."""
+        candidates = self._rank(problem, 1).candidates
+        if not candidates:
+            return None
+        used: dict[int, int] = {}
+        for entry in candidates[0].entries:
+            for stage in entry.chain.stages:
+                for seat, _ in stage.seats:
+                    used[seat.pool] = used.get(seat.pool, 0) + entry.repeat * seat.replicas * seat.degree
+        return candidates[0].seconds, used
+
+    def _any_that_fits(self, problem: Problem) -> list[Finalist]:
         """The first of many candidates whose exact memory is within the devices'."""
-        chains = self.chains(problem)
-        for candidate in rank(chains, numbers, problem.workload.global_batch, _WIDE).candidates:
-            finalists = run_off([candidate], problem, chains.costs.pools)
+        pools = self.chains(problem).costs.pools
+        for candidate in self._rank(problem, _WIDE).candidates:
+            finalists = run_off([candidate], problem, pools)
             if finalists:
                 return finalists
         return []
 
+    @staticmethod
+    def _even(problem: Problem) -> Found | None:
+        """The best even split: its groups may join devices of several nodes, which ours never do."""
+        if (problem.types, problem.constraints, problem.available) != (None, FREE, None):
+            return None
+        from hethub.planners.even import EvenPlanner
+
+        return EvenPlanner().search(problem)
+
     def chains(self, problem: Problem) -> Chains:
         """The prices for this problem's compute model."""
-        if self._chains is None or self._chains.costs.compute is not problem.compute:
-            self._chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
-        return self._chains
+        reserve, known = problem.constraints.memory_reserve_bytes, self._chains
+        if known is None or known.costs.compute is not problem.compute:
+            known = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph), reserve))
+        elif known.costs.reserve_bytes != reserve:
+            known = Chains(SeatCosts(problem.compute, known.costs.pools, reserve))
+        self._chains = known
+        return known
 
 
-def _found(finalists: list[Finalist], ranked: tuple[Candidate, ...], considered: int, pools: Pools) -> Found:
+def _compared(finalists: list[Finalist], problem: Problem) -> list[Finalist]:
+    """The first two that fit, simulated whole, the quicker one first; the others' seconds are scaled alike. Empty where
+    none fits."""
+    whole: list[Finalist] = []
+    left: list[Finalist] = []
+    scale = 1.0
+    for finalist in finalists:
+        modelled = None
+        if len(whole) < _COMPARED:
+            reserve = problem.constraints.memory_reserve_bytes
+            modelled = simulate_plan(finalist.plan, problem.compute, reserve_bytes=reserve)
+        if modelled is not None:
+            seconds = modelled.simulation.step_seconds
+            scale = seconds / finalist.step_seconds
+            whole.append(replace(finalist, step_seconds=seconds, modelled=modelled))
+        elif len(whole) == _COMPARED:
+            left.append(replace(finalist, step_seconds=finalist.step_seconds * scale))
+    return [*sorted(whole, key=lambda finalist: finalist.step_seconds), *left] if whole else []
+
+
+def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:
     """The winner, and of every other split its best variant."""
-    winner, *losers = finalists
+    (winner, *losers), pools = finalists, choice.pools
     shown = describe(winner.candidate, pools)
     lost: dict[str, RunnerUp] = {}
+    # of plans simulated in part the whole is as much longer as the winner's
+    scale = modelled.simulation.step_seconds / winner.step_seconds
     for loser in losers:
         description = describe(loser.candidate, pools)
         if description != shown and description not in lost:
             seconds = loser.step_seconds - winner.step_seconds
             reason = why_slower(loser.candidate, winner.candidate, seconds)
             lost[description] = RunnerUp(
-                description=description, step_seconds=loser.step_seconds, reason=reason
+                description=description, step_seconds=loser.step_seconds * scale, reason=reason
             )
     return Found(
         plan=winner.plan,
-        modelled=winner.modelled,
-        considered=considered,
-        runners_up=tuple(lost.values()) or _second(winner, ranked, pools),
+        modelled=modelled,
+        considered=choice.considered,
+        runners_up=tuple(lost.values()) or _second(winner, modelled, choice.ranking.candidates, pools),
+        closed_form_seconds=winner.candidate.seconds,
+        lower_bound_seconds=choice.ranking.lower_bound_seconds,
+        worth=_by_type(choice.ranking.worth, pools),
     )
 
 
-def _second(winner: Finalist, ranked: tuple[Candidate, ...], pools: Pools) -> tuple[RunnerUp, ...]:
+def _by_type(worth: dict[int, float], pools: Pools) -> dict[str, float]:
+    """Of several pools of a type the one where another device is worth most."""
+    found: dict[str, float] = {}
+    for pool, share in worth.items():
+        name = pools[pool].type.name
+        found[name] = max(share, found.get(name, 0.0))
+    return found
+
+
+def _second(
+    winner: Finalist, modelled: Modelled, ranked: tuple[Candidate, ...], pools: Pools
+) -> tuple[RunnerUp, ...]:
     """The next best by closed form, where only one candidate was simulated; its time is scaled alike."""
     best = winner.candidate
     for other in ranked:
         description = describe(other, pools)
         if description != describe(best, pools) and other.seconds >= best.seconds:
-            seconds = winner.step_seconds * other.seconds / best.seconds
+            seconds = modelled.simulation.step_seconds * other.seconds / best.seconds
             reason = why_slower(other, best, other.seconds - best.seconds)
             reason = f"{reason} (estimated: the plan is too big to simulate more than one)"
             return (RunnerUp(description=description, step_seconds=seconds, reason=reason),)
@@ -124,20 +256,8 @@ def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """As many of the best candidates as can be simulated in a few seconds, at least one."""
     count = actions = 0
     for candidate in candidates:
-        actions += _actions(candidate)
+        actions += min(_PART_ACTIONS, actions_of(candidate))
         if count and actions > _ACTIONS:
             break
         count += 1
     return candidates[:count]
-
-
-def _actions(candidate: Candidate) -> int:
-    """Actions that are simulated, about: forward, backward and four messages of every micro-batch and rank, or of a big
-    plan every group."""
-    ranks = groups = 0
-    for entry in candidate.entries:
-        for stage in entry.chain.stages:
-            for seat, _ in stage.seats:
-                each = 6 * entry.repeat * entry.micro_batches * seat.replicas
-                groups, ranks = groups + each, ranks + each * seat.degree
-    return ranks if ranks <= DETAILED_ACTIONS else groups

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hethub.cost.compute import ComputeModel
@@ -10,6 +12,7 @@ from hethub.cost.graph import CostGraph
 from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.simulate.modelled import Modelled
 from hethub.specs.cluster import Cluster
+from hethub.specs.constraints import FREE, Constraints
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 
@@ -19,7 +22,8 @@ __all__ = ["Found", "Planner", "Problem", "RunnerUp"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates
-    the simulator decides between (None: the planner's own choice).
+    the simulator decides between (None: the planner's own choice). `constraints` are what the user fixes, and a planner
+    has about `seconds` for its search. `available` limits the devices in use of each pool (None: all).
 
     `workload` may differ from `compute.workload` in its global batch only, so that prices are shared between
     problems.
@@ -30,12 +34,28 @@ class Problem:
     compute: ComputeModel
     types: frozenset[str] | None = None
     finalists: int | None = None
+    constraints: Constraints = FREE
+    seconds: float = math.inf
+    available: Mapping[int, int] | None = None
 
     @classmethod
-    def of(cls, cluster: Cluster, workload: Workload, measured: Measured = NOT_MEASURED) -> Problem:
+    def of(
+        cls,
+        cluster: Cluster,
+        workload: Workload,
+        measured: Measured = NOT_MEASURED,
+        *,
+        constraints: Constraints = FREE,
+        seconds: float = math.inf,
+    ) -> Problem:
         """The whole cluster and the whole batch."""
-        compute = measured.compute(CostGraph(cluster), workload)
-        return cls(cluster=cluster, workload=workload, compute=compute)
+        return cls(
+            cluster=cluster,
+            workload=workload,
+            compute=measured.compute(CostGraph(cluster), workload),
+            constraints=constraints,
+            seconds=seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +70,32 @@ class RunnerUp:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """The plan chosen, its program as it was simulated, how many candidates were considered, and the finalists that
-    lost, best first. The simulation has a timeline where the planner had reason to keep one."""
+    lost, best first. The simulation has a timeline where the planner had reason to keep one.
+
+    `closed_form_seconds` is the step by the closed form that ranked the plan, and `lower_bound_seconds` what no plan of
+    the planner's space can have by it (None: the planner proves nothing). `worth` is what one more device of a type
+    would take off that bound, as a share of it.
+    """
 
     plan: Plan
     modelled: Modelled
     considered: int
     runners_up: tuple[RunnerUp, ...]
+    closed_form_seconds: float | None = None
+    lower_bound_seconds: float | None = None
+    worth: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def step_seconds(self) -> float:
         """Simulated seconds of a step."""
         return self.modelled.simulation.step_seconds
+
+    @property
+    def proven_gap(self) -> float | None:
+        """1 - lower bound / step, both by the closed form: how far the plan can be from the best of its space."""
+        if self.closed_form_seconds is None or self.lower_bound_seconds is None:
+            return None
+        return max(0.0, 1.0 - self.lower_bound_seconds / self.closed_form_seconds)
 
 
 class Planner(Protocol):

@@ -3,6 +3,7 @@ weights sent."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,16 +109,48 @@ class LinkCosts:
             latest[node] = end
         return [latest[node] for node in nodes]
 
-    def least_tail_seconds(self, slot: Slot, setting: Setting) -> float:
-        """Least seconds of the tail for each decoder: those of the update, which nothing hides."""
-        holders = setting.copies * sum(seat.replicas for seat in slot) + setting.others
-        worst = 0.0
+    def least_rates(
+        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool
+    ) -> tuple[float, float]:
+        """Least (update, gradients) seconds of a decoder of a slot in one of `copies` pipelines: all alike, or unlike
+        ones on `pools`."""
+        holders = copies * sum(seat.replicas for seat in slot) if alike else copies
+        worst = (0.0, 0.0)
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
-            ways = [setting._replace(stage_major=stage_major) for stage_major in (False, True)]
-            rates = [self._tail_rate(seat.pool, seat.degree, holders, way).update for way in ways]
-            worst = max(worst, elements * min(rates))
+            found = [
+                self._tail_rate(seat.pool, seat.degree, holders, setting)
+                for setting in _surroundings(seat.pool, copies, pools, alike)
+            ]
+            update, gradients = min(r.update for r in found), min(r.gradients for r in found)
+            worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
         return worst
+
+    def least_hop(self, one: Slot, other: Slot, rows: int) -> Hop:
+        """To the next stage and back over idle links, between the nearest pair of seats with as many rows as may be."""
+        pools = self.costs.pools
+        best = Hop(math.inf, math.inf)
+        for source in one:
+            for target in other:
+                inside = source.pool == target.pool and 2 * source.degree <= pools[source.pool].node_size
+                ways = [pools.path(source.pool, target.pool, within_node=True)] if inside else []
+                if source.pool != target.pool or not inside or len(pools[source.pool].nodes) > 1:
+                    ways.append(pools.path(source.pool, target.pool))
+                for number, path in enumerate(ways):
+                    if path is None:
+                        continue
+                    # of several replicas the one with the fewest rows
+                    share = max(1, rows // max(sum(s.replicas for s in slot) for slot in (one, other)))
+                    share = 0 if len(one) > 1 or len(other) > 1 else share
+                    each = [self.costs.cost(s.pool, s.degree, 1).boundary for s in (source, target)]
+                    load = share * min(each) / path.bandwidth_bytes_per_second
+                    if inside and number == 0:
+                        load /= min(source.degree, target.degree)
+                        hop = Hop(2 * (path.latency_seconds + load), 0.0)
+                    else:
+                        hop = Hop(2 * (path.latency_seconds + load), load)
+                    best = Hop(min(best.seconds, hop.seconds), min(best.load, hop.load))
+        return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
     def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
@@ -152,3 +185,12 @@ class LinkCosts:
         shared = 1 if inside else size
         each = moved * shared / slowest.bandwidth_bytes_per_second
         return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)
+
+
+def _surroundings(pool: int, copies: int, pools: Sequence[int], alike: bool) -> list[Setting]:
+    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on one other pool (the
+    slowest path counts, so that more pools are never quicker)."""
+    if alike:
+        return [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
+    beside: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
+    return [Setting(1, copies - 1, pair, 1) for pair in beside]

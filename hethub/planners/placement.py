@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hethub.planners.candidate import Candidate, Entry
 from hethub.planners.chain import StageDraft
-from hethub.planners.pools import Pools
+from hethub.planners.pools import Pool, Pools
 from hethub.planners.shares import rank_entries
 from hethub.specs.cluster import Cluster
 from hethub.specs.devices import format_devices
@@ -15,24 +15,47 @@ from hethub.specs.workload import Model, Workload
 
 __all__ = ["name_ranks", "place"]
 
-_Units = dict[int, Iterator[tuple[int, ...]]]  # pool -> tensor-parallel groups not in use yet
 _Group = tuple[int, ...]
 
 
-def place(candidate: Candidate, pools: Pools, cluster: Cluster, workload: Workload) -> Plan:
-    """Give every seat its devices, in device order."""
-    degree_of = {
-        seat.pool: seat.degree
-        for entry in candidate.entries
-        for stage in entry.chain.stages
-        for seat, _ in stage.seats
+class _Free:
+    """Devices of a pool that are not in use yet; groups come node by node."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.left = [list(node) for node in pool.nodes]
+
+    def take(self, degree: int) -> _Group:
+        """The next group inside a node. Raises LookupError when there is none."""
+        for node in self.left:
+            if len(node) >= degree:
+                group = tuple(node[:degree])
+                del node[:degree]
+                return group
+        raise LookupError(f"no node has {degree} devices left")
+
+
+_Units = dict[int, _Free]
+
+
+def place(candidate: Candidate, pools: Pools, cluster: Cluster, workload: Workload) -> Plan | None:
+    """Give every seat its devices, in device order, the largest groups first; None where the nodes cannot be cut so."""
+    used = {
+        seat.pool for entry in candidate.entries for stage in entry.chain.stages for seat, _ in stage.seats
     }
-    units = {pool: iter(pools[pool].units(degree)) for pool, degree in degree_of.items()}
+    units = {pool: _Free(pools[pool]) for pool in used}
     names = [device.name for device in pools.graph.devices]
-    pipelines = [
-        _pipeline(entry, units, candidate.stage_major, names, workload.model) for entry in candidate.entries
-    ]
-    return Plan(name=candidate.proposal.team.family, pipelines=pipelines, cluster=cluster, workload=workload)
+    try:
+        pipelines = [
+            _pipeline(entry, units, candidate.stage_major, names, workload.model)
+            for entry in sorted(candidate.entries, key=_largest, reverse=True)
+        ]
+    except LookupError:
+        return None
+    return Plan(name="uneven", pipelines=pipelines, cluster=cluster, workload=workload)
+
+
+def _largest(entry: Entry) -> int:
+    return max(seat.degree for stage in entry.chain.stages for seat, _ in stage.seats)
 
 
 def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], model: Model) -> Pipeline:
@@ -88,7 +111,7 @@ def _groups(entry: Entry, units: _Units, stage_major: bool) -> list[list[list[_G
 def _seat(stage: StageDraft, groups: list[list[_Group]], units: _Units) -> None:
     """One pipeline's replicas of one stage."""
     for place, (seat, _) in enumerate(stage.seats):
-        groups[place].extend(next(units[seat.pool]) for _ in range(seat.replicas))
+        groups[place].extend(units[seat.pool].take(seat.degree) for _ in range(seat.replicas))
 
 
 def name_ranks(

@@ -28,7 +28,7 @@ from hethub.planners.shares import even_shares
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
 from hethub.timeline.record import Kind
 
-__all__ = ["Crew", "Ends", "Seat", "SeatCost", "SeatCosts", "Slot", "crew_size", "crew_slots"]
+__all__ = ["Crew", "Ends", "LeastLines", "Seat", "SeatCost", "SeatCosts", "Slot", "crew_size", "crew_slots"]
 
 
 class Seat(NamedTuple):
@@ -64,6 +64,20 @@ class Ends(NamedTuple):
     kept: int
     entry: int
     fixed: int
+
+
+class LeastLines(NamedTuple):
+    """The least that memory can ask of a group, however many share its updates, in bytes: `room` for n decoders that
+    each take `each`, and `kept` more a micro-batch in flight, beside `own` a micro-batch; with recomputation all but
+    one micro-batch in flight take `entry`. The exchange takes `exchanged` a decoder and `own_exchanged`."""
+
+    room: float
+    each: float
+    kept: float
+    own: float
+    entry: float
+    exchanged: float
+    own_exchanged: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +118,19 @@ class SeatCost:
         """Bytes of others' gradients of what a device updates; on a host also of what others update, both ways."""
         each = 2 * self.gradient + self.width if self.host else self.gradient
         return elements * each * (1.0 - 1.0 / holders)
+
+    def least_lines(self, place: tuple[bool, bool], holders: int) -> LeastLines:
+        """For any number of devices up to `holders` that share the update."""
+        ends, numbers = self.ends[place], (1, 2, holders)
+        return LeastLines(
+            room=self.usable - ends.fixed - min(self._lasting(ends.elements, 0, n) for n in numbers),
+            each=min(self._lasting(self.decoder_elements, 1, n) for n in numbers),
+            kept=self.decoder_kept,
+            own=ends.kept,
+            entry=ends.entry,
+            exchanged=min(self._exchanged(self.decoder_elements, n) for n in numbers),
+            own_exchanged=min(self._exchanged(ends.elements, n) for n in numbers),
+        )
 
     def most_decoders(self, place: tuple[bool, bool], held: int, holders: int, *, full: bool) -> int:
         """How many decoders fit with `held` micro-batches in flight; negative when not even the ends do."""
@@ -171,9 +198,12 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
 class SeatCosts:
     """Seat costs of a cluster's pools, kept."""
 
-    def __init__(self, compute: ComputeModel, pools: Pools) -> None:
+    def __init__(
+        self, compute: ComputeModel, pools: Pools, reserve_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self.compute = compute
         self.pools = pools
+        self.reserve_bytes = reserve_bytes or {}  # by device type, that the user keeps free
         self._known: dict[tuple[int, int, int], SeatCost] = {}
 
     def cost(self, pool: int, degree: int, rows: int) -> SeatCost:
@@ -218,7 +248,7 @@ class SeatCosts:
             decoder_kept=layer_bytes(shape, "decoder").kept,
             decoder_apart=cut_inside_elements(shape, (1, 2)) * apart_bytes(workload, width),
             ends=_LazyEnds(compute, replica),
-            usable=usable_bytes(device_type),
+            usable=usable_bytes(device_type) - self.reserve_bytes.get(device_type.name, 0),
             width=width,
             gradient=gradient_bytes(workload.precision),
             state=state_bytes(workload.precision),

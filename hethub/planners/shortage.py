@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.errors import InfeasibleError
-from hethub.planners.candidate import Team
 from hethub.planners.chain import Chains
 from hethub.planners.interface import Found, Problem
 from hethub.planners.pools import Pools
-from hethub.planners.seats import Seat, SeatCost, SeatCosts, crew_slots
+from hethub.planners.seats import Crew, Seat, SeatCost, SeatCosts, crew_slots
+from hethub.planners.space import degrees
 from hethub.planners.stage import Setting
-from hethub.planners.teams import combinations
 from hethub.specs.cluster import Cluster
 
 __all__ = ["fits_at_all", "shortage"]
 
 _MOST_NODES = 1024  # of one group, that a suggestion may add
 _SLIPS = 3  # further nodes that are tried where the closed form's number does not do
+_COMBINATIONS = 20  # of degrees, that are all tried
 _GIB = 1 << 30
 _MIB = 1 << 20
 
@@ -42,7 +44,7 @@ def shortage(problem: Problem, chains: Chains, search: Callable[[Problem], Found
     workload = problem.workload
     numbers = chains.costs.pools.of_types(problem.types)
     text = f"{workload.model.name} does not fit on {problem.cluster.name}"
-    needs = [_least_need(chains, team) for team in _spread_out(chains, numbers)]
+    needs = [_least_need(chains, *spread) for spread in _spread_out(chains, numbers)]
     if not needs:
         return InfeasibleError(
             f"{text}: no tensor-parallel group can be formed. Give nodes at least one device."
@@ -69,29 +71,47 @@ def shortage(problem: Problem, chains: Chains, search: Callable[[Problem], Found
 
 def fits_at_all(chains: Chains, numbers: tuple[int, ...], batch: int) -> bool:
     """Whether the splits that need the least memory fit."""
-    for team in _spread_out(chains, numbers):
-        ((crew, copies),) = team.crews
-        if copies <= batch and chains.chain(crew, 1, Setting(copies, 0, team.pools, max(1, batch // copies))):
+    for crew, copies in _spread_out(chains, numbers):
+        setting = Setting(copies, 0, _pools_of(crew), max(1, batch // copies))
+        if copies <= batch and chains.chain(crew, 1, setting):
             return True
     return False
 
 
-def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[Team]:
+def _spread_out(chains: Chains, numbers: tuple[int, ...]) -> Iterator[tuple[Crew, int]]:
     """One pipeline over all units (or as few alike ones as the layers allow), for each choice of degrees."""
     costs = chains.costs
-    for combination in combinations(costs, numbers):
+    for combination in _combinations(costs, numbers):
         units = {pool: costs.pools[pool].unit_count(degree) for pool, degree in combination.items()}
         copies = -(-sum(units.values()) // (chains.layers + 2))
         crew = tuple(
             ((Seat(p, d, 1),), units[p] // copies) for p, d in combination.items() if units[p] >= copies
         )
         if crew:
-            yield Team("chain", ((crew, copies),))
+            yield crew, copies
 
 
-def _least_need(chains: Chains, team: Team) -> _Need:
+def _combinations(costs: SeatCosts, numbers: tuple[int, ...]) -> Iterator[dict[int, int]]:
+    """Tensor-parallel degree of each pool: all combinations where they are few, else alike as far as possible."""
+    kv_heads = costs.compute.workload.model.kv_heads
+    each = [degrees(costs.pools[n], kv_heads) for n in numbers]
+    if math.prod(map(len, each)) <= _COMBINATIONS:
+        picks: Iterable[tuple[int, ...]] = product(*each)
+    else:
+        steps = sorted({d for options in each for d in options})
+        picks = dict.fromkeys(
+            tuple(max(d for d in options if d <= step) for options in each) for step in steps
+        )
+    for pick in picks:
+        yield dict(zip(numbers, pick, strict=True))
+
+
+def _pools_of(crew: Crew) -> tuple[int, ...]:
+    return tuple(sorted({seat.pool for slot, _ in crew for seat in slot}))
+
+
+def _least_need(chains: Chains, crew: Crew, copies: int) -> _Need:
     """Hand out the decoders so that the device that is most over its memory is least over it."""
-    ((crew, copies),) = team.crews
     costs = [chains.costs.cost(slot[0].pool, slot[0].degree, 1) for slot in crew_slots(crew)]
     last = len(costs) - 1
     decoders = [0 if i in (0, last) else 1 for i in range(len(costs))]
@@ -127,14 +147,21 @@ def _more_devices(
         if nodes is not None:
             options.append((nodes * group.devices_per_node, number, nodes))
     for _, number, fewest in sorted(options):
-        # Nearly always the first; small models' updates are not shared as evenly as the closed form has it.
+        # Nearly always the first; the search knows splits that need less, and memory that the closed form does not.
         for nodes in range(fewest, fewest + _SLIPS):
-            cluster = _enlarged(problem.cluster, number, nodes)
-            enlarged = Problem.of(cluster, problem.workload)
-            if search(replace(enlarged, types=problem.types, finalists=1)) is not None:
+            if _found_with(problem, search, number, nodes):
+                while nodes > 1 and _found_with(problem, search, number, nodes - 1):
+                    nodes -= 1
                 group = problem.cluster.node_groups[number]
                 return nodes, group.name, nodes * group.devices_per_node, group.device_type
     return None
+
+
+def _found_with(problem: Problem, search: Callable[[Problem], Found | None], number: int, nodes: int) -> bool:
+    enlarged = Problem.of(
+        _enlarged(problem.cluster, number, nodes), problem.workload, constraints=problem.constraints
+    )
+    return search(replace(enlarged, types=problem.types, finalists=1)) is not None
 
 
 def _fewest_nodes(problem: Problem, number: int) -> int | None:

@@ -9,8 +9,6 @@ from hethub.planners.seats import Seat, SeatCost
 
 __all__ = ["Setting", "Staff", "Stage"]
 
-_NEVER = float("inf")
-
 
 class Setting(NamedTuple):
     """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, the `pools` of all of them,
@@ -28,27 +26,10 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Staff:
-    """A slot with its rows dealt out.
-
-    `decoder_seconds` is one decoder's forward and backward on the slowest seat, `again_seconds` its
-    forward; without and with recomputation at most `most_kept` and `most_recomputed` decoders fit, whatever
-    surrounds the slot.
-    """
+    """A slot with its rows dealt out."""
 
     seats: tuple[tuple[Seat, int], ...]
     costs: tuple[SeatCost, ...]
-    decoder_seconds: float
-    again_seconds: float
-    most_kept: int
-    most_recomputed: int
-
-    def least_seconds(self, decoders: int) -> float:
-        """Seconds of a micro-batch over so many decoders in the best of surroundings."""
-        if decoders <= self.most_kept:
-            return decoders * self.decoder_seconds
-        if decoders <= self.most_recomputed:
-            return decoders * (self.decoder_seconds + self.again_seconds)
-        return _NEVER
 
 
 class Stage:

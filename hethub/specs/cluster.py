@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,14 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from hethub import catalog
 from hethub.errors import InputError
 from hethub.specs.base import Name, Problems, Spec, validate_document
+from hethub.specs.constraints import (
+    Constraints,
+    ConstraintsSpec,
+    Objective,
+    ObjectiveSpec,
+    resolve_constraints,
+    resolve_objective,
+)
 from hethub.specs.device_types import DeviceTypeSpec, resolve_device_type, write_device_type
 from hethub.specs.devices import MAX_DEVICES, format_devices, parse_devices
 from hethub.specs.document import Document, Key, load_document
@@ -27,9 +36,11 @@ __all__ = [
     "GroupLink",
     "Link",
     "NodeGroup",
+    "Planning",
     "cluster_to_spec",
     "lacking_precision",
     "load_cluster",
+    "load_planning",
     "load_problem",
     "require_precision",
     "resolve_cluster",
@@ -141,6 +152,10 @@ class ClusterSpec(Spec):
     links: list[GroupLinkSpec] = Field([], description="Links between groups or zones.")
     exclude: list[str] = Field([], description="Devices to leave out: b/3/5, or ranges such as b/0-3/0-7.")
     workload: WorkloadSpec | None = Field(None, description="What to train when no job says otherwise.")
+    constraints: ConstraintsSpec | None = Field(None, description="What the planner must keep to.")
+    objective: ObjectiveSpec | None = Field(
+        None, description="What the plan shall be best at, and its limits."
+    )
     emulated: EmulatedSpec | None = Field(None, description="Present when the devices are emulated on CPU.")
 
 
@@ -162,6 +177,29 @@ def load_problem(path: Path) -> tuple[Cluster, Workload]:
     if workload is None:
         raise InputError(f"{path}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
     return cluster, workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """All that a planner is told by a cluster file."""
+
+    cluster: Cluster
+    workload: Workload
+    constraints: Constraints
+    objective: Objective
+
+
+def load_planning(path: Path) -> Planning:
+    """Read a cluster file that names its workload, with its constraints and objective. Raises InputError."""
+    cluster, workload = load_problem(path)
+    document = load_document(path)
+    spec = validate_document(document, ClusterSpec)
+    return Planning(
+        cluster=cluster,
+        workload=workload,
+        constraints=resolve_constraints(spec.constraints, cluster, document),
+        objective=resolve_objective(spec.objective, cluster, document),
+    )
 
 
 def resolve_cluster(spec: ClusterSpec, document: Document, prefix: Sequence[Key] = ()) -> Cluster:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench.damage import DAMAGES
+from benchmarks.bench.kills import kill_points, kinds_of
 from hethub.checkpoints.manifest import CheckpointError
 from hethub.checkpoints.reshard import Reader, needs
 from hethub.checkpoints.store import Store, open_checkpoint, verify_checkpoint
-from tests.chaos.three_types import check_invariants, kill_points, kinds_of, launch, write_job
+from tests.chaos.three_types import check_invariants, launch, write_job
 from tests.checkpoints.made import make_checkpoint
 from tests.plan_strategies import compile_plan, six_plans
 
@@ -37,9 +38,11 @@ def test_two_hundred_killed_workers_over_every_kind_of_action_and_phase(tmp_path
     write_job(tmp_path / "unbroken", steps=steps)
     unbroken = launch(tmp_path / "unbroken", seconds=SECONDS)
     write_job(tmp_path / "killed")
-    points = kill_points(tmp_path / "killed", seed, POINTS, steps)
-    every = kinds_of(kill_points(tmp_path / "killed", seed, 60, steps), tmp_path / "killed")
-    assert kinds_of(points, tmp_path / "killed") == every  # all that there are, by 60 already
+    plan = tmp_path / "killed" / "plan.yaml"
+    points = kill_points(plan, seed, POINTS, steps, every=2)
+    assert kinds_of(points, plan) == kinds_of(
+        kill_points(plan, seed, 60, steps, every=2), plan
+    )  # all, by 60 already
     policy = {"restart": "same", "max_restarts": POINTS}
     write_job(
         tmp_path / "killed", steps=steps, fault=points, on_failure=policy, checkpoint={"every": 2, "keep": 2}

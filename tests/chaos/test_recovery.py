@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bench.kills import kill_points, kinds_of
 from hethub.checkpoints.store import CHECKPOINTS
 from hethub.launch.history_check import check_history, compare_histories
 from tests.chaos.three_types import (
@@ -17,8 +18,6 @@ from tests.chaos.three_types import (
     check_invariants,
     ended,
     kill,
-    kill_points,
-    kinds_of,
     launch,
     write_job,
 )
@@ -47,8 +46,8 @@ def test_workers_killed_at_seeded_points_of_any_kind_cost_steps_and_nothing_else
 ) -> None:
     """Rows 1, 2 and 27 of the matrix, in small; `make chaos` has 200 points."""
     write_job(tmp_path)
-    points = kill_points(tmp_path, seed=3, count=5, steps=STEPS)
-    assert len(kinds_of(points, tmp_path)) == 5
+    points = kill_points(tmp_path / "plan.yaml", seed=3, count=5, steps=STEPS, every=3)
+    assert len(kinds_of(points, tmp_path / "plan.yaml")) == 5
     write_job(tmp_path, fault=points, on_failure={"restart": "same", "max_restarts": 5})
     ran = launch(tmp_path)
     check_invariants(ran, unbroken, STEPS)

@@ -13,6 +13,7 @@ from hethub.cost.compute import (
     state_bytes,
 )
 from hethub.cost.graph import CostGraph
+from hethub.cost.profiles.profile import LayerRow, Profile, TransferRow, host_class
 from hethub.cost.shapes import (
     LayerKind,
     Operation,
@@ -258,3 +259,45 @@ def test_a_tied_table_that_stands_twice_in_a_stage_is_held_once() -> None:
     compute = compute_model(plan)
     held = compute.stage_parameters(Share.whole(model), (0, model.layers + 2))
     assert held == sum(p.shape[p.axis] * p.elements_per_index for p in model_parameters(model))
+
+
+def test_measured_halves_of_a_backward_count_where_they_were_measured() -> None:
+    """Seeded bug: both halves scaled as the whole backward is; they came out as 1.34 and 0.91."""
+    plan = NAMED_PLANS["single device"]("fp32")
+    workload, kind = plan.workload, plan.cluster.devices()[0].type
+    row = LayerRow(
+        model=workload.model.name, device_type=kind.name, layer_kind="decoder", tensor_parallel=1, micro_batch=1,
+        sequence_length=workload.sequence_length, dtype="fp32", forward_seconds=1.0, backward_seconds=2.0,
+        backward_input_seconds=1.75, backward_weight_seconds=0.5,
+    )  # fmt: skip
+    whole = replace(row, backward_input_seconds=None, backward_weight_seconds=None)
+
+    def halves(measured: LayerRow) -> list[float]:
+        compute = ComputeModel(CostGraph(plan.cluster), workload, Profile((measured,), ()))
+        share = Share.whole(workload.model)
+        kinds = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+        return [sum(compute.segment_seconds(kind, "decoder", share, 1, Work(k))) for k in kinds]
+
+    assert halves(row) == pytest.approx([1.75, 0.5])
+    assert all(0.5 < half < 1.5 for half in halves(whole))
+
+
+def test_a_real_cpu_works_for_its_messages_where_that_was_measured() -> None:
+    plan = NAMED_PLANS["pipeline of 2"]("fp32")
+    names = tuple(plan.cluster.device_types)
+    works = tuple(
+        TransferRow(
+            operation=operation, link_class=host_class(names[0]), group_size=1, message_bytes=size,
+            time_seconds=1e-3 + size / speed,
+        )
+        for operation, speed in (("send_work", 1e6), ("receive_work", 2e6))
+        for size in (1e3, 1e6)
+    )  # fmt: skip
+    for cluster, there in ((plan.cluster, True), (replace(plan.cluster, emulated_time_scale=1.0), False)):
+        compute = ComputeModel(CostGraph(cluster), plan.workload, Profile((), works))
+        for number, device in enumerate(cluster.devices()):
+            found = compute.message_work(number)
+            assert (found is not None) == (there and device.type.name == names[0])
+            if found is not None:
+                assert found[0].bandwidth_bytes_per_second == pytest.approx(1e6)
+                assert found[1].bandwidth_bytes_per_second == pytest.approx(2e6)

@@ -227,3 +227,18 @@ def test_an_overlapping_save_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
     assert second.problem == "the checkpoint before it is still being written"
     written = (Store(tmp_path).partial(1, 1) / "a-0-0.state").read_bytes()
     assert np.frombuffer(written[:32], np.float32).tolist() == list(range(8))
+
+
+def test_a_driver_that_has_lost_the_run_makes_no_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    """Seen to catch: the lease not asked before the commit."""
+    plan, told = PLANS["unequal rows"], []  # type: ignore[var-annotated]
+    counts = SaveCounts()
+    keeper = keeper_of(pool, plan, tmp_path, counts, told)
+    keeper._may_commit = lambda: False
+    report = Saved(
+        step=AT, bytes=1, block_bytes=4096, digest="0" * 64, updates=AT, stall_seconds=0.0, seconds=0.0
+    )
+    keeper.take({device: [report] for device in compile_plan(plan).program.layout.used})
+    assert (counts.made, counts.failed) == (0, 1)
+    assert "another driver has taken the run over" in told[0]
+    assert not keeper.expects(AT)

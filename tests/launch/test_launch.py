@@ -146,6 +146,14 @@ def test_the_summary_has_the_promised_figures(emulated: Run) -> None:
     assert json.loads(emulated.result.out) == s
 
 
+def test_the_summary_has_the_peak_memory_of_devices_that_count_it(emulated: Run, real: Run) -> None:
+    """What lives inside one action is predicted and not counted."""
+    for peak in emulated.summary["peak_bytes"].values():
+        assert 0 < peak["measured"] <= peak["predicted"]
+    assert len(emulated.summary["peak_bytes"]) == emulated.used
+    assert all(peak["measured"] is None for peak in real.summary["peak_bytes"].values())
+
+
 def test_the_start_is_told_by_its_parts(emulated: Run) -> None:
     start = emulated.summary["start"]
     assert set(start) == {f"{part}_seconds" for part in (

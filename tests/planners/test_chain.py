@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hethub.cost.memory import device_memory
-from hethub.planners.candidate import Rates, lower_bound, proposals, quick_bound
 from hethub.planners.chain import Chains, divide
 from hethub.planners.interface import Problem
 from hethub.planners.pools import Pools
@@ -17,10 +16,9 @@ from hethub.planners.seats import Seat, SeatCosts
 from hethub.planners.shares import even_shares
 from hethub.planners.stage import Stage
 from hethub.planners.steady import round_trips, settle
-from hethub.planners.teams import teams
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
 from tests.plan_strategies import models, three_speeds, tiny_model
-from tests.planners.examples import problems, with_memory, workload
+from tests.planners.examples import with_memory, workload
 
 
 def _stages(problem: Problem, rows: int) -> list[Stage]:
@@ -86,22 +84,6 @@ def test_bytes_are_those_of_the_cost_model(model, degree, rows, held, recompute,
     assert cost.most_decoders(place, held, 1, full=recompute == "full") >= decoders
 
 
-@settings(max_examples=30, deadline=None)
-@given(problem=problems(), rows=st.integers(1, 4))
-def test_no_division_is_quicker_than_the_cheap_bound(problem: Problem, rows: int) -> None:
-    from hethub.planners.stage import Setting
-
-    chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
-    crew = tuple(((Seat(pool.number, 1, 1),), pool.count) for pool in chains.costs.pools.all)
-    setting = Setting(1, 0, tuple(range(len(crew))), 8)
-    chain = chains.chain(crew, rows, setting)
-    period, fill = chains.bound(crew, rows)
-    if chain is not None:
-        assert period <= chain.period_seconds * (1 + 1e-9)
-        assert fill <= chain.fill_seconds * (1 + 1e-9)
-        assert chains.tail_bound(crew, setting) <= chain.tail_seconds * (1 + 1e-9)
-
-
 def test_without_hops_the_steady_state_holds_what_1f1b_holds() -> None:
     times = [1.0] * 4
     period, in_flight = settle(times, round_trips(times, [0.0] * 3), [9] * 4, 100, 0.0)
@@ -117,16 +99,3 @@ def test_long_hops_ask_for_more_in_flight_and_little_memory_for_time() -> None:
     # three stages and both hops, while three micro-batches pass
     assert period == pytest.approx(5 / 3, rel=0.01)
     assert in_flight == [3, 2, 1]
-
-
-@settings(max_examples=40, deadline=None)
-@given(problem=problems(), data=st.data())
-def test_the_quick_bound_is_below_the_dear_one(problem: Problem, data: st.DataObject) -> None:
-    """Seen to catch: rates taken at one row, where a decoder's seconds for each row are the most."""
-    chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
-    numbers, batch = chains.costs.pools.of_types(None), problem.workload.global_batch
-    found = [p for team in teams(chains.costs, numbers, batch) for p in proposals(team, batch)]
-    for proposal in data.draw(st.lists(st.sampled_from(found), max_size=20)) if found else []:
-        rates = [Rates(copies, *chains.rates(crew, batch)) for crew, copies in proposal.team.crews]
-        quick = quick_bound(chains.layers, rates, proposal, batch)
-        assert quick <= lower_bound(chains, proposal, batch) * (1 + 1e-9)

@@ -1,0 +1,175 @@
+"""What changes from one plan to another of the same model: devices, layers, bytes that have to move, the prediction."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from hethub.cost.compute import ComputeModel, state_bytes
+from hethub.cost.graph import CostGraph
+from hethub.cost.shapes import BYTES, layer_parameters, parameter_span
+from hethub.errors import InputError
+from hethub.program.ownership import Ownership
+from hethub.program.updaters import own_by_strength
+from hethub.specs.layout import Layout, Share, Span, lay_out
+from hethub.specs.plan import Plan
+
+__all__ = ["PlanDiff", "diff_plans"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDiff:
+    """`moved_layers` counts layers that a device holds in the new plan and did not in the old one, over all devices;
+    `weight_bytes` are the weights that those devices need, `state_bytes` masters and optimizer state of all elements
+    that another device updates. Decoders are means over a type's devices in use; seconds None where a plan holds no
+    prediction."""
+
+    shapes: tuple[str, str]
+    joined: tuple[str, ...]
+    left: tuple[str, ...]
+    decoders: dict[str, tuple[float, float]]
+    changed_devices: int
+    moved_layers: int
+    weight_bytes: int
+    state_bytes: int
+    step_seconds: tuple[float | None, float | None]
+
+
+def diff_plans(old: Plan, new: Plan) -> PlanDiff:
+    """Compare two plans. Raises InputError where they are not of one model and precision."""
+    if old.workload.model != new.workload.model or old.workload.precision != new.workload.precision:
+        raise InputError(
+            f"the plans are of {old.workload.model.name} in {old.workload.precision} and of "
+            f"{new.workload.model.name} in {new.workload.precision}. Give two plans of one model and precision."
+        )
+    layouts = lay_out(old), lay_out(new)
+    names = [[device.name for device in plan.cluster.devices()] for plan in (old, new)]
+    held = [_held(layout, own) for layout, own in zip(layouts, names, strict=True)]
+    moved, weights = _moved(held[0], held[1], new)
+    return PlanDiff(
+        shapes=(_shape(old), _shape(new)),
+        joined=tuple(sorted(held[1].keys() - held[0].keys())),
+        left=tuple(sorted(held[0].keys() - held[1].keys())),
+        decoders=_decoders(held, (old, new)),
+        changed_devices=sum(held[0].get(name) != found for name, found in held[1].items()),
+        moved_layers=moved,
+        weight_bytes=weights,
+        state_bytes=_moved_state((old, new), layouts),
+        step_seconds=(_predicted(old), _predicted(new)),
+    )
+
+
+_Held = dict[str, dict[int, Share]]  # device -> layer -> share
+
+
+def _held(layout: Layout, names: list[str]) -> _Held:
+    found: _Held = defaultdict(dict)
+    for pipeline in layout.pipelines:
+        for stage in pipeline.stages:
+            for replica in stage.replicas:
+                for rank in replica.ranks:
+                    found[names[rank.device]].update(dict.fromkeys(range(*stage.layers), rank.share))
+    return dict(found)
+
+
+def _moved(before: _Held, after: _Held, plan: Plan) -> tuple[int, int]:
+    """(Layers, bytes of weights) that devices hold after and not before."""
+    model = plan.workload.model
+    types = {device.name: device.type for device in plan.cluster.devices()}
+
+    @cache
+    def elements(layer: int, now: Share, was: Share | None) -> int:
+        total = 0
+        for parameter in layer_parameters(model, layer):
+            span = parameter_span(parameter, now)
+            kept = 0 if was is None else _overlap(span, parameter_span(parameter, was))
+            total += (span[1] - span[0] - kept) * parameter.elements_per_index
+        return total
+
+    layers = size = 0
+    for name, own in after.items():
+        width = BYTES[types[name].dtype_for(plan.workload.precision)]
+        was = before.get(name, {})
+        for layer, share in own.items():
+            if was.get(layer) != share:
+                layers += layer not in was
+                kind = min(max(layer, 0), 1) if layer <= model.layers else layer  # decoders are alike
+                size += width * elements(kind, share, was.get(layer))
+    return layers, size
+
+
+def _overlap(one: Span, other: Span) -> int:
+    return max(0, min(one[1], other[1]) - max(one[0], other[0]))
+
+
+def _moved_state(plans: tuple[Plan, Plan], layouts: tuple[Layout, Layout]) -> int:
+    """Bytes of masters and moments of elements that another device updates."""
+    owners = []
+    for plan, layout in zip(plans, layouts, strict=True):
+        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+        names = [device.name for device in plan.cluster.devices()]
+        owners.append(_updaters(own_by_strength(layout, compute), names))
+    moved = 0
+    for parameter, after in owners[1].items():
+        before = owners[0].get(parameter, [])
+        at = 0
+        for start, stop, each, updater in after:
+            while at < len(before) and before[at][1] <= start:
+                at += 1
+            kept, place = 0, at
+            while place < len(before) and before[place][0] < stop:
+                if before[place][3] == updater:
+                    kept += _overlap((start, stop), before[place][:2])
+                place += 1
+            moved += (stop - start - kept) * each
+    return moved * state_bytes(plans[1].workload.precision)
+
+
+def _updaters(ownership: Ownership, names: list[str]) -> dict[str, list[tuple[int, int, int, str]]]:
+    """Parameter -> (start, stop, elements an index, updater), in order."""
+    found: dict[str, list[tuple[int, int, int, str]]] = defaultdict(list)
+    for entry in ownership.slices:
+        parameter = ownership.parameters[entry.parameter]
+        each = entry.elements // (entry.stop - entry.start)
+        found[parameter.name].append((entry.start, entry.stop, each, names[entry.updater]))
+    return {name: sorted(entries) for name, entries in found.items()}
+
+
+def _shape(plan: Plan) -> str:
+    """Such as `26 x 3 stages, 58-60 x 1 rows`, entry by entry, alike ones joined."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for entry in plan.pipelines:
+        found[len(entry.stages), entry.micro_batch_rows].append((entry.repeat, entry.micro_batches))
+    return "; ".join(_entry(stages, rows, found[stages, rows]) for stages, rows in sorted(found))
+
+
+def _entry(stages: int, rows: int, entries: list[tuple[int, int]]) -> str:
+    counts = sorted(count for _, count in entries)
+    many = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]}-{counts[-1]}"
+    return f"{sum(repeat for repeat, _ in entries)} x {stages} stages, {many} micro-batches of {rows}"
+
+
+def _decoders(held: list[_Held], plans: tuple[Plan, Plan]) -> dict[str, tuple[float, float]]:
+    """Mean decoders of a device in use, by type, of both plans."""
+    means: list[dict[str, float]] = []
+    for own, plan in zip(held, plans, strict=True):
+        types = {device.name: device.type.name for device in plan.cluster.devices()}
+        devices: Counter[str] = Counter()
+        decoders: Counter[str] = Counter()
+        for name, layers in own.items():
+            devices[types[name]] += 1
+            decoders[types[name]] += sum(1 <= layer <= plan.workload.model.layers for layer in layers)
+        means.append({name: decoders[name] / count for name, count in devices.items()})
+    names = dict.fromkeys(_names(means))
+    return {name: (means[0].get(name, 0.0), means[1].get(name, 0.0)) for name in names}
+
+
+def _names(means: list[dict[str, float]]) -> Iterator[str]:
+    for own in means:
+        yield from own
+
+
+def _predicted(plan: Plan) -> float | None:
+    return None if plan.prediction is None else plan.prediction.get("step_seconds")

@@ -1,0 +1,119 @@
+"""Constraints that contradict each other, objectives and their limits, and the difference of two plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hethub.errors import InfeasibleError, InputError
+from hethub.planners.conflicts import conflict
+from hethub.planners.diff import diff_plans
+from hethub.planners.first import FirstPlanner
+from hethub.planners.interface import Problem
+from hethub.planners.objective import best_plan
+from hethub.specs.cluster import load_planning
+from hethub.specs.constraints import Constraints, Objective
+from tests.planners.examples import one_two_four
+
+LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
+
+
+def _priced(usd: dict[str, float]) -> Problem:
+    problem = one_two_four()
+    types = {
+        name: replace(t, usd_per_hour=usd[name], power_watts=100.0 * usd[name])
+        for name, t in problem.cluster.device_types.items()
+    }
+    return Problem.of(replace(problem.cluster, device_types=types), problem.workload)
+
+
+def test_the_cheapest_plan_leaves_dear_devices_out() -> None:
+    problem = _priced({"fast": 100.0, "middle": 1.0, "slow": 100.0})
+    found = best_plan(FirstPlanner(), problem, Objective(best="usd_per_million_tokens"))
+    devices = problem.compute.graph.devices
+    assert {devices[d].type.name for d in found.modelled.layout.used} == {"middle"}
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest() -> None:
+    problem = _priced({"fast": 3.0, "middle": 2.0, "slow": 1.0})
+    objective = Objective(best="throughput", tokens=1e9, budget_usd=1e-6)
+    with pytest.raises(InfeasibleError, match=r"budget_usd: 1e-06: .* the nearest takes [\d.,]+ usd"):
+        best_plan(FirstPlanner(), problem, objective)
+
+
+def test_a_deadline_that_can_be_met_is_met() -> None:
+    problem = _priced({"fast": 3.0, "middle": 2.0, "slow": 1.0})
+    fastest = FirstPlanner().plan(problem)
+    tokens = problem.workload.global_batch * problem.workload.sequence_length
+    hours = 1.2 * fastest.step_seconds / 3600
+    objective = Objective(best="usd_per_million_tokens", tokens=tokens, deadline_hours=hours)
+    found = best_plan(FirstPlanner(), problem, objective)
+    assert found.step_seconds <= hours * 3600
+
+
+def test_a_zones_power_is_kept() -> None:
+    problem = _priced({"fast": 3.0, "middle": 2.0, "slow": 1.0})
+    zone = problem.cluster.node_groups[0].zone
+    found = best_plan(FirstPlanner(), problem, Objective(site_watts={zone: 500.0}))
+    zones = {group.name: group.zone for group in problem.cluster.node_groups}
+    devices = problem.compute.graph.devices
+    used = [devices[d] for d in found.modelled.layout.used]
+    assert sum(d.type.power_watts or 0.0 for d in used if zones[d.group] == zone) <= 500.0
+
+
+def test_the_smallest_set_of_constraints_that_conflict_is_named() -> None:
+    """Two constraints each leave room for a plan, together they do not; a third has no part in it."""
+    types = ("fast", "middle", "slow")
+    alone = dict.fromkeys(types, (1,))
+    constraints = Constraints(max_pipeline=1, same_stage=False, tensor_parallel=alone)
+    for memory in range(300, 1500, 50):
+        problem = one_two_four(memory_bytes=memory << 10)
+        planner = FirstPlanner()
+
+        def fits(*names: str, problem: Problem = problem, planner: FirstPlanner = planner) -> bool:
+            return (
+                planner.search(replace(problem, constraints=constraints.only(names), finalists=1)) is not None
+            )
+
+        degrees = [f"tensor_parallel.{name}" for name in types]
+        if fits("max_pipeline") and not fits("max_pipeline", *degrees):
+            break
+    else:
+        pytest.fail("no memory makes these constraints conflict")
+    error = conflict(planner, replace(problem, constraints=constraints))
+    assert error is not None
+    assert "constraints.max_pipeline" in error.message
+    assert "constraints.tensor_parallel" in error.message
+    assert "same_stage" not in error.message
+    assert "cannot hold together" in error.message
+
+
+def test_constraints_are_read_with_their_places(tmp_path: Path) -> None:
+    text = LAPTOP.read_text().replace(
+        "laptop-model/config.json", str(LAPTOP.parent / "laptop-model/config.json")
+    )
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        text + "constraints: {tensor_parallel: {fast: [1]}, use_all: true}\nobjective: {best: throughput}\n"
+    )
+    told = load_planning(file)
+    assert told.constraints.names() == ("tensor_parallel.fast", "use_all")
+    assert all(place.startswith(f"{file}:") for place in told.constraints.places.values())
+    file.write_text(text + "constraints: {tensor_parallel: {fats: [1]}}\n")
+    with pytest.raises(InputError, match='"fats" is no device type of this cluster'):
+        load_planning(file)
+    file.write_text(text + "objective: {best: cheapness}\n")
+    with pytest.raises(InputError, match="cheapness"):
+        load_planning(file)
+
+
+def test_a_plan_and_itself_do_not_differ_and_others_move_bytes() -> None:
+    problem = one_two_four()
+    one = FirstPlanner().plan(problem).plan
+    other = FirstPlanner().plan(replace(problem, constraints=Constraints(max_pipeline=1))).plan
+    same = diff_plans(one, one)
+    assert (same.changed_devices, same.moved_layers, same.weight_bytes, same.state_bytes) == (0, 0, 0, 0)
+    changed = diff_plans(one, other)
+    assert (changed.weight_bytes > 0) == (changed.changed_devices > 0)
