@@ -5,8 +5,8 @@ tables. Our search, and our own implementations of the search ideas of Sailor an
 `sailor_ratio_*` are ours over the throughput that Sailor's paper reports; `mixes_*` ours over the better of both
 implementations, on the 1:1 mixes and the five-zone problems. They say little unless the implementations reach what the
 papers report: `sailor_like_error` and `metis_like_error` are their largest relative differences from that line.
-*Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`); the shares of the
-bounds and the proven gaps of `bench/planner_shares.py`.
+*Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`); the shares
+of the bounds and the proven gaps of `bench/planner_shares.py`.
 
 The cheapest cheats, and what makes them fail:
 - a plan of more devices than there are, too few rows, or stages that do not fit: `problems` counts again;
