@@ -5,7 +5,8 @@ tables. Our search, and our own implementations of the search ideas of Sailor an
 `sailor_ratio_*` are ours over the throughput that Sailor's paper reports; `mixes_*` ours over the better of both
 implementations, on the 1:1 mixes and the five-zone problems. They say little unless the implementations reach what the
 papers report: `sailor_like_error` and `metis_like_error` are their largest relative differences from that line.
-*Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`).
+*Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`); the shares
+of the bounds and the proven gaps of `bench/planner_shares.py`.
 
 The cheapest cheats, and what makes them fail:
 - a plan of more devices than there are, too few rows, or stages that do not fit: `problems` counts again;
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.planner_shares import planner_shares
 from bench.results import ROOT, print_figures, write_result
 from hethub.cost.engines import DEEPSPEED, EngineRun, ReplicaGroup, RunStage
 from hethub.planners.baselines.comparison import compare
@@ -86,6 +88,9 @@ def main() -> int:
     raw: dict[str, Any] = {"theirs": {name: without_splits(entry) for name, entry in found.items()}}
     if not options.small:
         raw["ours"] = {name: own_mode(name) for name in OWN}
+        shares, raw["shares"], unproven = planner_shares()
+        figures |= shares
+        wrong += unproven
     print_figures(figures)
     for text in wrong:
         print(f"NOT VALID {text}", file=sys.stderr)

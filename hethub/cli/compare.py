@@ -24,6 +24,8 @@ def compare(
 ) -> None:
     """Plan with our planner, the search ideas of Sailor and Metis, and simple rules; one simulator judges all.
 
+    All plan for throughput; the file's constraints and objective are left aside, as the others know none.
+
     Example: hethub compare cluster_specs/laptop.yaml --html compare.html
     """
     from hethub.errors import InputError
