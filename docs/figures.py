@@ -180,6 +180,64 @@ PREDICTOR = (
     Row(_SPEED, "devices_10000_peak_gib", "peak memory of that, program included", "{:.2f} GiB", "2 GiB"),
 )
 
+_QUALITY, _SEARCH, _RECOVERY = "planner_quality", "planner_speed", "recovery"
+PLANNER = (
+    *(
+        Row(
+            _QUALITY,
+            f"sailor_ratio_{devices}",
+            f"A100 and V100 1 : 3, {devices} devices: ours over Sailor's published plan, its own cost assumptions",
+            _TIMES,
+            f"{aim} x",
+        )
+        for devices, aim in (("128", "1.35"), ("320", "1.25"), ("512", "1.10"))
+    ),
+    Row(
+        _QUALITY,
+        "mixes_min_ratio",
+        "1 : 1 mixes and five zones: ours over the better of our Sailor-like and Metis-like planners, least",
+        _TIMES,
+        "1.00 x",
+    ),
+    Row(_QUALITY, "mixes_median_ratio", "the same, median", _TIMES, "1.10 x"),
+    Row(_QUALITY, "homogeneous_share_768", "768 devices: share of the homogeneous bound", _SHARE, "98%"),
+    Row(_QUALITY, "homogeneous_share_six_vendors", "six vendors: the same", _SHARE, "98%"),
+    Row(_QUALITY, "gap_8", "proven gap, 8 devices", _SHARE, "at most 3%"),
+    Row(_QUALITY, "gap_768", "proven gap, 768 devices", _SHARE, "at most 6%"),
+    *(
+        Row(_SEARCH, f"devices_{name}_seconds", f"search, {words} devices", "{:.2f} s", aim)
+        for name, words, aim in (
+            ("8", "8", "0.15 s"),
+            ("768", "768", "2 s"),
+            ("10000", "10,000", "10 s"),
+            ("100000", "100,000", ""),
+        )
+    ),
+)
+RECOVERY = (
+    Row(
+        _RECOVERY,
+        "recovery_over_allowed",
+        "recovery, over 8 s for a worker and 20 s for a node",
+        "{:.2f}",
+        "1",
+        True,
+    ),
+    Row(_RECOVERY, "goodput_ratio", "goodput of 200 steps with 10 faults", _SHARE, "80%", True),
+    Row(
+        _RECOVERY,
+        "checkpoint_stall_ratio",
+        "training stands still for checkpoints",
+        _SHARE,
+        "at most 3.5%",
+        True,
+    ),
+    Row(_RECOVERY, "saved_bytes_ratio", "bytes saved, over the state", "{:.3f}", "at most 1.05"),
+    Row(_RECOVERY, "read_bytes_ratio", "bytes read, over what each device needs", "{:.3f}", "at most 1.1"),
+    Row(_RECOVERY, "kills_survived_ratio", "kills survived", _SHARE, "100%", True),
+    Row(_RECOVERY, "silent_loads", "of 1,000 damaged checkpoints, loaded without a word", "{:.0f}", "0"),
+)
+
 
 def demo() -> str:
     """The table of the demo."""
@@ -255,6 +313,8 @@ PLACES: dict[str, dict[str, Callable[[], str]]] = {
         "figures": demo,
         "executor figures": partial(reached, EXECUTOR),
         "predictor figures": partial(reached, PREDICTOR),
+        "planner figures": partial(reached, PLANNER),
+        "recovery figures": partial(reached, RECOVERY),
     },
     "docs/cost-model.md": {"errors by run": by_run},
 }
