@@ -1,6 +1,6 @@
-"""The search idea of Sailor, written anew from the paper: "Sailor: Automating Distributed Training over Dynamic, Heterogeneous, and
-Geo-distributed Clusters" (SOSP 2025, arXiv 2504.17096), section on the planner. Where the paper leaves it open (equal
-stages, the order and choice of degrees) it does what the public artifact was seen to do.
+"""The search idea of Sailor, written anew from the paper: "Sailor: Automating Distributed Training over Dynamic,
+Heterogeneous, and Geo-distributed Clusters" (SOSP 2025, arXiv 2504.17096), section on the planner. Where the paper
+leaves it open (equal stages, the order and choice of degrees) it does what the public artifact was seen to do.
 
 For every number of stages (equal layers) and every micro-batch, from the largest data-parallel degree down: dynamic
 programming over the stages, first to last, chooses for each what its replicas stand on, with what is left of each kind;
