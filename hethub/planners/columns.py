@@ -105,8 +105,12 @@ class Columns:
     def refined(self, *, compiled: bool = False) -> Columns:
         """With periods that count memory too, infinite where the model does not fit."""
         period, others = np.empty(len(self)), np.empty(len(self))
-        fill_in = compiled_periods() if compiled else least_periods
-        fill_in(self.table, self.places, self.counts, self.period, self.layers, period, others)
+        given = (self.table, self.places, self.counts, self.period)
+        if compiled:
+            compiled_periods()(*given, self.layers, period, others)
+        else:
+            table, places, counts, low = (array.tolist() for array in given)
+            least_periods(table, places, counts, low, self.layers, period, others)
         return replace(self, period=period, first=np.maximum(0.0, self.layers - others))
 
     def tails(self, update: Floats, gradients: Floats) -> Tails:

@@ -1,15 +1,15 @@
 """The least period of a pipeline by time and memory: what its stages can hold together, one after the other.
 
-The functions run as they stand, and compiled by numba where there are very many pipelines (`compiled_periods`; loading
-it takes a third of a second). So they keep to what numba understands: a *line* is a row of a table, its fields are
-the constants below; seconds, and bytes on the most loaded rank.
+The functions run as they stand, over lists, and compiled by numba over arrays where there are very many pipelines
+(`compiled_periods`; loading it takes a third of a second). So they keep to what both understand: a *line* is a row of a
+table, its fields are the constants below; seconds, and bytes on the most loaded rank.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -40,19 +40,19 @@ LAST = 3
 _HALVINGS = 12
 _EPS = 1e-9
 
-Table = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Line = Sequence[float]
 
 
-def stage_decoders(table: Table, line: int, last: bool, period: float, behind: float) -> int:
+def stage_decoders(line: Line, last: bool, period: float, behind: float) -> int:
     """The most decoders of a stage: as many as it does in `period`, and as fit with the micro-batches in flight that
     `behind` seconds of decoders behind it, and its own, ask for."""
     shift = LAST if last else 0
-    room, own = table[line, ROOM + shift], table[line, OWN + shift]
-    head = table[line, HEAD] if last else 0.0
-    again = table[line, AGAIN]
-    head_again = table[line, HEAD_AGAIN] if last else 0.0
-    decoder, each, kept = table[line, DECODER], table[line, EACH], table[line, KEPT]
+    room, own = line[ROOM + shift], line[OWN + shift]
+    head = line[HEAD] if last else 0.0
+    again = line[AGAIN]
+    head_again = line[HEAD_AGAIN] if last else 0.0
+    decoder, each, kept = line[DECODER], line[EACH], line[KEPT]
     one = each + kept
     # n (each + kept k) + own k <= room with k = (behind + n decoder) / period micro-batches in flight
     a = kept * decoder / period
@@ -60,38 +60,48 @@ def stage_decoders(table: Table, line: int, last: bool, period: float, behind: f
     c = own * behind / period - room
     deep = 0.0 if c > 0 or room < own else (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
     none = min((period - head) / decoder, (room - own) / one, deep)
-    entries = table[line, ENTRY] * max(behind / period - 1, 0.0)
+    entries = line[ENTRY] * max(behind / period - 1, 0.0)
     full = min((period - head - head_again) / (decoder + again), (room - own - entries) / one)
-    exchange = table[line, EXCHANGE_ROOM + shift] / (one + table[line, EXCHANGED])
+    exchange = line[EXCHANGE_ROOM + shift] / (one + line[EXCHANGED])
     most: int = math.floor(max(0.0, min(max(none, full), exchange)) + _EPS)
     return most
 
 
-def held(table: Table, lines: Ints, counts: Ints, quick: float, period: float, less: int) -> int:
+def held(
+    table: Sequence[Line], lines: Sequence[int], counts: Sequence[int], quick: float, period: float, less: int
+) -> int:
     """Decoders that all stages but the first `less` hold; `lines` and `counts` are of the runs, the last one first."""
-    total = counts.sum() - less
+    total = -less
+    for count in counts:
+        total += count
     found = place = 0
     for run in range(len(counts)):
         for _ in range(counts[run]):
             if place < total:
-                found += stage_decoders(table, lines[run], place == 0, period, found * quick)
+                found += stage_decoders(table[lines[run]], place == 0, period, found * quick)
                 place += 1
     return found
 
 
 def least_periods(
-    table: Table, lines: Ints, counts: Ints, low: Table, layers: int, period: Table, others: Table
+    table: Sequence[Line],
+    lines: Sequence[Sequence[int]],
+    counts: Sequence[Sequence[int]],
+    low: Sequence[float],
+    layers: int,
+    period: Floats,
+    others: Floats,
 ) -> None:
     """Fill in, for each pipeline, the least period (never too long; infinite where the model does not fit) and the
     decoders that all stages but the first can hold then. `low` is a period that is not too long."""
     for i in range(len(lines)):
         quick, high = np.inf, 0.0
-        for run in range(counts.shape[1]):
-            if counts[i, run]:
-                line = lines[i, run]
-                quick = min(quick, table[line, DECODER])
-                slow = (table[line, DECODER] + table[line, AGAIN]) * layers
-                high = max(high, slow + table[line, HEAD] + table[line, HEAD_AGAIN])
+        for run in range(len(counts[i])):
+            if counts[i][run]:
+                line = table[lines[i][run]]
+                quick = min(quick, line[DECODER])
+                slow = (line[DECODER] + line[AGAIN]) * layers
+                high = max(high, slow + line[HEAD] + line[HEAD_AGAIN])
         high *= 1 + _EPS
         if held(table, lines[i], counts[i], quick, high, 0) < layers:
             period[i] = np.inf

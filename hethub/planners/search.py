@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import sub
 
 import numpy as np
 import numpy.typing as npt
@@ -307,27 +308,29 @@ class _Unlike:
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
         order = np.flatnonzero(rows > 0)
         most = _most_of_the_rest(columns.usage[order], rows[order], search.available)
-        need, own = columns.usage[order], rows[order]
+        # Plain numbers: these vectors are too short for numpy.
+        needs, own = [tuple(need) for need in columns.usage[order].tolist()], rows[order].tolist()
 
-        def further(start: int, left: Ints, missing: int) -> Iterator[Taken | None]:
+        def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
             if missing <= 0:
                 yield ()
             for place in range(start, len(order)):
-                after, still, number = left - need[place], missing - int(own[place]), 1
-                while (after >= 0).all():
+                need, number = needs[place], 1
+                after, still = tuple(map(sub, left, need)), missing - own[place]
+                while min(after) >= 0:
                     looked[0] += 1
                     if looked[0] > _LOOKED:
                         yield None
                         return
-                    if still <= most[tuple(after)]:
+                    if still <= most[after]:
                         for rest in further(place + 1, after, still):
                             if rest is None:
                                 yield None
                                 return
                             yield ((int(self.numbers[order[place]]), number), *rest)
-                    after, still, number = after - need[place], still - int(own[place]), number + 1
+                    after, still, number = tuple(map(sub, after, need)), still - own[place], number + 1
 
-        yield from further(0, search.available, search.batch)
+        yield from further(0, tuple(search.available.tolist()), search.batch)
 
 
 def _most_of_the_rest(usage: Ints, rows: Ints, available: Ints) -> Ints:
