@@ -174,7 +174,7 @@ class _Lines:
                 self.able[line] = True
                 self._fill(self.table[line], staff.costs, holders)
                 each = self.table[line, DECODER] / rows
-                self.worth[line] = each < WORTH * best
+                self.worth[line] = space.small or each < WORTH * best
                 best = min(best, each)
 
     @staticmethod

@@ -201,7 +201,13 @@ def test_an_excluded_device_is_refused_as_such() -> None:
 
 
 def test_a_dtype_that_a_device_lacks_is_refused() -> None:
-    (problem,) = check_plan(NAMED_PLANS["single device"]("bf16"))
+    cluster = three_speeds()
+    older = {
+        name: replace(t, peak_flops_per_second={"fp32": t.peak_flops_per_second["fp32"]})
+        for name, t in cluster.device_types.items()
+    }
+    plan = on(NAMED_PLANS["single device"]("bf16"), replace(cluster, device_types=older))
+    (problem,) = check_plan(plan)
     assert problem.keys == ("workload", "precision")
     assert "a/0/0" in problem.text and "bf16" in problem.text
 
