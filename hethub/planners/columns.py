@@ -290,7 +290,7 @@ def _enumerated(
     space: Space, lines: _Lines, tuples: Sequence[tuple[int, ...]], counts: Sequence[Ints]
 ) -> Iterator[_Made]:
     """(slots, counts, rows) of all pipelines of these sequences of slots, last stage first; with the fewest rows that
-    all slots can have, and with those with which one of them is quicker for each row."""
+    all slots can have, and with those with which one of them is quicker for each row (small clusters: with all)."""
     for numbers in tuples:
         axes = np.meshgrid(*(counts[n] for n in numbers), indexing="ij")
         yield from _with_rows(space, lines, numbers, np.stack(axes, axis=-1).reshape(-1, len(numbers)))

@@ -43,7 +43,8 @@ def _crews(chains: Chains, space: Space) -> Iterator[tuple[Crew, dict[int, int]]
     for length in range(1, space.most_pools + 1):
         for slots in permutations(space.slots, length):
             pools = [seat.pool for slot in slots for seat in slot]
-            if len(set(pools)) < len(pools):
+            groups = all(len(slot) == 1 and slot[0].replicas == 1 for slot in slots)
+            if len(set(pools)) < len(pools) or (length > 1 and not groups):
                 continue
             limits = [
                 min(chains.costs.pools[s.pool].unit_count(s.degree) // s.replicas for s in slot)
