@@ -118,7 +118,7 @@ def choose_plans(job: Job) -> tuple[Plan, Plan | None]:
     nothing fits.
     """
     if job.plan is None:
-        found = answer(job.cluster, job.workload)
+        found = answer(job.cluster, job.workload, constraints=job.constraints, objective=job.objective)
         return found.plan, found.even.plan if found.even and job.compare_even_steps else None
     plan = read_plan(job.plan, job)
     even = EvenPlanner().search(Problem.of(job.cluster, job.workload)) if job.compare_even_steps else None

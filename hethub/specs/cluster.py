@@ -30,6 +30,7 @@ from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
 
 __all__ = [
     "Cluster",
+    "ClusterFile",
     "ClusterSpec",
     "Device",
     "DeviceType",
@@ -40,6 +41,7 @@ __all__ = [
     "cluster_to_spec",
     "lacking_precision",
     "load_cluster",
+    "load_cluster_file",
     "load_planning",
     "load_problem",
     "require_precision",
@@ -159,24 +161,14 @@ class ClusterSpec(Spec):
     emulated: EmulatedSpec | None = Field(None, description="Present when the devices are emulated on CPU.")
 
 
-def load_cluster(path: Path) -> tuple[Cluster, Workload | None]:
-    """Read a cluster file and its default workload. Raises InputError with one line per problem."""
-    document = load_document(path)
-    spec = validate_document(document, ClusterSpec)
-    cluster = resolve_cluster(spec, document)
-    if spec.workload is None:
-        return cluster, None
-    workload = resolve_workload(spec.workload, document, ("workload",))
-    require_precision(cluster, workload.precision, document)
-    return cluster, workload
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFile:
+    """All that a cluster file says; `workload` is None where it names none."""
 
-
-def load_problem(path: Path) -> tuple[Cluster, Workload]:
-    """Read a cluster file that must name its workload. Raises InputError, also where it names none."""
-    cluster, workload = load_cluster(path)
-    if workload is None:
-        raise InputError(f"{path}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
-    return cluster, workload
+    cluster: Cluster
+    workload: Workload | None
+    constraints: Constraints
+    objective: Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,17 +181,55 @@ class Planning:
     objective: Objective
 
 
-def load_planning(path: Path) -> Planning:
-    """Read a cluster file that names its workload, with its constraints and objective. Raises InputError."""
-    cluster, workload = load_problem(path)
-    document = load_document(path)
-    spec = validate_document(document, ClusterSpec)
-    return Planning(
+def load_cluster(path: Path) -> tuple[Cluster, Workload | None]:
+    """Read a cluster file and its default workload. Raises InputError with one line per problem."""
+    *_, cluster, workload = _read(path)
+    return cluster, workload
+
+
+def load_cluster_file(path: Path) -> ClusterFile:
+    """Read a cluster file with its constraints and objective. Raises InputError with one line per problem."""
+    spec, document, cluster, workload = _read(path)
+    return ClusterFile(
         cluster=cluster,
         workload=workload,
         constraints=resolve_constraints(spec.constraints, cluster, document),
         objective=resolve_objective(spec.objective, cluster, document),
     )
+
+
+def load_problem(path: Path) -> tuple[Cluster, Workload]:
+    """Read a cluster file that must name its workload. Raises InputError, also where it names none."""
+    cluster, workload = load_cluster(path)
+    return cluster, _required(workload, path)
+
+
+def load_planning(path: Path) -> Planning:
+    """Read a cluster file that must name its workload, with its constraints and objective. Raises InputError."""
+    told = load_cluster_file(path)
+    return Planning(
+        cluster=told.cluster,
+        workload=_required(told.workload, path),
+        constraints=told.constraints,
+        objective=told.objective,
+    )
+
+
+def _read(path: Path) -> tuple[ClusterSpec, Document, Cluster, Workload | None]:
+    document = load_document(path)
+    spec = validate_document(document, ClusterSpec)
+    cluster = resolve_cluster(spec, document)
+    if spec.workload is None:
+        return spec, document, cluster, None
+    workload = resolve_workload(spec.workload, document, ("workload",))
+    require_precision(cluster, workload.precision, document)
+    return spec, document, cluster, workload
+
+
+def _required(workload: Workload | None, path: Path) -> Workload:
+    if workload is None:
+        raise InputError(f"{path}: names no workload. Add workload: {{model: ..., sequence_length: ...}}.")
+    return workload
 
 
 def resolve_cluster(spec: ClusterSpec, document: Document, prefix: Sequence[Key] = ()) -> Cluster:

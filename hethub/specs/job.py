@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import Field
 
 from hethub.specs.base import Problems, Spec, validate_document
-from hethub.specs.cluster import Cluster, lacking_precision, load_cluster
+from hethub.specs.cluster import Cluster, lacking_precision, load_cluster_file
+from hethub.specs.constraints import Constraints, Objective
 from hethub.specs.document import Document, Key, load_document
 from hethub.specs.nearest import unknown_name
 from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
@@ -218,14 +219,16 @@ class Fault:
 class Job:
     """A training job with its files found; paths are absolute.
 
-    `plan` is None when it is to be searched; `tokenizer` is "bytes" or the path of a tokenizer.json;
-    `evaluate_every` and `evaluate_rows` are 0 without evaluation, `compare_even_steps` is 0 without a
-    comparison.
+    `plan` is None when it is to be searched, within the cluster file's `constraints` and by its `objective`;
+    `tokenizer` is "bytes" or the path of a tokenizer.json; `evaluate_every` and `evaluate_rows` are 0 without
+    evaluation, `compare_even_steps` is 0 without a comparison.
     """
 
     path: Path
     cluster_path: Path
     cluster: Cluster
+    constraints: Constraints
+    objective: Objective
     workload: Workload
     plan: Path | None
     data_files: tuple[Path, ...]
@@ -270,12 +273,15 @@ def load_job(path: Path, *, cluster_file: Path | None = None, plan_file: Path | 
             ("initial_weights",), f"there is no folder {initial}. Mend the path, relative to this file."
         )
     problems.raise_any()
-    cluster, default = load_cluster(cluster_path)
+    told = load_cluster_file(cluster_path)
+    cluster, default = told.cluster, told.workload
     evaluate = spec.evaluate
     return Job(
         path=_absolute(document, path.name),
         cluster_path=cluster_path,
         cluster=cluster,
+        constraints=told.constraints,
+        objective=told.objective,
         workload=_workload(spec, document, cluster, default),
         plan=plan,
         data_files=data_files,
