@@ -52,15 +52,15 @@ class Explanation:
 def explanation(found: Answer, told: Planning, measured: Measured) -> Explanation:
     """All parts, by searching again with one thing changed at a time."""
     from hethub.cli.waterfall import predicted_waterfall
-    from hethub.planners.explain import boundaries, link_worth, type_limits
+    from hethub.planners.explain import boundaries, limits
     from hethub.planners.interface import Problem
 
     problem = Problem.of(told.cluster, told.workload, measured, constraints=told.constraints)
-    links = link_worth(problem)
+    types, links = limits(problem)
     return Explanation(
         content={
             "waterfall": predicted_waterfall(found.modelled).total,
-            "limits": [asdict(entry) for entry in type_limits(problem, links)],
+            "limits": [asdict(entry) for entry in types],
             "links": [asdict(entry) for entry in links],
             "boundaries": [
                 asdict(entry) for entry in boundaries(found.modelled.layout, found.modelled.compute)

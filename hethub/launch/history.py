@@ -32,9 +32,11 @@ __all__ = [
     "mend",
     "ranges",
     "read_history",
+    "whole_lines",
 ]
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Spec)
 _DIGEST_HEX = 16  # 64 bits: enough to tell weights apart that no one forges
 
 
@@ -201,13 +203,24 @@ def read_history(folder: Path) -> tuple[list[Entry], list[str]]:
 
     A last line without its end was torn by the worker's death and is left out.
     """
-    entries, problems = [], []
+    entries: list[Entry] = []
+    problems: list[str] = []
     for file in sorted(folder.glob("*.jsonl")):
-        *lines, _ = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                entries.append(Entry.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                problems.append(f"{file.name}:{number}: no entry of a history: {first['msg']}")
+        found, wrong = whole_lines(file, Entry, "entry of a history")
+        entries += found
+        problems += wrong
     return entries, problems
+
+
+def whole_lines(file: Path, kind: type[S], words: str) -> tuple[list[S], list[str]]:
+    """The lines of a file that was appended to, a torn last one left out: those that are of a `kind` (`words` to
+    people), and a line of text for each that is none. Raises OSError."""
+    found, problems = [], []
+    *lines, _ = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            problems.append(f"{file.name}:{number}: no {words}: {first['msg']}")
+    return found, problems

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from hethub.launch.history import mend
+from hethub.launch.history import mend, whole_lines
 from hethub.specs.base import Spec
 
 __all__ = ["JOURNAL", "Event", "Journal", "read_journal"]
@@ -63,15 +63,7 @@ class Journal:
 
 def read_journal(folder: Path) -> tuple[list[Event], list[str]]:
     """All events, and a line for each whole line that is none; a torn last line is none. [] where there is no file."""
-    events, problems = [], []
     try:
-        *lines, _ = (folder / JOURNAL).read_bytes().split(b"\n")
+        return whole_lines(folder / JOURNAL, Event, "event of a run")
     except OSError:
         return [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(Event.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            problems.append(f"{JOURNAL}:{number}: no event of a run: {first['msg']}")
-    return events, problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -162,13 +161,8 @@ def _decoders(held: list[_Held], plans: tuple[Plan, Plan]) -> dict[str, tuple[fl
             devices[types[name]] += 1
             decoders[types[name]] += sum(1 <= layer <= plan.workload.model.layers for layer in layers)
         means.append({name: decoders[name] / count for name, count in devices.items()})
-    names = dict.fromkeys(_names(means))
+    names = dict.fromkeys(name for own in means for name in own)
     return {name: (means[0].get(name, 0.0), means[1].get(name, 0.0)) for name in names}
-
-
-def _names(means: list[dict[str, float]]) -> Iterator[str]:
-    for own in means:
-        yield from own
 
 
 def _predicted(plan: Plan) -> float | None:

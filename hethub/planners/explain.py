@@ -17,7 +17,7 @@ from hethub.simulate.what_if import Change, changed_graph
 from hethub.specs.layout import Layout, PipelinePlace
 from hethub.specs.resolved import Cluster, DeviceType
 
-__all__ = ["Boundary", "LinkWorth", "TypeLimit", "boundaries", "link_worth", "type_limits"]
+__all__ = ["Boundary", "LinkWorth", "TypeLimit", "boundaries", "limits"]
 
 _MORE = 1.1  # of memory, or of speed
 _FASTER = 2.0  # a link
@@ -58,7 +58,18 @@ class Boundary:
     count: int
 
 
-def _saved(problem: Problem) -> Callable[[Problem], float]:
+_Saved = Callable[[Problem], float]
+
+
+def limits(problem: Problem) -> tuple[tuple[TypeLimit, ...], tuple[LinkWorth, ...]]:
+    """The binding limit of each device type, found by searching again with more of each resource, and what a faster
+    link of each class would bring, most first."""
+    saved = _saved(problem)
+    links = tuple(sorted(_link_worth(problem, saved), key=lambda entry: (-entry.faster, entry.link)))
+    return tuple(_type_limits(problem, saved, max((entry.faster for entry in links), default=0.0))), links
+
+
+def _saved(problem: Problem) -> _Saved:
     """A function of a changed problem: which share of the step goes; never negative: the old plan still is one."""
     before = FirstPlanner().estimate(problem)
     assert before is not None
@@ -70,11 +81,8 @@ def _saved(problem: Problem) -> Callable[[Problem], float]:
     return saved
 
 
-def type_limits(problem: Problem, links: tuple[LinkWorth, ...] = ()) -> Iterator[TypeLimit]:
-    """The binding limit of each device type, found by searching again with more of each resource."""
-    saved = _saved(problem)
+def _type_limits(problem: Problem, saved: _Saved, fastest_link: float) -> Iterator[TypeLimit]:
     cluster = problem.cluster
-    fastest_link = max((entry.faster for entry in links), default=0.0)
     for name, device_type in cluster.device_types.items():
         wider = replace(device_type, memory_bytes=int(device_type.memory_bytes * _MORE))
         memory = saved(_with_cluster(problem, _with_type(cluster, name, wider)))
@@ -96,18 +104,14 @@ def type_limits(problem: Problem, links: tuple[LinkWorth, ...] = ()) -> Iterator
         )
 
 
-def link_worth(problem: Problem) -> tuple[LinkWorth, ...]:
-    """What a faster link of each class would bring, most first."""
-    saved = _saved(problem)
+def _link_worth(problem: Problem, saved: _Saved) -> Iterator[LinkWorth]:
     cluster = problem.cluster
     names = {link.name for group in cluster.node_groups for link in (group.intra_link, group.inter_link)}
     names |= {cross.link.name for cross in cluster.links}
-    found = []
     for name in sorted(names):
         graph = changed_graph(cluster, [Change("link", name, _FASTER)])
         changed = replace(problem, compute=_priced(problem, graph))
-        found.append(LinkWorth(link=name, faster=saved(changed)))
-    return tuple(sorted(found, key=lambda entry: (-entry.faster, entry.link)))
+        yield LinkWorth(link=name, faster=saved(changed))
 
 
 def _priced(problem: Problem, graph: CostGraph) -> ComputeModel:

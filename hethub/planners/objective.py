@@ -15,7 +15,8 @@ from hethub.errors import InfeasibleError
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Found, Problem
 from hethub.planners.pools import Pools
-from hethub.simulate.energy import joules_of
+from hethub.simulate.energy import job_of
+from hethub.simulate.report import joules_per_token, usd_per_million_tokens
 from hethub.specs.constraints import Objective
 from hethub.specs.layout import Share
 from hethub.specs.resolved import DeviceType
@@ -50,12 +51,12 @@ class _Figures:
     def job(self, objective: Objective) -> dict[str, tuple[float, float]]:
         """(limit, figure) of each limit of the whole job."""
         found: dict[str, tuple[float, float]] = {}
-        tokens = objective.tokens or 0.0
+        speed = self.tokens / self.step_seconds
+        job = job_of(objective.tokens or 0.0, speed, self.joules_per_token, self.usd_per_million_tokens)
         if objective.deadline_hours is not None:
-            hours = tokens / self.tokens * self.step_seconds / 3600
-            found["deadline_hours"] = (objective.deadline_hours, hours)
-        if objective.budget_usd is not None and self.usd_per_million_tokens is not None:
-            found["budget_usd"] = (objective.budget_usd, self.usd_per_million_tokens * tokens / 1e6)
+            found["deadline_hours"] = (objective.deadline_hours, job.hours)
+        if objective.budget_usd is not None and job.usd is not None:
+            found["budget_usd"] = (objective.budget_usd, job.usd)
         return found
 
     def excess(self, objective: Objective) -> float:
@@ -168,15 +169,12 @@ def _estimated(problem: Problem, pools: Pools, seconds: float, used: dict[int, i
 def _measured(found: Found, problem: Problem) -> _Figures:
     """By the simulation."""
     tokens = problem.workload.global_batch * problem.workload.sequence_length
-    modelled, seconds = found.modelled.recorded(), found.step_seconds
-    devices = problem.compute.graph.devices
-    usd = [devices[d].type.usd_per_hour for d in modelled.layout.used]
-    joules = [joules_of(devices[d].type, modelled.summaries[d]) for d in modelled.layout.used]
+    modelled, missing = found.modelled.recorded(), dict[str, str]()
     return _Figures(
-        step_seconds=seconds,
+        step_seconds=found.step_seconds,
         tokens=tokens,
-        usd_per_million_tokens=_times(_sum(usd), seconds / 3600 / tokens * 1e6),
-        joules_per_token=_times(_sum(joules), 1.0 / tokens),
+        usd_per_million_tokens=usd_per_million_tokens(modelled, found.step_seconds, tokens, missing),
+        joules_per_token=joules_per_token(modelled, tokens, missing),
     )
 
 

@@ -20,21 +20,10 @@ import numpy.typing as npt
 __all__ = ["FIELDS", "compiled_periods", "least_periods"]
 
 FIELDS = 16
-DECODER, BACKWARD, AGAIN, HEAD, HEAD_AGAIN = (
-    0,
-    1,
-    2,
-    3,
-    4,
-)  # seconds: of a decoder, its backward and recomputation
-EACH, KEPT, ENTRY, EXCHANGED, MOST = (
-    5,
-    6,
-    7,
-    8,
-    9,
-)  # bytes of a decoder; MOST: decoders that one micro-batch lets fit
-ROOM, OWN, EXCHANGE_ROOM = 10, 11, 12  # bytes, of an inner stage; of the last one they stand 3 further
+DECODER, BACKWARD, AGAIN, HEAD, HEAD_AGAIN = range(5)  # seconds: of a decoder, its backward and recomputation
+EACH, KEPT, ENTRY, EXCHANGED = range(5, 9)  # bytes of a decoder
+MOST = 9  # decoders that one micro-batch lets fit
+ROOM, OWN, EXCHANGE_ROOM = range(10, 13)  # bytes, of an inner stage; of the last one they stand 3 further
 LAST = 3
 
 _HALVINGS = 12

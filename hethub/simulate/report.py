@@ -20,7 +20,7 @@ from hethub.specs.plan import Plan, plan_to_spec
 from hethub.timeline.record import Kind
 from hethub.timeline.summary import by_type
 
-__all__ = ["StageRow", "figures", "stage_rows"]
+__all__ = ["StageRow", "figures", "joules_per_token", "stage_rows", "usd_per_million_tokens"]
 
 
 def figures(
@@ -69,8 +69,8 @@ def figures(
             "not_a_bound": stored.get("not_a_bound"),
         },
         "device_types": _device_types(modelled),
-        "joules_per_token": _joules_per_token(modelled, tokens, missing),
-        "usd_per_million_tokens": _usd_per_million_tokens(modelled, seconds, tokens, missing),
+        "joules_per_token": joules_per_token(modelled, tokens, missing),
+        "usd_per_million_tokens": usd_per_million_tokens(modelled, seconds, tokens, missing),
         "baselines": {"even_tokens_per_second": even},
         "emulated": plan.cluster.emulated_time_scale is not None,
         "missing": missing,
@@ -102,8 +102,8 @@ def _device_types(modelled: Modelled) -> list[dict[str, Any]]:
     ]
 
 
-def _joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) -> float | None:
-    """Energy of the devices in use (`energy.joules_of`)."""
+def joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) -> float | None:
+    """Energy of the devices in use (`energy.joules_of`); None, with the reason in `missing`, where it is not known."""
     joules = 0.0
     for device in modelled.layout.used:
         device_type = modelled.compute.graph.devices[device].type
@@ -115,10 +115,11 @@ def _joules_per_token(modelled: Modelled, tokens: int, missing: dict[str, str]) 
     return joules / tokens
 
 
-def _usd_per_million_tokens(
+def usd_per_million_tokens(
     modelled: Modelled, seconds: float, tokens: int, missing: dict[str, str]
 ) -> float | None:
-    """Rent of the devices in use, and what their messages over priced links cost."""
+    """Rent of the devices in use, and what their messages over priced links cost; None, with the reason in `missing`,
+    where that is not known."""
     usd_per_hour = 0.0
     for device in modelled.layout.used:
         device_type = modelled.compute.graph.devices[device].type
