@@ -219,7 +219,7 @@ class Crew:
         import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
 
         for device, reference in asked.items():
-            found = self._got(device, reference, "start")
+            found = self._got(device, reference, "start", _PLACEMENT_TIMEOUT_SECONDS)
             if isinstance(found, Failure):
                 raise self.failed(found.device, found.action, found.reason, found.cause)
             self._working.add(device)
@@ -286,12 +286,14 @@ class Crew:
             return Failure(device, self.explain(device), _DIED, False)
         return found if isinstance(found, Failure) else unpack(found)
 
-    def _got(self, device: int, reference: Any, action: str) -> Any:
-        """What a host answered; a Failure of the device where it could not."""
+    def _got(self, device: int, reference: Any, action: str, seconds: float | None = None) -> Any:
+        """What a host answered; a Failure of the device where it could not, or not in time."""
         import ray
 
         try:
-            return ray.get(reference)
+            return ray.get(reference, timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            return Failure(device, action, f"no Ray node has started it within {seconds:.0f} s", False)
         except ray.exceptions.RayActorError:
             return Failure(device, action, _NODE_DIED, False)
         except ray.exceptions.RayTaskError as error:

@@ -7,6 +7,7 @@ memory. It ends when its owner does, and takes all workers with it, stopped ones
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,16 +45,16 @@ class ForkServer:
                 env={**_one_thread(), **os.environ},
             )
         self._ready = False
+        self._waiting = threading.Lock()
 
     def wait(self) -> None:
-        """Until it has imported everything. Raises MachineError where it cannot."""
-        if self._ready:
-            return
-        self._socket.settimeout(_START_SECONDS)
-        try:
-            self._ready = self._socket.recv(len(_READY), socket.MSG_WAITALL) == _READY
-        except OSError:
-            self._ready = False
+        """Until it has imported everything; from any thread. Raises MachineError where it cannot."""
+        with self._waiting:
+            if self._ready:
+                return
+            self._socket.settimeout(_START_SECONDS)
+            with contextlib.suppress(OSError):
+                self._ready = self._socket.recv(len(_READY), socket.MSG_WAITALL) == _READY
         if not self._ready:
             raise MachineError("the process that workers are forked from did not start. Look into Ray's log.")
 

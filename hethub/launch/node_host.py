@@ -86,7 +86,8 @@ class _Line:
         if self.ended:
             return None
         self._count += 1
-        answer = self._waiting[self._count] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._waiting[self._count] = answer
         self.writer.write(frame(self._count, method, arguments))
         return await answer
 

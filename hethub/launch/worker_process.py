@@ -109,7 +109,8 @@ class _Desk:
         assert worker is not None, f"{method} before join"
         if method == "train":
             self._results = []
-            worker.train(*arguments, report=self._report)
+            first, last = arguments
+            worker.train(first, last, report=self._report)
             return worker.now()
         return getattr(worker, method)(*arguments)
 
