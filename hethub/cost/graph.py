@@ -9,6 +9,7 @@ speed, so that messages between two devices never overtake each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -249,6 +250,21 @@ class CostGraph:
             found = self._find(self.devices[source], self.devices[destination], key)
             found = self._paths[key] = self._staged(found, key) if found.transport == "host-staged" else found
         return found
+
+    def slowest_link(self, source: int, destination: int) -> str:
+        """The link that bounds the path between two devices, as `Cluster.named_links` calls it; of equal ones the one
+        between groups or zones."""
+        one, other = (self._groups[self.devices[end].group] for end in (source, destination))
+        if one is other:
+            same = self.devices[source].node == self.devices[destination].node
+            return f"{'intra' if same else 'inter'} {one.name}"
+        ends = {f"inter {group.name}": group.inter_link.bandwidth_bytes_per_second for group in (one, other)}
+        speeds = {}
+        for number in self.path(source, destination).crossings:
+            cross = self.cluster.links[number]
+            total = cross.total_bandwidth_bytes_per_second or math.inf
+            speeds[cross.name] = min(total, cross.link.bandwidth_bytes_per_second)
+        return min(speeds | ends, key=(speeds | ends).__getitem__)
 
     def _staged(self, path: Path, ends: tuple[int, int]) -> Path:
         """With the copies between device and host memory at both ends, where their speed is known: in chunks, so that

@@ -24,7 +24,7 @@ JOURNAL = "attempts.jsonl"
 class Event(Spec):
     """One line of the journal."""
 
-    event: Literal["began", "failed", "recovered", "evaluated", "stopped", "ended"]
+    event: Literal["began", "failed", "recovered", "evaluated", "stopped", "ended", "gave_up"]
     attempt: int = Field(ge=1, description="Counted from 1 over all drivers of the run; never used twice.")
     at_unix_seconds: float = Field(0.0, ge=0, description="When it was written, by this host's clock.")
     step: int = Field(ge=0, description="began: the first step. failed: where it was. Else: steps done.")
@@ -33,10 +33,11 @@ class Event(Spec):
     cause: str = Field("", description="failed: worker, node, link, stall, memory, data or not-a-number.")
     device: str = Field("", description="failed: the one that failed first.")
     action: str = Field("", description="failed: what it was at.")
-    reason: str = Field("", description="failed: why; one line.")
+    reason: str = Field("", description="failed, gave_up: why; one line.")
     lost: tuple[str, ...] = Field((), description="failed: devices that the next attempt does without.")
     loss: float | None = Field(None, description="evaluated: held-out loss.")
     seconds: dict[str, float] = Field({}, description="recovered: wall seconds by part.")
+    exit_code: int | None = Field(None, description="gave_up: what the command ended with.")
     counts: dict[str, int] = Field(
         {}, description="ended, stopped: restarts, checkpoints, checkpoint failures."
     )

@@ -55,6 +55,7 @@ from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
+from hethub.simulate.what_if import with_links
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings
 from hethub.specs.layout import Span, sequence_span
@@ -247,7 +248,7 @@ class Worker:
 
     def _hook(self) -> Interruptions | None:
         """What the job does to this device on purpose; None where it leaves it alone."""
-        faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
+        faults = [fault for fault in self.task.faults if fault.link or fault.device == self.setup.device]
         training = self.training
         assert training is not None
         return Interruptions(faults, training.compute, lambda: training.sink.buffers) if faults else None
@@ -418,9 +419,20 @@ class Worker:
             return None
         graph = self.task.graph
         table = self._links = LinkTable(self.task.links_file, graph.cell_count)
-        return lambda destination, size, now: table.reserve(
-            graph.path(self.setup.device, destination), size, now
-        )
+        device = self.setup.device
+        if not any(fault.link for fault in self.task.faults):
+            return lambda destination, size, now: table.reserve(graph.path(device, destination), size, now)
+        graphs: dict[tuple[tuple[str, float], ...], CostGraph] = {(): graph}
+
+        def reserve(destination: int, size: int, now: float) -> float:
+            hook = None if self.training is None else self.training.hook
+            slow = tuple(hook.slow_links.items()) if isinstance(hook, Interruptions) else ()
+            if slow not in graphs:
+                factors = {link: 1.0 / factor for link, factor in slow}
+                graphs[slow] = CostGraph(with_links(graph.cluster, factors))
+            return table.reserve(graphs[slow].path(device, destination), size, now)
+
+        return reserve
 
     def start_clock(self, epoch_seconds: float, time_scale: float) -> None:
         """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
