@@ -19,6 +19,7 @@ from hethub.cli.launch import launch
 from hethub.cli.logs import logs
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
+from hethub.cli.report import report
 from hethub.cli.runs import runs, status, stop
 from hethub.cli.schema import schema
 from hethub.cli.simulate import simulate
@@ -49,6 +50,7 @@ app.command()(status)
 app.command()(logs)
 app.command()(stop)
 app.command()(timeline)
+app.command()(report)
 app.command()(validate)
 app.command()(calibrate)
 app.command()(schema)

@@ -24,6 +24,7 @@ from hethub.interruption import patient
 from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
 from hethub.launch.crew import Crew
+from hethub.launch.environment import environment
 from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, committed_steps
@@ -221,6 +222,7 @@ def _mark(job: Job) -> dict[str, Any]:
         "cluster": job.cluster.name,
         "emulated": job.cluster.emulated_time_scale is not None,
         "steps": job.steps,
+        "environment": environment(),
     }
 
 
