@@ -19,6 +19,7 @@ from hethub.cli.launch import launch
 from hethub.cli.logs import logs
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
+from hethub.cli.replan import replan
 from hethub.cli.report import report
 from hethub.cli.runs import runs, status, stop
 from hethub.cli.schema import schema
@@ -51,6 +52,7 @@ app.command()(logs)
 app.command()(stop)
 app.command()(timeline)
 app.command()(report)
+app.command()(replan)
 app.command()(validate)
 app.command()(calibrate)
 app.command()(schema)

@@ -147,6 +147,8 @@ def run_lines(run: RunState) -> list[str]:
     lines.append(f"devices\t{len(run.devices)} of {run.cluster or '?'}{mark}: {_some(run.devices)}")
     if run.attempt > 1 or run.restarts:
         lines.append(f"attempt\t{run.attempt}; began again {run.restarts} times (attempts.jsonl)")
+    for name, ratio in run.drift.items():
+        lines.append(f"drift\t{name} takes {ratio:.2f} x its predicted time; hethub replan {run.folder}")
     if run.checkpoint_step is not None:
         lines.append(f"checkpoint\tafter step {run.checkpoint_step}")
     if run.job_file is not None:

@@ -15,6 +15,7 @@ from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.errors import InputError, RunError
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
 from hethub.launch.crew import WorkerFailedError
+from hethub.launch.drift import Moved
 from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, HistorySettings, read_history
 from hethub.launch.journal import Event, Journal, read_journal
@@ -138,6 +139,7 @@ class Attempts:
             evaluated=lambda step, loss: self.journal.add(
                 Event(event="evaluated", attempt=number, step=step, loss=loss)
             ),
+            moved=self._moved,
             goes_on=self.goes_on,
             reached=self._reached,
         )
@@ -151,6 +153,19 @@ class Attempts:
                 step=step,
                 plan=self.compiled.digest,
                 devices=self.compiled.names(),
+            )
+        )
+
+    def _moved(self, step: int, moved: Moved) -> None:
+        named = {"device": moved.name} if moved.what == "device" else {"link": moved.name}
+        self.journal.add(
+            Event(
+                event="moved",
+                attempt=self.number,
+                step=step,
+                ratio=moved.ratio,
+                reason=moved.words,
+                **named,
             )
         )
 

@@ -31,6 +31,16 @@ class Recorder:
         done, self._done = self._done, []
         return np.array([row for entry in done for row in self._rows(*entry)], dtype=RECORD)
 
+    def recent(self, step: int) -> npt.NDArray[np.void]:
+        """The records of `step` and the one before it, both done; they stay here. May be asked while others come."""
+        chosen = []
+        for entry in reversed(self._done):
+            if entry[0] < step - 1:
+                break
+            if entry[0] <= step:
+                chosen.append(entry)
+        return np.array([row for entry in reversed(chosen) for row in self._rows(*entry)], dtype=RECORD)
+
     def _rows(
         self, step: int, device: int, number: int, action: Action, timing: Timing
     ) -> Iterator[tuple[object, ...]]:

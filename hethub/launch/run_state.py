@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.errors import InputError
+from hethub.launch.drift import NORMAL
 from hethub.launch.history import HISTORY, Entry, history_file
 from hethub.launch.journal import Event, read_journal
 from hethub.launch.lease import Driver, driver_of
@@ -35,6 +36,7 @@ class RunState:
 
     `restarts` counts how often it began again, after a failure or resumed. `steps_done` counts what all devices of the
     newest attempt have recorded, `at_steps` are the lowest and the highest step that a device is in now.
+    `drift` has measured over predicted seconds of each device or link that has moved away from its prediction.
     `ended_unix_seconds` of a lost run is when its driver last gave a sign of life. `exit_code` is what the command
     ended with, of a finished and a failed run.
     """
@@ -59,6 +61,7 @@ class RunState:
     loss: float | None
     heldout_loss: float | None
     checkpoint_step: int | None
+    drift: dict[str, float]
     exit_code: int | None
 
     @property
@@ -105,6 +108,7 @@ def read_run(folder: Path) -> RunState:
             (one.step for one in Store(folder / CHECKPOINTS).listed() if one.manifest is not None),
             default=None,
         ),
+        drift=_drift(events),
         exit_code=_exit_code(state, events),
     )
 
@@ -172,6 +176,17 @@ def _exit_code(state: State, events: Sequence[Event]) -> int | None:
     if state == "finished":
         return 0
     return events[-1].exit_code if state == "failed" and events else None
+
+
+def _drift(events: Sequence[Event]) -> dict[str, float]:
+    """As told last in the newest attempt, those back to normal left out."""
+    found: dict[str, float] = {}
+    for event in events:
+        if event.event == "began":
+            found = {}
+        elif event.event == "moved" and event.ratio is not None:
+            found[event.device or event.link] = event.ratio
+    return {name: ratio for name, ratio in found.items() if not 1 / NORMAL <= ratio <= NORMAL}
 
 
 def _progress(folder: Path, began: Event | None) -> tuple[int, float | None]:

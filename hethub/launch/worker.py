@@ -180,6 +180,7 @@ class Worker:
         self.saver: Saver | None = None
         self._restored: Restored | None = None
         self._stopping = False
+        self._done = -1  # the last step that is done
         if setup.lease is not None:
             watch = LeaseWatch(*setup.lease)
             threading.Thread(target=_end_without_lease, args=(watch,), name="lease", daemon=True).start()
@@ -201,7 +202,7 @@ class Worker:
         self.task = task
         self.training: Executor | None = None
         self.evaluating: Executor | None = None
-        self.recorder = Recorder(task.program)
+        self.recorder, self._done = Recorder(task.program), -1
         if self.history is not None:
             self.history.close()
         self.history = None
@@ -458,6 +459,7 @@ class Worker:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
                 self._record(step, results[-1])
+                self._done = step
                 if report is not None:
                     report(step, results[-1])
                 stops = self._told_to_stop(step)
@@ -518,6 +520,10 @@ class Worker:
     def reads_in_place(self) -> set[int]:
         """The devices whose parameters this one reads where they lie."""
         return set(self.agreed.neighbours) if self.training is not None else set()
+
+    def recent_records(self) -> npt.NDArray[np.void]:
+        """This device's records of the last two steps that it has done; may be asked while training."""
+        return self.recorder.recent(self._done)
 
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hethub.report.charts import Bar, bars, heat_map, lines, nice_ticks, stacked
 from hethub.report.markup import element, joined, table
 
-HOSTILE = '</title><script>alert(1)</script><img src=x onerror=alert(1)>"\'&lt;\x00\udcff'
+HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&lt;\x00\udcff"
 
 
 class Parsed(HTMLParser):
