@@ -88,15 +88,22 @@ def stop(
             os.kill(before.process, signal.SIGTERM)
             time.sleep(_LOOK_SECONDS)  # two signals at once may be one
     end = time.monotonic() + wait_seconds
-    after = read_run(run)
-    while after.goes_on and after.process == before.process:
+    while _there(before.process):  # it lets go of the folder a moment before its workers are gone
         if time.monotonic() > end:
             raise RunError(
                 f"{run}: process {before.process} has not ended within {wait_seconds:g} s. Wait longer, or use --now."
             )
         time.sleep(_LOOK_SECONDS)
-        after = read_run(run)
+    after = read_run(run)
     _tell_end(after, _how_it_stopped(before, after), as_json=as_json)
+
+
+def _there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _how_it_stopped(before: RunState, after: RunState) -> str:

@@ -157,15 +157,15 @@ class Attempts:
         )
 
     def _moved(self, step: int, moved: Moved) -> None:
-        named = {"device": moved.name} if moved.what == "device" else {"link": moved.name}
         self.journal.add(
             Event(
                 event="moved",
                 attempt=self.number,
                 step=step,
+                device=moved.name if moved.what == "device" else "",
+                link=moved.name if moved.what == "link" else "",
                 ratio=moved.ratio,
                 reason=moved.words,
-                **named,
             )
         )
 

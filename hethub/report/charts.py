@@ -218,7 +218,6 @@ def heat_map(names: Sequence[str], values: Mapping[tuple[int, int], float], unit
                 fill=PALETTE[0], fill_opacity=0.12 + 0.88 * (value / most if most else 0.0),
             )
         )  # fmt: skip
-    edge = {"class_": "frame", "fill": "none", "x": left - 1, "y": top - 1}
     size = cell * len(names) + 1
-    marks.append(element("rect", width=size, height=size, **edge))
+    marks.append(element("rect", width=size, height=size, x=left - 1, y=top - 1, fill="none", class_="frame"))
     return svg(top + size + 6, marks, label=label)

@@ -19,7 +19,7 @@ class Html(str):
 Child = str | None
 
 
-def element(name: str, *children: Child | Iterable[Child], **attributes: str | float | None) -> Html:
+def element(name: str, /, *children: Child | Iterable[Child], **attributes: str | float | None) -> Html:
     """An element. Children that are no `Html` are text and escaped, None is left out; so are attributes, whose names
     have hyphens for underscores (`class_` for class), and floats in them two decimals."""
     written = "".join(

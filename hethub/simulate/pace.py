@@ -3,7 +3,9 @@ such a pace.
 
 A device's pace is the time of its compute actions over what is predicted for the same ones. A link's is that of its
 large messages. Only a message that the receiver stood waiting for shows when it arrived, and others on the same link
-may have kept it, so of a step the least delayed one counts, against the least delayed one of the prediction.
+may have kept it, so of a step the least delayed one counts, against the least delayed one of the prediction. A message
+counts for the slowest link of its path; where two alike networks are joined, for both, and a message that one of them
+carried in time clears it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Expected:
     def __init__(self, predicted: Timeline, graph: CostGraph) -> None:
         self._graph = graph
         self._names = predicted.info.devices
-        self._link_names: dict[tuple[int, int], str] = {}
+        self._link_names: dict[tuple[int, int], tuple[str, ...]] = {}
         records = predicted.records
         step = records[records["step"] == 0]
         compute = step[is_kind(step, COMPUTE_KINDS)]
@@ -60,8 +62,8 @@ class Expected:
         self._large: dict[str, float] = {}
         sends = step[step["kind"] == Kind.SEND]
         for source, destination, size in _unique(sends, ("device", "peer", "bytes")):
-            link = self._link(source, destination)
-            self._large[link] = max(self._large.get(link, 0.0), _LARGE * size)
+            for link in self._slowest(source, destination):
+                self._large[link] = max(self._large.get(link, 0.0), _LARGE * size)
         self._least = {link: ratio for link, (ratio, _) in self._links(step).items()}
 
     def pace(self, records: Records) -> Pace:
@@ -97,21 +99,19 @@ class Expected:
             flight[waited].tolist(),
             strict=True,
         ):
-            link = self._link(source, destination)
-            if size < self._large.get(link, np.inf):
-                continue
             path = self._graph.path(source, destination)
             ratio = seconds / path.seconds(size)
             alone = size / path.bandwidth_bytes_per_second
-            share = alone / max(seconds - path.latency_seconds, alone)
-            if link not in found or ratio < found[link][0]:
-                found[link] = (ratio, max(share, _LEAST_SHARE))
+            share = max(_LEAST_SHARE, alone / max(seconds - path.latency_seconds, alone))
+            for link in self._slowest(source, destination):
+                if size >= self._large.get(link, np.inf) and ratio < found.get(link, (np.inf,))[0]:
+                    found[link] = (ratio, share)
         return found
 
-    def _link(self, source: int, destination: int) -> str:
+    def _slowest(self, source: int, destination: int) -> tuple[str, ...]:
         key = (source, destination)
         if key not in self._link_names:
-            self._link_names[key] = self._graph.slowest_link(source, destination)
+            self._link_names[key] = self._graph.slowest_links(source, destination)
         return self._link_names[key]
 
 

@@ -14,6 +14,7 @@ from hethub.program.compile import compile_program
 from hethub.specs.job import Fault
 from hethub.specs.layout import lay_out
 from hethub.timeline.record import COMPUTE_KINDS, Kind
+from hethub.timeline.summary import sent_seconds
 from tests.launch.pool import Pool, PoolError, Trained
 from tests.plan_strategies import NAMED_PLANS, compute_model
 
@@ -121,25 +122,25 @@ def test_a_device_is_slow_for_whole_steps(pool: Pool) -> None:
     )
     usual = compute_seconds(trained, 1, 0)
     of_steps = [compute_seconds(trained, 1, step) / usual for step in range(4)]
-    assert of_steps == pytest.approx([1.0, 3.0, 3.0, 1.0])
-    assert compute_seconds(trained, 0, 1) == pytest.approx(compute_seconds(trained, 0, 0))
+    # The first step takes no new weights, which is little work.
+    assert of_steps == pytest.approx([1.0, 3.0, 3.0, 1.0], rel=0.02)
+    assert compute_seconds(trained, 0, 1) == pytest.approx(compute_seconds(trained, 0, 0), rel=0.02)
 
 
 def test_a_link_has_a_share_of_its_bandwidth_for_whole_steps(pool: Pool) -> None:
     plain = pool.train(TWO, 3, held_out_rows=0, time_scale=1.0)
-    (link,) = {plain.task.graph.slowest_link(0, 1)}
     slow = pool.train(
         TWO,
         3,
         held_out_rows=0,
         time_scale=1.0,
-        faults=[fault(device=-1, link=link, step=1, action="compute", do="slow", factor=50.0)],
+        faults=[fault(device=-1, link="inter a", step=1, action="compute", do="slow", factor=50.0)],
     )
 
     def longest(trained: Trained, step: int) -> float:
         records = trained.timeline.records
-        chosen = records[(records["step"] == step) & (records["kind"] == Kind.RECEIVE)]
-        return float((chosen["end"] - chosen["sent"]).max())
+        chosen = (records["step"] == step) & (records["kind"] == Kind.RECEIVE)
+        return float(np.nanmax((records["end"] - sent_seconds(records))[chosen]))
 
     assert longest(slow, 1) > 10 * longest(plain, 1)
     assert slow.losses == plain.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.small_job import Launch, Result, edit, write_job
+from tests.launch.small_job import Launch, Result, edit, marked, write_job
 
 _WAIT_SECONDS = 90.0
 STEPS = 400
@@ -61,11 +62,9 @@ class Operator:
         return Launch.left(self)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        process = None
-        if (self.folder / "run" / "run.json").exists():
-            process = self.status()["process"]
-        if process is not None:
-            os.kill(process, signal.SIGKILL)
+        for process in marked(self.temporary):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 

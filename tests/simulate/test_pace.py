@@ -83,7 +83,12 @@ def test_a_link_of_a_quarter_of_its_bandwidth_is_named_with_its_share(
     found = pace(plan, {}, {link: 0.25})
     if link in found.links:  # it is not where nobody waits for a large message
         assert found.bandwidth[link] <= 0.3
-        assert found.links[link] == max(found.links.values())
+    graph = CostGraph(plan.cluster)
+    used = lay_out(plan).used
+    bounds = {graph.slowest_links(a, b) for a in used for b in used if a != b}
+    told = {name for name, ratio in found.links.items() if ratio > MOVED}
+    # Of two alike networks that are joined nobody can say which one it is.
+    assert all(any({name, link} <= set(links) for links in bounds) for name in told)
 
 
 def test_what_a_step_does_not_show_is_left_out() -> None:
