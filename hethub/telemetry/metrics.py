@@ -2,10 +2,10 @@
 
 Exporters may only serve what stands here; dashboards, rules and docs/telemetry.md are checked against it.
 
-Times are of the wall clock, so that the rate of a device's seconds is a share of elapsed time. Where devices are emulated,
-predicted seconds are multiplied by `hethub_time_scale_ratio`, and predicted rates, peaks and capacities divided by it, so
-that measured over predicted needs no conversion. What the modelled cluster would show (tokens/s, watts, dollars an hour) is a
-rate times `hethub_time_scale_ratio`.
+Times are of the wall clock, so that the rate of a device's seconds is a share of elapsed time. Where devices are
+emulated, predicted seconds are multiplied by `hethub_time_scale_ratio`, and predicted rates, peaks and capacities divided
+by it, so that measured over predicted needs no conversion. What the modelled cluster would show (tokens/s, watts, dollars
+an hour) is a rate times `hethub_time_scale_ratio`.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ ACTIVITY_OF_KIND: Mapping[str, str] = MappingProxyType(
 )
 """The kinds of `hethub_device_seconds_total` and the activity that each belongs to.
 
-The first six activities are the shares of `hethub.timeline.summary`: busy is useful compute. checkpoint is standing still for
-one, evaluation the time outside of training for it, stalled the time from the last finished step of an attempt that failed to
-the first of the next. Together they are the elapsed time.
+The first six activities are the shares of `hethub.timeline.summary`: busy is useful compute. checkpoint is standing
+still for one, evaluation the time outside of training for it, stalled the time from the last finished step of an attempt
+that failed to the begin of the next. Together they are the elapsed time.
 """
 
 STEP_BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -101,9 +101,9 @@ MetricKind = Literal["counter", "gauge", "histogram", "info"]
 class Metric:
     """One metric.
 
-    `labels` come after those of its scope. `values` are the values of a label known beforehand: their series begin at 0. `unit`
-    is the Prometheus base unit at the name's end, empty for counts. `optional` metrics have no series where nothing
-    measures or predicts them.
+    `labels` come after those of its scope. `values` are the values of a label known beforehand: their series begin at 0.
+    `unit` is the Prometheus base unit at the name's end, empty for counts. `optional` metrics have no series where
+    nothing measures or predicts them.
     """
 
     name: str
@@ -131,7 +131,7 @@ _DEVICE, _LINK, _NODE, _STAGE, _RUN = Scope.DEVICE, Scope.LINK, Scope.NODE, Scop
 _DEVICES = (
     Metric(
         name="hethub_device_info", kind="info", scope=_DEVICE, labels=("rank", "emulated", "uuid"),
-        help="1; what the device is. rank is its process's, emulated true or false, uuid the vendor's (empty where unknown).",
+        help="1; what the device is: its process's rank, emulated true or false, the vendor's uuid (empty where unknown).",
     ),
     Metric(
         name="hethub_device_seconds_total", kind="counter", scope=_DEVICE, unit="seconds", labels=("activity", "kind"),
@@ -170,15 +170,17 @@ _DEVICES = (
         help="Predicted peak.",
     ),
     Metric(
-        name="hethub_device_energy_joules_total", kind="counter", scope=_DEVICE, unit="joules", labels=("source",), optional=True,
-        help="Energy; source is what measured it, or estimate: the cost model's power for each activity, in modelled time.",
+        name="hethub_device_energy_joules_total", kind="counter", scope=_DEVICE, unit="joules", labels=("source",),
+        optional=True,
+        help="Energy; source is what measured it, or estimate: the spec's power by activity, in modelled time.",
     ),
     Metric(
         name="hethub_device_power_watts", kind="gauge", scope=_DEVICE, unit="watts", labels=("source",), optional=True,
         help="Power that a sensor reads now.",
     ),
     Metric(
-        name="hethub_device_temperature_celsius", kind="gauge", scope=_DEVICE, unit="celsius", labels=("source",), optional=True,
+        name="hethub_device_temperature_celsius", kind="gauge", scope=_DEVICE, unit="celsius", labels=("source",),
+        optional=True,
         help="Temperature that a sensor reads now.",
     ),
     Metric(
@@ -237,7 +239,7 @@ _RUNS = (
     Metric(
         name="hethub_run_info", kind="info", scope=_RUN,
         labels=("run_id", "plan", "model", "precision", "objective", "cluster", "emulated", "devices"),
-        help="1; which plan runs: its digest's first 12 digits, the model, what it was searched for, how many devices it uses.",
+        help="1; which plan runs: its digest's first 12 digits, what it was searched for, how many devices it uses.",
     ),
     Metric(
         name="hethub_run_state", kind="gauge", scope=_RUN, labels=("state",), values={"state": RUN_STATES},
@@ -323,7 +325,7 @@ _RUNS = (
     Metric(
         name="hethub_bound_share_ratio", kind="gauge", scope=_RUN, unit="ratio", labels=("bound",), optional=True,
         values={"bound": ("homogeneous", "physical")},
-        help="Tokens a second of the last 20 steps over the bound; homogeneous is what HETHUB calls cluster utilization.",
+        help="Tokens a second of the last 20 steps over the bound.",
     ),
     Metric(
         name="hethub_mfu_ratio", kind="gauge", scope=_RUN, unit="ratio", optional=True,
@@ -366,7 +368,8 @@ _RUNS = (
         help="Until the last checkpoint's bytes were on disk.",
     ),
     Metric(
-        name="hethub_checkpoint_last_success_timestamp_seconds", kind="gauge", scope=_RUN, unit="seconds", optional=True,
+        name="hethub_checkpoint_last_success_timestamp_seconds", kind="gauge", scope=_RUN, unit="seconds",
+        optional=True,
         help="Unix time of the last checkpoint made; without one, of the first step: age counts from it.",
     ),
     Metric(
