@@ -3,9 +3,9 @@
 Exporters may only serve what stands here; dashboards, rules and docs/telemetry.md are checked against it.
 
 Times are of the wall clock, so that the rate of a device's seconds is a share of elapsed time. Where devices are
-emulated, predicted seconds are multiplied by `hethub_time_scale_ratio`, and predicted rates, peaks and capacities divided
-by it, so that measured over predicted needs no conversion. What the modelled cluster would show (tokens/s, watts, dollars
-an hour) is a rate times `hethub_time_scale_ratio`.
+emulated, predicted seconds are multiplied by `hethub_time_scale_ratio`, and predicted rates, peaks and capacities
+divided by it, so that measured over predicted needs no conversion. What the modelled cluster would show (tokens/s,
+watts, dollars an hour) is a rate times `hethub_time_scale_ratio`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ ACTIVITY_OF_KIND: Mapping[str, str] = MappingProxyType(
 """The kinds of `hethub_device_seconds_total` and the activity that each belongs to.
 
 The first six activities are the shares of `hethub.timeline.summary`: busy is useful compute. checkpoint is standing
-still for one, evaluation the time outside of training for it, stalled the time from the last finished step of an attempt
-that failed to the begin of the next. Together they are the elapsed time.
+still for one, evaluation the time outside of training for it, stalled the time from the last finished step of an
+attempt that failed to the begin of the next. Together they are the elapsed time.
 """
 
 STEP_BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -101,9 +101,9 @@ MetricKind = Literal["counter", "gauge", "histogram", "info"]
 class Metric:
     """One metric.
 
-    `labels` come after those of its scope. `values` are the values of a label known beforehand: their series begin at 0.
-    `unit` is the Prometheus base unit at the name's end, empty for counts. `optional` metrics have no series where
-    nothing measures or predicts them.
+    `labels` come after those of its scope. `values` are the values of a label known beforehand: their series begin
+    at 0. `unit` is the Prometheus base unit at the name's end, empty for counts. `optional` metrics have no series
+    where nothing measures or predicts them.
     """
 
     name: str
@@ -131,7 +131,7 @@ _DEVICE, _LINK, _NODE, _STAGE, _RUN = Scope.DEVICE, Scope.LINK, Scope.NODE, Scop
 _DEVICES = (
     Metric(
         name="hethub_device_info", kind="info", scope=_DEVICE, labels=("rank", "emulated", "uuid"),
-        help="1; what the device is: its process's rank, emulated true or false, the vendor's uuid (empty where unknown).",
+        help="1; what the device is: its rank, emulated true or false, the vendor's uuid (empty where unknown).",
     ),
     Metric(
         name="hethub_device_seconds_total", kind="counter", scope=_DEVICE, unit="seconds", labels=("activity", "kind"),
