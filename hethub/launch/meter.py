@@ -1,4 +1,4 @@
-"""Counts while the run goes on: once a step a worker adds up what its device did, for the agent of its node to serve."""
+"""Counts while the run goes on: once a step a worker adds up what its device did, for its node's agent to serve."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ Records = npt.NDArray[np.void]
 _AT = {name: number for number, name in enumerate(FIELDS)}
 _SECONDS = slice(_AT[f"seconds.{KINDS[0]}"], _AT[f"seconds.{KINDS[-1]}"] + 1)
 _FIRST_BUCKET = _AT[f"step_bucket.{STEP_BUCKETS_SECONDS[0]}"]
-_WAITED_SHARE = 0.1  # of its predicted time that a device must stand still for a message, to know when that came
-_WAITED_SECONDS = 2e-4  # and at least so long: a receive that finds its message there takes this long by itself
+_WAITED_SHARE = (
+    0.1  # of its predicted time that a device must stand still for a message, to know when that came
+)
+_WAITED_SECONDS = (
+    2e-4  # and at least so long: a receive that finds its message there takes this long by itself
+)
 _ON = {activity: np.array([ACTIVITY_OF_KIND[kind] == activity for kind in KINDS]) for activity in (
     "busy", "recompute", "exposed_communication", "evaluation"
 )}  # fmt: skip
@@ -117,7 +121,9 @@ class Meter:
         """Count a step that has ended, by its records; `memory` is what is in use and was at most, in bytes."""
         numbers, scale = self._numbers, self._clock.time_scale
         since = self._activity.until
-        seconds = self._activity.step(records, self._moments.ended(step - 1), self._checkpoint_seconds / scale)
+        seconds = self._activity.step(
+            records, self._moments.ended(step - 1), self._checkpoint_seconds / scale
+        )
         end = self._activity.until
         self._moments.end(step, self._device, end)
         self._checkpoint_seconds, self._counts = 0.0, True
@@ -165,6 +171,10 @@ class Meter:
         # NaN, where it is not known when the message was sent, is not less.
         seen = (received["end"] - received["start"] >= least) & (received["sent"] < received["end"])
         taken = np.where(seen, received["end"] - received["sent"], 0.0)
-        columns = (received["bytes"], taken * self._clock.time_scale, predicted * seen * self._clock.time_scale)
+        columns = (
+            received["bytes"],
+            taken * self._clock.time_scale,
+            predicted * seen * self._clock.time_scale,
+        )
         for number, column in enumerate(columns):
             self._links[:, number] += np.bincount(place, weights=column, minlength=len(self._links))

@@ -34,7 +34,11 @@ KINDS = tuple(ACTIVITY_OF_KIND)
 
 _AT = {kind: number for number, kind in enumerate(KINDS)}
 _BUSY_AT = {kind: _AT[kind.name.lower()] for kind in sorted(USEFUL_KINDS)}
-_EXPOSED_AT = ((COMPUTE_KINDS, _AT["collective"]), ({Kind.SEND}, _AT["send"]), ({Kind.RECEIVE}, _AT["receive"]))
+_EXPOSED_AT = (
+    (COMPUTE_KINDS, _AT["collective"]),
+    ({Kind.SEND}, _AT["send"]),
+    ({Kind.RECEIVE}, _AT["receive"]),
+)
 
 
 class Activity:

@@ -5,8 +5,6 @@ The driver writes one small file a node; the worker finds the same links in the 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,22 +19,20 @@ from hethub.specs.cluster import Device
 from hethub.specs.layout import Layout, Share
 from hethub.specs.workload import Model, Workload
 from hethub.telemetry.counters import create_counters
+from hethub.telemetry.folder import COUNTERS, NODES, node_file, write_json
 from hethub.timeline.record import COMPUTE_KINDS, Kind
 
 __all__ = [
-    "COUNTERS",
     "LinkLabels",
-    "NODES",
     "counters_file",
     "describe",
     "inbound_links",
     "model_flops",
+    "node_of",
     "predicted_compute_seconds",
+    "used_nodes",
     "write_nodes",
 ]
-
-NODES = "nodes"  # folders inside the run's telemetry folder
-COUNTERS = "counters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,21 +190,10 @@ def write_nodes(folder: Path, nodes: Mapping[str, dict[str, Any]]) -> None:
         for device in node["devices"]:
             create_counters(folder / COUNTERS / device["file"], len(device["links"]))
         wanted.add(node_file(folder, name))
-        _write(node_file(folder, name), node)
+        write_json(node_file(folder, name), node)
     for old in (folder / NODES).glob("*.json"):
         if old not in wanted:
             old.unlink()
-
-
-def node_file(folder: Path, node: str) -> Path:
-    """A node's file in a run's telemetry folder."""
-    return folder / NODES / f"{node.replace('/', '-')}.json"
-
-
-def _write(path: Path, content: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def used_nodes(devices: Sequence[Device]) -> list[str]:
