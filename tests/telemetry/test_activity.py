@@ -57,6 +57,7 @@ def assert_agree(timeline: Timeline) -> None:
 def simulated(plan: Plan, steps: int) -> Timeline:
     timeline = simulate(compile_plan(plan), compute_model(plan), steps=steps).timeline
     assert timeline is not None
+    timeline.records["step"] -= timeline.records["step"].min()  # a run's steps count from 0
     return timeline
 
 
