@@ -195,7 +195,7 @@ class EmulatedDevice(_OnHost):
         deadline = start + price.price.seconds
         overrun = max(0.0, self.clock.now() - deadline) * self.clock.time_scale
         self.clock.wait_until(deadline)
-        # Nobody else keeps a device that works alone, so what it takes longer is its own; in a group it may be another's.
+        # What a device that works alone takes longer is its own; in a group it may be another's.
         late = overrun / self.clock.time_scale if group.size == 1 else 0.0
         busy = price.busy_seconds + late
         return Timing(ready, self.clock.now(), busy, real, overrun, self._modelled(price, start))

@@ -548,7 +548,7 @@ class Worker:
         if self.compute.tally is not None:
             return self.compute.tally.live_bytes, self.compute.tally.peak_bytes
         library = getattr(torch, self.compute.torch_device.type, None)
-        if not hasattr(library, "memory_allocated"):
+        if library is None or not hasattr(library, "memory_allocated"):
             return math.nan, math.nan
         return library.memory_allocated(), library.max_memory_allocated()
 
