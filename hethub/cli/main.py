@@ -25,6 +25,7 @@ from hethub.cli.runs import runs, status, stop
 from hethub.cli.schema import schema
 from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
+from hethub.cli.top import top
 from hethub.cli.validate import validate
 from hethub.errors import HetHubError
 from hethub.interruption import listen, terminated
@@ -50,6 +51,7 @@ app.command()(runs)
 app.command()(status)
 app.command()(logs)
 app.command()(stop)
+app.command()(top)
 app.command()(timeline)
 app.command()(report)
 app.command()(replan)

@@ -68,9 +68,10 @@ def top(
 
 
 def _look(run: Path) -> Look:
+    from hethub.telemetry.folder import TARGETS, TELEMETRY
     from hethub.telemetry.scrape import look_at, targets_of
 
-    return look_at(targets_of(run / TARGETS), time.monotonic())
+    return look_at(targets_of(run / TELEMETRY / TARGETS), time.monotonic())
 
 
 def _alerts(run: Path) -> tuple[str, ...]:

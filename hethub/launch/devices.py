@@ -217,9 +217,10 @@ class EmulatedDevice(_OnHost):
         deadline = start + price.price.seconds + more
         overrun = max(0.0, self.clock.now() - deadline) * self.clock.time_scale
         self.clock.wait_until(deadline)
-        return Timing(
-            ready, self.clock.now(), price.busy_seconds + more, real, overrun, self._modelled(price, start)
-        )
+        # What a device that works alone takes longer is its own; in a group it may be another's.
+        late = overrun / self.clock.time_scale if group.size == 1 else 0.0
+        busy = price.busy_seconds + more + late
+        return Timing(ready, self.clock.now(), busy, real, overrun, self._modelled(price, start))
 
     def _modelled(self, price: Price, start: float) -> tuple[tuple[float, float], ...]:
         found = []

@@ -2,10 +2,10 @@
 such a pace.
 
 A device's pace is the time of its compute actions over what is predicted for the same ones. A link's is that of its
-large messages. Only a message that the receiver stood waiting for shows when it arrived, and others on the same link
-may have kept it, so of a step the least delayed one counts, against the least delayed one of the prediction. A message
-counts for the slowest link of its path; where two alike networks are joined, for both, and a message that one of them
-carried in time clears it.
+large messages, from sending to arrival, over what they would take as all messages were sent: others on the same link
+keep them, in a queue or by sharing it, so the links are played through with the measured times of sending. Only a
+message that the receiver stood waiting for shows when it arrived. It counts for the slowest link of its path; where two
+alike networks are joined, for both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hethub.cost.compute import ComputeModel, ComputePrice, PricedSegment
-from hethub.cost.graph import CostGraph
+from hethub.cost.graph import CostGraph, reserve
 from hethub.program.actions import Price, Program
 from hethub.program.compile import compile_program
 from hethub.simulate.engine import simulate
@@ -54,8 +54,8 @@ class Expected:
     def __init__(self, predicted: Timeline, graph: CostGraph) -> None:
         self._graph = graph
         self._names = predicted.info.devices
-        self._link_names: dict[tuple[int, int], tuple[str, ...]] = {}
-        records = predicted.records
+        self._slowest_links: dict[tuple[int, int], tuple[str, ...]] = {}
+        records = predicted.records[predicted.records["step"] <= 0]
         step = records[records["step"] == 0]
         compute = step[is_kind(step, COMPUTE_KINDS)]
         self._keys, self._busy = _sorted(_key(compute), compute["busy"])
@@ -64,11 +64,14 @@ class Expected:
         for source, destination, size in _unique(sends, ("device", "peer", "bytes")):
             for link in self._slowest(source, destination):
                 self._large[link] = max(self._large.get(link, 0.0), _LARGE * size)
-        self._least = {link: ratio for link, (ratio, _) in self._links(step).items()}
+        # Real links are shared, not queued for: what that makes of the prediction itself is no drift.
+        self._usual = {link: ratio for link, (ratio, _) in self._links(records, 0).items()}
 
-    def pace(self, records: Records) -> Pace:
-        """The pace of one measured step, by its records of all devices."""
-        compute = records[is_kind(records, COMPUTE_KINDS)]
+    def pace(self, records: Records, step: int) -> Pace:
+        """The pace of a measured step, by its records of all devices. Those of the step before, where they are given
+        too, tell of messages that were still on their way."""
+        own = records[records["step"] == step]
+        compute = own[is_kind(own, COMPUTE_KINDS)]
         keys, busy = _sorted(_key(compute), compute["busy"])
         _, mine, theirs = np.intersect1d(self._keys, keys, assume_unique=True, return_indices=True)
         device = self._keys[mine] >> 32
@@ -77,42 +80,68 @@ class Expected:
         devices = {
             self._names[d]: float(measured[d] / expected[d]) for d in np.flatnonzero(expected > 0).tolist()
         }
-        links = self._links(records)
+        near = records[(records["step"] == step) | (records["step"] == step - 1)]
+        links = self._links(near, step)
         return Pace(
             devices,
-            {link: ratio / self._least.get(link, 1.0) for link, (ratio, _) in links.items()},
+            {link: ratio / self._usual.get(link, 1.0) for link, (ratio, _) in links.items()},
             {link: share for link, (_, share) in links.items()},
         )
 
-    def _links(self, records: Records) -> dict[str, tuple[float, float]]:
-        """Link -> (seconds of its least delayed large message over those of an idle path, share of the bandwidth)."""
+    def _links(self, records: Records, step: int) -> dict[str, tuple[float, float]]:
+        """Link -> (seconds of the large messages that arrived in a step over those expected of them, share of the
+        bandwidth); medians over messages."""
         sent = sent_seconds(records)
-        waits = (records["kind"] == Kind.RECEIVE) & (records["bytes"] > 0) & np.isfinite(sent)
-        records, sent = records[waits], sent[waits]
+        waits = (records["kind"] == Kind.RECEIVE) & (records["step"] == step) & np.isfinite(sent)
         flight = records["end"] - sent
-        waited = records["end"] - records["start"] > _WAITED * flight
-        found: dict[str, tuple[float, float]] = {}
-        for source, destination, size, seconds in zip(
-            records["peer"][waited].tolist(),
-            records["device"][waited].tolist(),
-            records["bytes"][waited].tolist(),
-            flight[waited].tolist(),
+        waits &= records["end"] - records["start"] > _WAITED * flight
+        expected = self._played(records)
+        ratios: dict[str, list[tuple[float, float]]] = {}
+        for source, destination, size, start, seconds in zip(
+            records["peer"][waits].tolist(),
+            records["device"][waits].tolist(),
+            records["bytes"][waits].tolist(),
+            sent[waits].tolist(),
+            flight[waits].tolist(),
             strict=True,
         ):
-            path = self._graph.path(source, destination)
-            ratio = seconds / path.seconds(size)
-            alone = size / path.bandwidth_bytes_per_second
-            share = max(_LEAST_SHARE, alone / max(seconds - path.latency_seconds, alone))
+            usual = expected.get((source, destination, start, size))
+            if usual is None or seconds <= 0:
+                continue
+            latency = self._graph.path(source, destination).latency_seconds
+            share = (usual - latency) / max(seconds - latency, usual - latency)
             for link in self._slowest(source, destination):
-                if size >= self._large.get(link, np.inf) and ratio < found.get(link, (np.inf,))[0]:
-                    found[link] = (ratio, share)
+                if size >= self._large.get(link, np.inf):
+                    ratios.setdefault(link, []).append((seconds / usual, max(share, _LEAST_SHARE)))
+        return {
+            link: (float(np.median([r for r, _ in found])), float(np.median([s for _, s in found])))
+            for link, found in ratios.items()
+        }
+
+    def _played(self, records: Records) -> dict[tuple[int, int, float, int], float]:
+        """(source, destination, when sent, bytes) -> seconds that each message would take, by the times of sending."""
+        sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0)]
+        sends = sends[np.argsort(sends["start"], kind="stable")]
+        free_at = [0.0] * self._graph.cell_count
+        began = float(sends["start"][0]) if len(sends) else 0.0
+        found: dict[tuple[int, int, float, int], float] = {}
+        for source, destination, start, size in zip(
+            sends["device"].tolist(),
+            sends["peer"].tolist(),
+            sends["start"].tolist(),
+            sends["bytes"].tolist(),
+            strict=True,
+        ):
+            now = start - began
+            arrival = reserve(free_at, self._graph.path(source, destination), size, now)
+            found[source, destination, start, size] = arrival - now
         return found
 
     def _slowest(self, source: int, destination: int) -> tuple[str, ...]:
         key = (source, destination)
-        if key not in self._link_names:
-            self._link_names[key] = self._graph.slowest_links(source, destination)
-        return self._link_names[key]
+        if key not in self._slowest_links:
+            self._slowest_links[key] = self._graph.slowest_links(source, destination)
+        return self._slowest_links[key]
 
 
 def median_pace(paces: list[Pace]) -> Pace:

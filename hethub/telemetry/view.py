@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND
-
 from hethub.telemetry.scrape import Look, Samples, rates
 
 __all__ = ["ACTIVITIES", "DeviceView", "RunView", "view_of"]

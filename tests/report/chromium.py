@@ -4,6 +4,7 @@ its console, what it holds, how it looks. No package is needed but the browser."
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -44,18 +45,20 @@ class Browser:
     def __enter__(self) -> Browser:
         assert CHROMIUM is not None
         self._folder = Path(tempfile.mkdtemp(prefix="hethub-chromium-"))
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
+        reading, self._out = os.pipe()
+        self._in, writing = os.pipe()
+        # Above those that it expects them under, so that neither is overwritten.
+        theirs_in, theirs_out = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (reading, writing))
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command],
+            ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", *command],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (reading, writing, theirs_in, theirs_out):
+            os.close(end)
         targets = self._ask("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self._ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
