@@ -488,7 +488,7 @@ class _Segments:
             return
         step = min(int(records["step"].max()) for records in found.values())
         records = np.concatenate([found[device] for device in sorted(found)])
-        pace = self._expected.pace(records, step)
+        pace = self._expected.pace(records, step, self._scale)
         if not self._session.one_clock:  # when a message was sent is told by another clock than when it came
             pace = Pace(pace.devices)
         for moved in self._drift.look(pace):

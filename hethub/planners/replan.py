@@ -47,7 +47,7 @@ def pace_of_run(
         raise InputError("replan: no such step was measured. Choose others.")
     expected = Expected(predicted, CostGraph(plan.cluster))
     records = measured.records
-    return median_pace([expected.pace(records, step) for step in chosen]), chosen
+    return median_pace([expected.pace(records, step, measured.info.time_scale) for step in chosen]), chosen
 
 
 def replan(

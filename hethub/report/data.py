@@ -57,6 +57,14 @@ class RunData:
             return None
         return self.plan.workload.global_batch * self.plan.workload.sequence_length
 
+    @property
+    def step_seconds(self) -> float | None:
+        """The measured step: the summary's, which leaves out steps after an evaluation, or the median of all."""
+        found = (self.summary or {}).get("step_seconds")
+        if isinstance(found, float):
+            return found
+        return None if self.comparison is None else self.comparison.measured_step_seconds
+
     def messages(self) -> dict[tuple[str, str], float]:
         """(sender, receiver) -> bytes of a step, as measured or, without that, as predicted."""
         timeline = self.predicted if self.comparison is None else self.comparison.measured
@@ -90,7 +98,8 @@ class RunData:
 
     def measured_usd_per_million_tokens(self) -> float | None:
         """Rent of the devices in use for a measured step; None where a price or the step is not known."""
-        if self.comparison is None or self.plan is None or self.tokens_per_step is None:
+        seconds = self.step_seconds
+        if self.comparison is None or self.plan is None or self.tokens_per_step is None or seconds is None:
             return None
         types = dict(
             zip(
@@ -101,7 +110,7 @@ class RunData:
         known = [price for price in prices if price is not None]
         if len(known) < len(prices) or not known:
             return None
-        return sum(known) / 3600 * self.comparison.measured_step_seconds / self.tokens_per_step * 1e6
+        return sum(known) / 3600 * seconds / self.tokens_per_step * 1e6
 
 
 def load_run_data(folder: Path, step: int | None = None) -> RunData:

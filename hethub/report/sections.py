@@ -76,9 +76,9 @@ def _gain(runs: Runs) -> Html | None:
 
 def _speed(run: RunData) -> float | None:
     """Measured tokens per second, in modelled time where devices are emulated."""
-    if run.comparison is None or run.tokens_per_step is None:
+    if run.step_seconds is None or run.tokens_per_step is None:
         return None
-    return run.tokens_per_step / run.comparison.measured_step_seconds
+    return run.tokens_per_step / run.step_seconds
 
 
 def _facts(run: RunData) -> dict[str, str]:
@@ -107,13 +107,11 @@ def _facts(run: RunData) -> dict[str, str]:
 def _speeds(run: RunData) -> dict[str, str]:
     found: dict[str, str] = {}
     tokens = run.tokens_per_step
-    comparison, speed = run.comparison, _speed(run)
-    if comparison is not None:
+    comparison, speed, seconds = run.comparison, _speed(run), run.step_seconds
+    if comparison is not None and seconds is not None:
         found["step time, predicted"] = f"{comparison.predicted_step_seconds:.4g} s"
-        found["step time, measured"] = f"{comparison.measured_step_seconds:.4g} s (median)"
-        found["measured speed over predicted"] = _percent(
-            comparison.predicted_step_seconds / comparison.measured_step_seconds
-        )
+        found["step time, measured"] = f"{seconds:.4g} s (median)"
+        found["measured speed over predicted"] = _percent(comparison.predicted_step_seconds / seconds)
     elif run.plan is not None and run.plan.prediction is not None and tokens is not None:
         found["step time, predicted"] = f"{run.plan.prediction.get('step_seconds', float('nan')):.4g} s"
     if speed is not None:

@@ -67,12 +67,12 @@ class Expected:
         # Real links are shared, not queued for: what that makes of the prediction itself is no drift.
         self._usual = {link: ratio for link, (ratio, _) in self._links(records, 0).items()}
 
-    def pace(self, records: Records, step: int) -> Pace:
+    def pace(self, records: Records, step: int, time_scale: float = 1.0) -> Pace:
         """The pace of a measured step, by its records of all devices. Those of the step before, where they are given
-        too, tell of messages that were still on their way."""
+        too, tell of messages that were still on their way. `time_scale` is wall seconds per modelled second."""
         own = records[records["step"] == step]
         compute = own[is_kind(own, COMPUTE_KINDS)]
-        keys, busy = _sorted(_key(compute), compute["busy"])
+        keys, busy = _sorted(_key(compute), _modelled(own, compute, time_scale))
         _, mine, theirs = np.intersect1d(self._keys, keys, assume_unique=True, return_indices=True)
         device = self._keys[mine] >> 32
         expected = np.bincount(device, weights=self._busy[mine], minlength=len(self._names))
@@ -210,6 +210,14 @@ def paced_step_seconds(plan: Plan, pace: Pace) -> float:
     factors = {names[n]: _rounded(r) for n, r in pace.devices.items() if abs(r - 1.0) > _EXACT}
     program = at_pace(compile_program(lay_out(plan), known), factors)
     return simulate(program, measured, record=False, steps=3).step_seconds
+
+
+def _modelled(step: Records, compute: Records, time_scale: float) -> Floats:
+    """Own compute of a step's compute records, without what an emulated device's host came too late with: that is the
+    emulation's, and counted only where a device works alone (a group's action has collectives)."""
+    grouped = np.isin(_key(compute), _key(step[step["kind"] == Kind.COLLECTIVE]))
+    late = np.where(grouped, 0.0, compute["overrun"] / time_scale)
+    return np.asarray(compute["busy"] - late, dtype=np.float64)
 
 
 def _key(records: Records) -> npt.NDArray[np.int64]:

@@ -61,7 +61,7 @@ def index(plan: Plan, name: str) -> int:
 
 
 def check_promise(pool: Pool, plan: Plan, fault: Fault) -> Pace:
-    """The new plan is faster, as promised (`benchmarks/replan.py` tells how much of it is kept); what was calibrated."""
+    """The new plan is faster (`benchmarks/replan.py` tells how much of its promise is kept); returns the pace."""
     before, measured = seconds(pool, plan, fault)
     pace, _ = pace_of_run(plan, predicted(plan), measured, range(WARM, STEPS))
     found = replan(plan, pace)
