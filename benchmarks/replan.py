@@ -122,6 +122,7 @@ def kept(pool: Pool, plan: Plan, steps: int, fault: Fault) -> Kept:
         "calibrated_step_seconds": (found.old_step_seconds, found.new_step_seconds),
         "devices": dict(pace.devices),
         "bandwidth": dict(pace.bandwidth),
+        "links": dict(pace.links),
         "pipelines": [p.model_dump(mode="json", exclude_defaults=True) for p in found.plan.pipelines],
     }
     return Kept(found.gain, seconds[0] / seconds[1] - 1.0, (pace, again), raw)

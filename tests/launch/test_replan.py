@@ -25,7 +25,7 @@ from hethub.timeline.summary import step_seconds
 from tests.chaos.three_types import CLUSTER, write_job
 from tests.launch.pool import Pool
 
-STEPS, WARM = 12, 3
+STEPS, WARM = 8, 2
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def slow(**changes: Any) -> Fault:
 
 
 def seconds(pool: Pool, plan: Plan, fault: Fault) -> tuple[float, Timeline]:
-    trained = pool.train(plan, STEPS, held_out_rows=0, time_scale=5.0, faults=[fault])
+    trained = pool.train(plan, STEPS, held_out_rows=0, time_scale=20.0, faults=[fault])
     return float(np.median(step_seconds(trained.timeline)[WARM:])), trained.timeline
 
 
