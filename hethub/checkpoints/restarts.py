@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from hethub.specs.job import FailurePolicy
+if TYPE_CHECKING:  # the node agent reads `Cause` and does without the specs
+    from hethub.specs.job import FailurePolicy
 
 __all__ = ["Cause", "Decision", "decide"]
 

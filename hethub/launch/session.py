@@ -20,6 +20,7 @@ from hethub.interruption import terminated
 from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
+from hethub.launch.drift import DriftWatch, Moved
 from hethub.launch.faults import join_faults, plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.keeper import Keeper
@@ -28,12 +29,16 @@ from hethub.launch.links import LinkTable
 from hethub.launch.outcome import RunOutcome, median_step_seconds
 from hethub.launch.progress import Progress
 from hethub.launch.stall import StallWatch, where
+from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
+from hethub.simulate.comparison import WARM_UP_STEPS
+from hethub.simulate.pace import Expected, Pace
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
 
 if TYPE_CHECKING:  # torch is loaded when workers are
+    from hethub.launch.meter import MeterSettings
     from hethub.launch.worker import Task
 
 __all__ = ["Attempt", "Session"]
@@ -45,6 +50,8 @@ _JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they
 _JOIN_SECONDS_PER_WORKER = 0.1
 _SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
 _PING_SECONDS = 1.0
+_DRIFT_LOOK_SECONDS = 1.0  # between looks at how fast devices and links are, or where one takes long:
+_DRIFT_LOOK_SHARE = 50.0  # times as long
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
 _STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
 
@@ -55,7 +62,8 @@ class Attempt:
 
     `keeper_from(step)` makes what takes its checkpoints, from its first step on; None: none are made. `begins(step)` is
     called when that step is known, `reached` is how many steps earlier attempts of this driver had done, and
-    `passed(seconds)` is called when this one has done more.
+    `passed(seconds)` is called when this one has done more. `moved(step, who)` is called when a device or link has
+    drifted from its prediction, or is back.
     """
 
     history: HistorySettings
@@ -65,6 +73,7 @@ class Attempt:
     begins: Callable[[int], None]
     passed: Callable[[float], None]
     evaluated: Callable[[int, float], None]
+    moved: Callable[[int, Moved], None]
     goes_on: bool
     reached: int = 0
     done: int = 0
@@ -75,15 +84,24 @@ class Session:
     """A job on its crew."""
 
     def __init__(
-        self, job: Job, crew: Crew, folder: Path, tokens: TokenFile, lease: Lease, say: Callable[[str], None]
+        self,
+        job: Job,
+        crew: Crew,
+        folder: Path,
+        tokens: TokenFile,
+        lease: Lease,
+        telemetry: Telemetry,
+        say: Callable[[str], None],
     ) -> None:
         self.job = job
         self.crew = crew
         self.folder = folder
         self.tokens = tokens
         self.lease = lease
+        self.telemetry = telemetry
         self.say = say
         self.emulated = job.cluster.emulated_time_scale is not None
+        self.one_clock = self.emulated or job.ray_address is None
         self.start: dict[str, float] = {}  # seconds by part of the start
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
@@ -206,7 +224,13 @@ class Session:
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
-    def load(self, compiled: Compiled, total_steps: int, attempt: Attempt | None = None) -> int:
+    def load(
+        self,
+        compiled: Compiled,
+        total_steps: int,
+        attempt: Attempt | None = None,
+        meter: MeterSettings | None = None,
+    ) -> int:
         """Give every worker its part of a plan; returns the step that comes first.
 
         Without an `attempt` from the initial weights on. With one this is the training that the job asks for: it is
@@ -214,7 +238,7 @@ class Session:
         """
         if self.emulated:
             LinkTable.create(self.links_file, CostGraph(self.job.cluster).cell_count)
-        task = self._task(compiled, total_steps, attempt)
+        task = self._task(compiled, total_steps, attempt, meter)
         self.crew.explain = lambda device: "load"
         first = 0
         if attempt is not None and attempt.goes_on:
@@ -222,7 +246,9 @@ class Session:
         self.crew.call("load", (task,), watch=self._load_watch())
         return first
 
-    def _task(self, compiled: Compiled, total_steps: int, attempt: Attempt | None) -> Task:
+    def _task(
+        self, compiled: Compiled, total_steps: int, attempt: Attempt | None, meter: MeterSettings | None
+    ) -> Task:
         from hethub.launch.saving import CheckpointSettings
         from hethub.launch.worker import Task
 
@@ -250,6 +276,7 @@ class Session:
             checkpoint=checkpoint,
             initial_weights=job.initial_weights,
             skips=attempt is not None and job.on_failure.not_a_number == "skip",
+            meter=meter,
         )
 
     def _fetched(self, task: Task, attempt: Attempt) -> tuple[Task, int]:
@@ -317,7 +344,10 @@ class Session:
         """
         job = self.job
         begin = time.monotonic()
-        first_step = self.load(compiled, job.steps, attempt)
+        meter = None
+        if attempt is not None:
+            meter = self.telemetry.begin(compiled, scale, attempt.history.attempt, job)
+        first_step = self.load(compiled, job.steps, attempt, meter)
         self.start.setdefault("load_seconds", time.monotonic() - begin)
         keeper = None
         if attempt is not None:
@@ -335,10 +365,13 @@ class Session:
             if segments.stopped:
                 break
             if job.evaluate_rows and attempt is not None:
+                self.telemetry.evaluating()
                 held_out.append((last, self._evaluate(compiled, scale)))
                 attempt.evaluated(*held_out[-1])
+                self.telemetry.evaluated(held_out[-1][1])
         if keeper is not None:
             keeper.take(self.crew.call("all_saved"))
+            self.telemetry.saved(keeper.counts, keeper.made_step)
         timeline = self._timeline(compiled, scale)
         return RunOutcome(
             tuple(loss for _, loss, _ in segments.reports),
@@ -391,6 +424,9 @@ class _Segments:
         self._modelled = 0.0
         self._begin = time.monotonic()
         self._asked_to_stop_at: float | None = None
+        self._expected = Expected(compiled.predicted, compiled.graph)
+        self._drift = DriftWatch()
+        self._next_look_at_drift = self._begin
         self.reports: list[tuple[int, float, float]] = []
         self.stopped = False
 
@@ -429,9 +465,35 @@ class _Segments:
             attempt.done = fresh[-1][0] + 1
             if attempt.done > attempt.reached:
                 attempt.passed(seconds)
+            session.telemetry.steps(fresh)
+        session.telemetry.tick()
         if self._keeper is not None and attempt is not None and self._keeper.expects(attempt.done):
             used = self._compiled.program.layout.used
             self._keeper.take(session.crew.ask("saved", used, _PING_SECONDS))
+            session.telemetry.saved(self._keeper.counts, self._keeper.made_step)
+        if attempt is not None and fresh:
+            self._look_at_drift(attempt)
+
+    def _look_at_drift(self, attempt: Attempt) -> None:
+        """Hold the last step that all have done against its prediction, now and then."""
+        begin = time.monotonic()
+        if begin < self._next_look_at_drift or len(self.reports) <= WARM_UP_STEPS:
+            return
+        used = self._compiled.program.layout.used
+        found = self._session.crew.ask("recent_records", used, _PING_SECONDS)
+        self._next_look_at_drift = time.monotonic() + max(
+            _DRIFT_LOOK_SECONDS, _DRIFT_LOOK_SHARE * (time.monotonic() - begin)
+        )
+        if len(found) < len(used) or not all(len(records) for records in found.values()):
+            return
+        step = min(int(records["step"].max()) for records in found.values())
+        records = np.concatenate([found[device] for device in sorted(found)])
+        pace = self._expected.pace(records, step, self._scale)
+        if not self._session.one_clock:  # when a message was sent is told by another clock than when it came
+            pace = Pace(pace.devices)
+        for moved in self._drift.look(pace):
+            self._session.say(f"step {step}: {moved.words}")
+            attempt.moved(step, moved)
 
     def _end_in_good_time(self) -> None:
         """After SIGTERM: a checkpoint at the next step where the notice suffices, else the end at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import threading
 import time
@@ -43,6 +44,7 @@ from hethub.launch.heap import Allocate, Heap, in_private
 from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.lease import LeaseWatch
 from hethub.launch.links import LinkTable
+from hethub.launch.meter import Meter, MeterSettings
 from hethub.launch.model import StageModel, TensorGroup, WeightSource
 from hethub.launch.pretrained import Pretrained
 from hethub.launch.recorder import Recorder
@@ -55,6 +57,7 @@ from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
+from hethub.simulate.what_if import with_links
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings
 from hethub.specs.layout import Span, sequence_span
@@ -97,7 +100,8 @@ class Task:
     purpose in training. With `read_in_place` workers of one host read each other's parameters where they lie, if they
     can. `peak_bytes` is the predicted peak memory by device. `checkpoint` says when to save and where, `restore` is the
     checkpoint to go on from and `initial_weights` the Hugging Face folder to begin with; without either, weights come
-    from the seed. With `skips` a step whose gradient is not finite makes no update; without, it raises.
+    from the seed. With `skips` a step whose gradient is not finite makes no update; without, it raises. `meter` says
+    where workers count while they train, None where nobody counts.
     """
 
     graph: CostGraph
@@ -119,6 +123,7 @@ class Task:
     restore: Path | None = None
     initial_weights: Path | None = None
     skips: bool = False
+    meter: MeterSettings | None = None
 
     @property
     def cluster(self) -> Cluster:
@@ -177,6 +182,7 @@ class Worker:
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
         self.saver: Saver | None = None
+        self.meter: Meter | None = None
         self._restored: Restored | None = None
         self._stopping = False
         if setup.lease is not None:
@@ -207,6 +213,9 @@ class Worker:
         if self.saver is not None:
             self.saver.close()
         self.saver = None
+        if self.meter is not None:
+            self.meter.close()
+        self.meter = None
         if not task.program.devices[self.setup.device]:
             return
         self.batches = make_batches(task)
@@ -224,6 +233,7 @@ class Worker:
             self._restored.fill(self.training.lane.updater)
             self._restored = None
         self.history, self.training.hook, self.saver = self._history(), self._hook(), self._saver()
+        self.meter = self.training.meter = self._meter()
         if task.evaluation is not None:
             self.evaluating = self._executor(
                 task.evaluation, stages, sink, shards, Recorder(task.evaluation), reserve, mark
@@ -245,9 +255,19 @@ class Worker:
         name = self.task.cluster.devices()[self.setup.device].name
         return Saver(settings, name, training.lane.updater)
 
+    def _meter(self) -> Meter | None:
+        task = self.task
+        if task.meter is None:
+            return None
+        try:
+            return Meter(task.meter, task.program, task.graph, task.workload, self.setup.device)
+        except (OSError, ValueError) as error:  # training does without
+            print(f"no metrics of this device: {error}", flush=True)  # noqa: T201
+            return None
+
     def _hook(self) -> Interruptions | None:
         """What the job does to this device on purpose; None where it leaves it alone."""
-        faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
+        faults = [fault for fault in self.task.faults if fault.link or fault.device == self.setup.device]
         training = self.training
         assert training is not None
         return Interruptions(faults, training.compute, lambda: training.sink.buffers) if faults else None
@@ -418,14 +438,27 @@ class Worker:
             return None
         graph = self.task.graph
         table = self._links = LinkTable(self.task.links_file, graph.cell_count)
-        return lambda destination, size, now: table.reserve(
-            graph.path(self.setup.device, destination), size, now
-        )
+        device = self.setup.device
+        if not any(fault.link for fault in self.task.faults):
+            return lambda destination, size, now: table.reserve(graph.path(device, destination), size, now)
+        graphs: dict[tuple[tuple[str, float], ...], CostGraph] = {(): graph}
+
+        def reserve(destination: int, size: int, now: float) -> float:
+            hook = None if self.training is None else self.training.hook
+            slow = tuple(hook.slow_links.items()) if isinstance(hook, Interruptions) else ()
+            if slow not in graphs:
+                factors = {link: 1.0 / factor for link, factor in slow}
+                graphs[slow] = CostGraph(with_links(graph.cluster, factors))
+            return table.reserve(graphs[slow].path(device, destination), size, now)
+
+        return reserve
 
     def start_clock(self, epoch_seconds: float, time_scale: float) -> None:
         """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
         if self.training is not None:
             self.compute.clock = Clock(epoch_seconds, time_scale)
+        if self.meter is not None:
+            self.meter.start(self.compute.clock)
 
     def now(self) -> float:
         """Modelled seconds since the clock's epoch."""
@@ -445,13 +478,19 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                records = self.recorder.fresh()
+                if self.meter is not None:
+                    self.meter.step(step, records, self._memory_bytes())
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
                 stops = self._told_to_stop(step)
                 more = step + 1 < self.task.total_steps
                 if self.saver is not None and more and (stops or self.saver.due(step + 1)):
+                    begin = time.monotonic()
                     self.saver.save(step + 1)
+                    if self.meter is not None:
+                        self.meter.stood_for_checkpoint(time.monotonic() - begin)
                 if stops:
                     break
             self.training.settle()
@@ -507,6 +546,10 @@ class Worker:
         """The devices whose parameters this one reads where they lie."""
         return set(self.agreed.neighbours) if self.training is not None else set()
 
+    def recent_records(self) -> npt.NDArray[np.void]:
+        """This device's records of the last two steps that it has done; may be asked while training."""
+        return self.recorder.recent()
+
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""
         return self.recorder.take()
@@ -516,6 +559,15 @@ class Worker:
         if self.training is None or self.compute.tally is None:
             return None
         return self.compute.tally.peak_bytes
+
+    def _memory_bytes(self) -> tuple[float, float]:
+        """In use, and at most so far: the tally's, or the accelerator's allocator's; NaN where nobody counts."""
+        if self.compute.tally is not None:
+            return self.compute.tally.live_bytes, self.compute.tally.peak_bytes
+        library = getattr(torch, self.compute.torch_device.type, None)
+        if library is None or not hasattr(library, "memory_allocated"):
+            return math.nan, math.nan
+        return library.memory_allocated(), library.max_memory_allocated()
 
     def memory_words(self, error: BaseException) -> str | None:
         """Why an action failed, if it was for want of a real device's memory: what was asked, what was predicted, what

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hethub.checkpoints.store import CHECKPOINTS
-from hethub.launch.attempts import HISTORY
-from hethub.launch.history import Entry, read_history
+from hethub.launch.history import HISTORY, Entry, read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
 from tests.launch.small_job import MODEL, Launch, Result
@@ -90,13 +89,13 @@ JOB: dict[str, Any] = {
 }
 
 
-def write_job(folder: Path, **changes: Any) -> None:
+def write_job(folder: Path, cluster_text: str = CLUSTER, **changes: Any) -> None:
     """Write the job and all that it names; `changes` are keys of the job file. JSON is YAML."""
     from hethub.specs.cluster import cluster_to_spec, load_cluster
     from hethub.specs.workload import workload_to_spec
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cluster.yaml").write_text(CLUSTER)
+    (folder / "cluster.yaml").write_text(cluster_text)
     (folder / "config.json").write_text(json.dumps({"name": "small", **MODEL}))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     cluster, workload = load_cluster(folder / "cluster.yaml")
