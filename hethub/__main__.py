@@ -1,5 +1,5 @@
 """`python -m hethub`."""
 
-from hethub.cli.main import run
+from hethub.cli.main import main
 
-run()
+main()

@@ -5,13 +5,14 @@ HetHubError
   InfeasibleError   exit 3: relax the job or add devices
   MachineError exit 4: mend the machine (missing package, port, address)
   RunError          exit 1: the run failed; the text names rank, device and action
+    HeadLostError   exit 1 by the launcher, which knows it by the driver's own exit code
 
 Each message is one line: where, what is wrong, what to do.
 """
 
 from __future__ import annotations
 
-__all__ = ["HetHubError", "InfeasibleError", "InputError", "MachineError", "RunError"]
+__all__ = ["HeadLostError", "HetHubError", "InfeasibleError", "InputError", "MachineError", "RunError"]
 
 
 class HetHubError(Exception):
@@ -49,3 +50,9 @@ class RunError(HetHubError):
     """A run failed; `message` names rank, device, action and reason."""
 
     exit_code = 1
+
+
+class HeadLostError(RunError):
+    """The head of the Ray cluster is gone; the launcher decides what comes next."""
+
+    exit_code = 70

@@ -21,6 +21,7 @@ class Cause(StrEnum):
     LINK = "link"  # a connection was lost and nobody died
     STALL = "stall"  # a worker or a collective stood still
     MEMORY = "memory"  # a device ran out of memory
+    DRIVER = "driver"  # it died, or lost the Ray head
     DATA = "data"  # tokens or weights are not what they were
     NOT_A_NUMBER = "not-a-number"  # a loss or gradient
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hethub.cli.detach import detach
+from hethub.launch.launcher import start_driver
 
 if TYPE_CHECKING:
     from hethub.launch.driver import Finished
@@ -23,6 +25,7 @@ _PACKAGES = ("torch", "ray", "safetensors", "plotly")
 
 
 def launch(
+    context: typer.Context,
     job: Annotated[
         Path | None,
         typer.Argument(help="The job file; with --resume the one that the run began with, if left out."),
@@ -57,20 +60,29 @@ def launch(
     if resume is not None:
         loaded = replace(loaded, output=resume.absolute())
     _require_packages()
-    opened = detach(loaded.output, resume=resume is not None).opened if detached else lambda folder: None
+    goes_on = resume is not None
+    opened: list[Callable[[Path], None]] = []
+    if detached:
+        opened.append(detach(loaded.output, resume=goes_on).opened)
+    if context.obj:  # the process is the command's own
+        place = start_driver(loaded.on_failure, loaded.output, _tell, resume=goes_on)
+        goes_on = place.resume
+        opened.append(place.opened)
     from hethub.launch.driver import launch as run
 
     # Ray prints on stdout that a worker died, which the run has told by then; `--json` promises one object there.
     with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
-        finished = run(
-            loaded, lambda line: typer.echo(line, err=True), resume=resume is not None, opened=opened
-        )
+        finished = run(loaded, _tell, resume=goes_on, opened=opened)
     if as_json:
         typer.echo(json.dumps(finished.summary, indent=2))
     else:
         for line in _report(finished):
             typer.echo(line)
     sys.stdout.flush()
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _job_file(job: Path | None, resume: Path | None) -> Path:

@@ -30,7 +30,7 @@ from hethub.cli.validate import validate
 from hethub.errors import HetHubError
 from hethub.interruption import listen, terminated
 
-__all__ = ["app", "run"]
+__all__ = ["app", "main", "run"]
 
 _PREEMPTED = 75  # exit code: asked to stop by SIGTERM
 _INTERRUPTED = 130  # the shell's convention for Ctrl-C
@@ -79,11 +79,19 @@ def _options(
     """Options before the command."""
 
 
-def run() -> None:
-    """Entry point: runs a command and turns errors into one line and an exit code (see `hethub.errors`)."""
+def main() -> None:
+    """Entry point of the console script."""
+    run(launcher=True)
+
+
+def run(*, launcher: bool = False) -> None:
+    """Run a command and turn errors into one line and an exit code (see `hethub.errors`).
+
+    With `launcher` this process may become one that outlives the driver (`hethub.launch.launcher`).
+    """
     listen()
     try:
-        app()
+        app(obj=launcher)
     except HetHubError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

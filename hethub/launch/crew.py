@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 from hethub import catalog
 from hethub.checkpoints.restarts import Cause
-from hethub.errors import MachineError, RunError
+from hethub.errors import HeadLostError, MachineError, RunError
 from hethub.interruption import stop_if_asked
 from hethub.launch.node_host import NodeHost
 from hethub.launch.worker_process import Failure, pack, unpack
@@ -38,6 +39,8 @@ _DIED = (
 _NODE_DIED = "the node's host process died, and with it all of its workers. Look into Ray's log of that node"
 _SHORT_BYTES = 10_000
 _CLOSE_SECONDS = 3.0
+_HEAD_LOOK_SECONDS = 1.0
+_HEAD_LOOKS = 3  # in a row without an answer: lost
 _PLACEMENT_TIMEOUT_SECONDS = 60.0
 _LEAVE_SECONDS = 3.0  # for workers to notice that another is gone; who has not by then is replaced
 _ALIVE_SECONDS = 3.0  # for a host to say who has died; one that does not is lost
@@ -81,6 +84,9 @@ class Crew:
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only
         self._folder: Path | None = None
+        self._head = ("", 0)  # address of Ray's head
+        self._head_silent = 0  # looks in a row
+        self._look_at = 0.0
         self.explain: Callable[[int], str] = lambda device: "before its first action"
 
     def __enter__(self) -> Crew:
@@ -101,10 +107,11 @@ class Crew:
             closed = [host.close.remote() for host in self._hosts.values()]
             if closed:
                 ray.wait(closed, num_returns=len(closed), timeout=_CLOSE_SECONDS)
-            for host in self._hosts.values():
-                ray.kill(host, no_restart=True)
-            for group in self._groups.values():
-                ray.util.remove_placement_group(group)
+            if self._head_silent < _HEAD_LOOKS:  # else nobody is there to be told
+                for host in self._hosts.values():
+                    ray.kill(host, no_restart=True)
+                for group in self._groups.values():
+                    ray.util.remove_placement_group(group)
             ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -113,6 +120,7 @@ class Crew:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             self._connect()
+            self._note_head()
         finally:
             # Ray puts a handler of its own there, which aborts the process.
             if threading.current_thread() is threading.main_thread():
@@ -138,6 +146,29 @@ class Crew:
                 ray.init(address=self.address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
+
+    def _note_head(self) -> None:
+        import ray
+
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._head = (host, int(port))
+
+    def _look_for_head(self) -> None:
+        """Raise HeadLostError where Ray's head has taken no connection for some seconds. Ray itself ends this process
+        after a minute, without a word."""
+        if time.monotonic() < self._look_at:
+            return
+        try:
+            socket.create_connection(self._head, timeout=_HEAD_LOOK_SECONDS).close()
+            self._head_silent = 0
+        except OSError as error:
+            self._head_silent += 1
+            if self._head_silent >= _HEAD_LOOKS:
+                raise HeadLostError(
+                    f"the Ray head at {self._head[0]}:{self._head[1]} is gone ({error}). What was trained since the "
+                    "newest checkpoint is lost."
+                ) from error
+        self._look_at = time.monotonic() + _HEAD_LOOK_SECONDS
 
     def _place(self) -> None:
         """Start the hosts that are missing, each in a placement group of its own, so that Ray finds or refuses the
@@ -265,6 +296,7 @@ class Crew:
         answers: dict[int, Any] = {}
         while pending:
             stop_if_asked()
+            self._look_for_head()
             done, _ = ray.wait(list(pending), num_returns=1, timeout=poll_seconds)
             failures = self._deaths(pending)
             for reference in done:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,21 +139,22 @@ def launch(
     say: Callable[[str], None],
     *,
     resume: bool = False,
-    opened: Callable[[Path], None] = lambda folder: None,
+    opened: Sequence[Callable[[Path], None]] = (),
 ) -> Finished:
     """Run a job to its end: plan, train, evaluate, save. `say` takes lines for a person.
 
     Everything is checked before the first file is written. The run folder then holds plan.yaml, logs, predicted.npz and
     measured.npz, trace.json, timeline.html, model.safetensors and last of all summary.json. With `resume` the folder is
-    one of an unfinished run of the job, which goes on from its newest intact checkpoint. `opened` is called with the
-    folder once it is ours. Raises InputError, InfeasibleError, MachineError, or RunError when a worker fails and the
-    job's policy does not go on; ends with KeyboardInterrupt after a signal. Why it ended stands in the journal.
+    one of an unfinished run of the job, which goes on from its newest intact checkpoint. All of `opened` are called
+    with the folder once it is ours. Raises InputError, InfeasibleError, MachineError, or RunError when a worker fails
+    and the job's policy does not go on; ends with KeyboardInterrupt after a signal. Why it ended stands in the journal.
     """
     begin = time.monotonic()
     _refuse_precision(job)
     folder = RunFolder(job.output)
     with _opened(job, folder, begin, resume=resume) as prepared:
-        opened(folder.path)
+        for tell in opened:
+            tell(folder.path)
         with _end_noted(folder.path):
             return _run(prepared, say)
 

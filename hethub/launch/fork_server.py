@@ -8,7 +8,6 @@ memory. It ends when its owner does, and takes all workers with it, stopped ones
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hethub.errors import MachineError
+from hethub.launch.parents import end_with
 from hethub.launch.worker_process import serve
 
 __all__ = ["ForkServer"]
@@ -29,7 +29,6 @@ _READY = b"ready"
 _REQUEST_BYTES = 1 << 16
 _START_SECONDS = 120.0
 _END_SECONDS = 5.0
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class ForkServer:
@@ -121,7 +120,7 @@ def _main(descriptor: int) -> None:
 
 
 def _become_worker(request: dict[str, object], descriptor: int, parent: int) -> None:
-    _end_with(parent)
+    end_with(parent)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(str(request["log_file"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -133,14 +132,6 @@ def _become_worker(request: dict[str, object], descriptor: int, parent: int) -> 
     device = int(str(request["device"]))
     print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}", flush=True)  # noqa: T201
     serve(socket.socket(fileno=descriptor), device)
-
-
-def _end_with(parent: int) -> None:
-    """Ask the kernel, where it can, to kill this process when its parent ends: one that is stopped would not notice."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -223,6 +225,49 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_another_goes_on(unbroken: 
     assert (tmp_path / "run" / "lease.json").exists()
     events = Ran(tmp_path, unbroken.result, []).journal()
     assert [event.event for event in events] == ["began"]
+
+
+def head_of(started: Launch) -> int:
+    """The process of Ray's head that a launch started."""
+    mark = f"TMPDIR={started.temporary}\0".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            program = (entry / "cmdline").read_bytes().split(b"\0")[0]
+            if b"gcs_server" in program and mark in (entry / "environ").read_bytes():
+                return int(entry.name)
+    raise AssertionError("no Ray head runs")
+
+
+@pytest.mark.parametrize("restart", ["same", pytest.param("none", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("lost", ["driver", "head"])
+def test_the_launcher_outlives_the_driver_and_the_ray_head_and_goes_on_where_the_policy_says(
+    unbroken: Ran, tmp_path: Path, lost: str, restart: str
+) -> None:
+    """Rows 19 and 20. Seen to fail with a driver that Ray ends: a minute passes, and no word is said."""
+    write_job(tmp_path, on_failure={"restart": restart})
+    text = (tmp_path / "cluster.yaml").read_text()
+    (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
+    started = Launch(tmp_path)
+    try:
+        started.training()
+        driver = json.loads((tmp_path / "run" / "lease.json").read_text())["process"]
+        assert driver != started.process.pid
+        kill(driver if lost == "driver" else head_of(started))
+    finally:
+        ran = ended(started)
+    why = "was killed by SIGKILL" if lost == "driver" else "has lost the Ray head"
+    assert f"hethub: the driver (process {driver}) {why}" in ran.result.err
+    assert "Traceback" not in ran.result.err
+    if restart == "none":
+        assert ran.result.exit_code == 1
+        assert "hethub launch --resume" in ran.result.err.splitlines()[-1]
+        return
+    assert ran.result.exit_code == 0, ran.result.err
+    assert check_history(ran.history(), STEPS) == []
+    assert compare_histories(ran.history(), unbroken.history(), relative=1e-6) == []
+    assert ran.summary()["history_problems"] == []
+    # What a killed driver leaves of its Ray is the next one's, or another user's, to clean.
+    assert lost == "driver" or ran.left == []
 
 
 def wait_for_end(process: int) -> None:
