@@ -1,7 +1,7 @@
 """How long `hethub launch` takes from its own start to the end of the first training step, with eight emulated workers.
 
 The time is taken outside: from the start of the command's process to its line about step 1. So nothing can be left out
-of it: the interpreter, planning, Ray, eight times torch's import, joining the group, loading shards, the step itself.
+of it: the interpreter, planning, Ray, torch's import, eight workers, their group, loading shards, the step itself.
 The job runs once before, so that files are cached, then REPEATS times; the median counts. The run's own account, stage
 by stage, stands in `raw` beside each time.
 
@@ -98,8 +98,9 @@ def launch(folder: Path) -> dict[str, Any]:
 def problems(run: Path, summary: dict[str, Any]) -> list[str]:
     """What makes a launch no launch of eight workers that trained."""
     found = []
-    if (logs := len(list((run / "logs").glob("*.log")))) != WORKERS:
-        found.append(f"{logs} workers, not {WORKERS}")
+    workers = sum(log.read_text().startswith("device index ") for log in (run / "logs").glob("*.log"))
+    if workers != WORKERS:
+        found.append(f"{workers} workers, not {WORKERS}")
     measured, predicted = (Timeline.load(run / f"{name}.npz") for name in ("measured", "predicted"))
     trained = measured.records[measured.records["kind"] == Kind.BACKWARD]["device"]
     if len(np.unique(trained)) != WORKERS:

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from hethub.specs.plan import Plan
@@ -199,18 +200,19 @@ class QuotaCheck:
 
 
 def check_quotas(quotas: CpuQuotas, shares: Sequence[float], seconds: float = _SPIN_SECONDS) -> QuotaCheck:
-    """Let a worker spin under every quota for so long."""
+    """Let a worker spin under every quota for so long, three times; the median of each counts."""
+    times, speeds = [], []
     with Crew([_Spinner] * len(shares)) as crew:
         quotas.place(crew, range(len(shares)))
         crew.call("spin", seconds / 4)
-        before, begin = crew.cpu_seconds_each(), time.monotonic()
-        rates = crew.call("spin", seconds)
-        wall = time.monotonic() - begin
-        spent = [after - first for after, first in zip(crew.cpu_seconds_each(), before, strict=True)]
-    return QuotaCheck(
-        [cpu / wall / share - 1 for cpu, share in zip(spent, shares, strict=True)],
-        [rate / sum(rates) / (share / sum(shares)) - 1 for rate, share in zip(rates, shares, strict=True)],
-    )
+        for _ in range(3):
+            before, begin = crew.cpu_seconds_each(), time.monotonic()
+            rates = crew.call("spin", seconds)
+            wall = time.monotonic() - begin
+            spent = np.subtract(crew.cpu_seconds_each(), before)
+            times.append(spent / wall / shares - 1)
+            speeds.append(np.divide(rates, sum(rates)) / np.divide(shares, sum(shares)) - 1)
+    return QuotaCheck(np.median(times, axis=0).tolist(), np.median(speeds, axis=0).tolist())
 
 
 # -- the mixed run against the types' own ------------------------------------------------------------------
