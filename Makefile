@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NAME ?=
 SEED ?= 0
+JOBS ?= 2
 
 .PHONY: demo test chaos check bench plan clean help
 
@@ -37,7 +38,7 @@ check: $(VENV)/installed ## lint and types
 
 test: $(VENV)/installed check ## lint, types and all tests
 	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 chaos: $(VENV)/installed ## kill workers and damage checkpoints for half an hour; SEED=... repeats one
 	@echo "== pytest -m chaos"
