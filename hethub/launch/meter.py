@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +22,17 @@ from hethub.telemetry.activity import KINDS, Activity, own_compute_seconds
 from hethub.telemetry.counters import FIELDS, LINK_FIELDS, CountersFile
 from hethub.telemetry.describe import (
     counters_file,
+    describe,
     inbound_links,
     model_flops,
     node_of,
     predicted_compute_seconds,
+    write_nodes,
 )
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, STEP_BUCKETS_SECONDS
 from hethub.timeline.record import Kind
 
-__all__ = ["Meter", "MeterSettings"]
+__all__ = ["Meter", "MeterSettings", "ready_to_count"]
 
 Floats = npt.NDArray[np.float64]
 Records = npt.NDArray[np.void]
@@ -55,6 +59,37 @@ class MeterSettings:
     folder: Path
     moments_file: Path
     one_clock: bool
+
+
+def ready_to_count(
+    folder: Path,
+    program: Program,
+    graph: CostGraph,
+    workload: Workload,
+    *,
+    run: str,
+    time_scale: float,
+    peak_bytes: Mapping[int, int],
+    predicted_seconds: Mapping[int, float] = MappingProxyType({}),
+    one_clock: bool,
+) -> MeterSettings:
+    """Make a run's telemetry folder ready for the workers of a plan.
+
+    `peak_bytes` is the predicted peak by device, `predicted_seconds` the modelled seconds from a message's sending to
+    its arrival; those that are not given are taken to cross an idle path.
+    """
+    nodes = describe(program, graph, workload, run=run, time_scale=time_scale, peak_bytes=peak_bytes)
+    write_nodes(folder, nodes)
+    moments = folder / "moments.bin"
+    transfers = [program.transfer(message) for message in range(len(program.messages))]
+    seconds = [
+        predicted_seconds[m]
+        if m in predicted_seconds
+        else graph.path(t.source, t.destination).seconds(t.bytes)
+        for m, t in enumerate(transfers)
+    ]
+    Moments.create(moments, np.array(seconds), len(graph.devices))
+    return MeterSettings(folder=folder, moments_file=moments, one_clock=one_clock)
 
 
 class Meter:

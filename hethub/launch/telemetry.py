@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import subprocess
 import sys
@@ -12,16 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from hethub.cost.shapes import model_flops_per_token
 from hethub.errors import MachineError
 from hethub.launch.compiled import Compiled
-from hethub.launch.moments import Moments
+from hethub.launch.meter import MeterSettings, ready_to_count
 from hethub.specs.job import Job
 from hethub.telemetry.counters import FIELDS, CountersFile
-from hethub.telemetry.describe import counters_file, describe, write_nodes
+from hethub.telemetry.describe import counters_file
 from hethub.telemetry.folder import (
     AGENTS,
     TARGETS,
@@ -36,7 +32,6 @@ from hethub.timeline.summary import DeviceSummary, summarize
 
 if TYPE_CHECKING:
     from hethub.launch.keeper import SaveCounts
-    from hethub.launch.meter import MeterSettings
     from hethub.telemetry.run import PlanFacts, RunMetrics, StageFacts
 
 __all__ = ["Telemetry"]
@@ -155,19 +150,17 @@ class Telemetry:
         """An attempt begins: what its workers count, and where."""
         if self._metrics is None:
             return None
-        from hethub.launch.meter import MeterSettings
-
-        nodes = describe(
+        meter = ready_to_count(
+            self._folder,
             compiled.program,
             compiled.graph,
             compiled.plan.workload,
             run=self._run,
             time_scale=time_scale,
             peak_bytes=compiled.peak_bytes,
+            predicted_seconds=_predicted_transfers(compiled),
+            one_clock=self._job.ray_address is None,
         )
-        write_nodes(self._folder, nodes)
-        moments = self._folder / "moments.bin"
-        Moments.create(moments, _predicted_transfers(compiled), len(compiled.graph.devices))
         self._metrics.plan(_plan_facts(compiled, job), time_scale=time_scale, attempt=attempt)
         self._metrics.state("training")
         if self._root is not None:
@@ -175,9 +168,7 @@ class Telemetry:
         root = compiled.graph.devices[compiled.program.layout.used[0]]
         self._root = CountersFile(counters_file(self._folder, root))
         self._counted = self._root.read()
-        return MeterSettings(
-            folder=self._folder, moments_file=moments, one_clock=self._job.ray_address is None
-        )
+        return meter
 
     def steps(self, reports: Sequence[tuple[int, float, float]]) -> None:
         """Steps have ended: (step, loss, gradient norm) of each."""
@@ -234,19 +225,14 @@ class Telemetry:
             self._metrics.state(state)
 
 
-def _predicted_transfers(compiled: Compiled) -> npt.NDArray[np.float64]:
-    """Predicted modelled seconds of every message from its sending to its arrival; an idle path's where the prediction
-    has no receive of it."""
-    program, graph = compiled.program, compiled.graph
-    found = np.full(len(program.messages), math.nan)
-    for (device, action), seconds in compiled.action_seconds.items():
-        entry = program.devices[device][action]
-        if entry.kind == Kind.RECEIVE:
-            found[entry.message] = seconds
-    for message in np.flatnonzero(np.isnan(found)).tolist():
-        transfer = program.transfer(message)
-        found[message] = graph.path(transfer.source, transfer.destination).seconds(transfer.bytes)
-    return found
+def _predicted_transfers(compiled: Compiled) -> dict[int, float]:
+    """Predicted modelled seconds of messages from their sending to their arrival."""
+    devices = compiled.program.devices
+    return {
+        devices[device][action].message: seconds
+        for (device, action), seconds in compiled.action_seconds.items()
+        if devices[device][action].kind == Kind.RECEIVE
+    }
 
 
 def _plan_facts(compiled: Compiled, job: Job) -> PlanFacts:
