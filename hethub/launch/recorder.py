@@ -53,6 +53,16 @@ class Recorder:
         self._parts.append(part)
         return part
 
+    def recent(self, step: int) -> Records:
+        """The records of `step` and the one before it, for both of which `fresh` was called; they stay here. May be
+        asked while others come."""
+        chosen: list[Records] = []
+        for part in reversed(list(self._parts)):
+            if part["step"].max() < step - 1:
+                break
+            chosen.append(part[(part["step"] >= step - 1) & (part["step"] <= step)])
+        return np.concatenate(chosen[::-1]) if chosen else np.empty(0, dtype=RECORD)
+
     def take(self) -> Records:
         """The records so far, which are then forgotten here."""
         self.fresh()

@@ -466,8 +466,9 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                fresh = self.recorder.fresh()
                 if self.meter is not None:
-                    self.meter.step(step, self.recorder.fresh(), self._memory_bytes())
+                    self.meter.step(step, fresh, self._memory_bytes())
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
