@@ -113,10 +113,12 @@ class Meter:
             self._link_of[source] = place
         self._links = self._numbers[len(FIELDS) :].reshape(len(links), len(LINK_FIELDS))
         self._links[:] = 0.0  # another plan may have other links
-        self._tells = np.array(
-            [settings.one_clock or node_of(other) == node_of(own) for other in graph.devices]
+        self._untold = frozenset(  # messages whose senders go by another clock
+            action.message
+            for action in program.devices[device]
+            if action.kind == Kind.RECEIVE and not settings.one_clock
+            if node_of(graph.devices[program.transfer(action.message).source]) != node_of(own)
         )
-        self._sources = [program.transfer(m).source for m in range(len(program.messages))]
         self._flops = model_flops(program.layout, workload, device)
         self._predicted_compute = predicted_compute_seconds(program, device)
         self._clock = Clock(time.monotonic())
@@ -132,7 +134,7 @@ class Meter:
 
     def received(self, message: int) -> float:
         """When a message that has just come was sent; NaN where its sender's clock is another."""
-        return self._moments.sent(message) if self._tells[self._sources[message]] else math.nan
+        return math.nan if message in self._untold else self._moments.sent(message)
 
     # -- asked by the worker -----------------------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ class Telemetry:
             time_scale=time_scale,
             peak_bytes=compiled.peak_bytes,
             predicted_seconds=_predicted_transfers(compiled),
-            one_clock=self._job.ray_address is None,
+            one_clock=job.ray_address is None or job.cluster.emulated_time_scale is not None,
         )
         self._metrics.plan(_plan_facts(compiled, job), time_scale=time_scale, attempt=attempt)
         self._metrics.state("training")
