@@ -1,9 +1,10 @@
-"""Counts while the run goes on: once a step a worker adds up what its device did, for its node's agent to serve."""
+"""Counts while the run goes on: between steps a worker adds up what its device did, for its node's agent to serve."""
 
 from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,10 @@ Records = npt.NDArray[np.void]
 _AT = {name: number for number, name in enumerate(FIELDS)}
 _SECONDS = slice(_AT[f"seconds.{KINDS[0]}"], _AT[f"seconds.{KINDS[-1]}"] + 1)
 _FIRST_BUCKET = _AT[f"step_bucket.{STEP_BUCKETS_SECONDS[0]}"]
-_WAITED_SHARE = (
-    0.1  # of its predicted time that a device must stand still for a message, to know when that came
-)
-_WAITED_SECONDS = (
-    2e-4  # and at least so long: a receive that finds its message there takes this long by itself
-)
+_COUNT_EVERY_SECONDS = 0.5  # short steps are counted several at once: that takes no longer than one
+# To know when a message came, a device must have stood still for it so long, of its predicted time and at least: a
+# receive that finds its message there takes a moment by itself.
+_WAITED_SHARE, _WAITED_SECONDS = 0.1, 2e-4
 _ON = {activity: np.array([ACTIVITY_OF_KIND[kind] == activity for kind in KINDS]) for activity in (
     "busy", "recompute", "exposed_communication", "evaluation"
 )}  # fmt: skip
@@ -125,6 +124,11 @@ class Meter:
         self._activity = Activity()
         self._counts = False  # whether a step of this attempt has been counted
         self._checkpoint_seconds = 0.0
+        self._ends_before: dict[
+            int, float
+        ] = {}  # of steps that have not been counted: when the one before ended
+        self._last_end = 0.0
+        self._counted_at = 0.0
 
     # -- asked by the executor ---------------------------------------------------------------------------------------
 
@@ -154,27 +158,33 @@ class Meter:
         """The device stood still so many wall seconds after its last step."""
         self._checkpoint_seconds += seconds
 
-    def step(self, step: int, records: Records, memory: tuple[float, float]) -> None:
-        """Count a step that has ended, by its records; `memory` is what is in use and was at most, in bytes."""
-        numbers, scale = self._numbers, self._clock.time_scale
-        since = self._activity.until
-        seconds = self._activity.step(
-            records, self._moments.ended(step - 1), self._checkpoint_seconds / scale
-        )
-        end = self._activity.until
+    def step(self, step: int, end: float) -> bool:
+        """A step has ended here; returns whether it is time to `count`."""
+        self._ends_before[step] = self._moments.ended(step - 1)
         self._moments.end(step, self._device, end)
-        self._checkpoint_seconds, self._counts = 0.0, True
+        took = (end - self._last_end) * self._clock.time_scale
+        self._last_end = end
+        self._numbers[_AT["steps"]] += 1
+        self._numbers[_AT["step_seconds"]] += took
+        self._numbers[_FIRST_BUCKET + bisect_left(STEP_BUCKETS_SECONDS, took)] += 1
+        return time.monotonic() - self._counted_at >= _COUNT_EVERY_SECONDS
+
+    def count(self, records: Records, memory: tuple[float, float]) -> None:
+        """Count the steps that have ended since the last time, by their records; `memory` is what is in use and was at
+        most, in bytes."""
+        if not self._ends_before:
+            return
+        numbers, scale = self._numbers, self._clock.time_scale
+        seconds = self._activity.add(records, self._ends_before, self._checkpoint_seconds / scale)
+        steps, self._ends_before = len(self._ends_before), {}
+        self._checkpoint_seconds, self._counts, self._counted_at = 0.0, True, time.monotonic()
         self._add(seconds * scale)
         numbers[_AT["compute_seconds"]] += own_compute_seconds(records, scale) * scale
-        numbers[_AT["predicted_compute_seconds"]] += self._predicted_compute * scale
-        numbers[_AT["flops"]] += self._flops
+        numbers[_AT["predicted_compute_seconds"]] += steps * self._predicted_compute * scale
+        numbers[_AT["flops"]] += steps * self._flops
         self._count_links(records)
         numbers[_AT["memory_used_bytes"]], numbers[_AT["memory_peak_bytes"]] = memory
-        numbers[_AT["heartbeat_unix_seconds"]] = self._unix(end)
-        numbers[_AT["steps"]] += 1
-        took = (end - since) * scale
-        numbers[_AT["step_seconds"]] += took
-        numbers[_FIRST_BUCKET + sum(took > bound for bound in STEP_BUCKETS_SECONDS)] += 1
+        numbers[_AT["heartbeat_unix_seconds"]] = self._unix(self._activity.until)
         self._file.write(numbers)  # type: ignore[arg-type]
 
     def close(self) -> None:

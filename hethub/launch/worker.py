@@ -466,9 +466,8 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
-                fresh = self.recorder.fresh()
-                if self.meter is not None:
-                    self.meter.step(step, fresh, self._memory_bytes())
+                if self.meter is not None and self.meter.step(step, self.recorder.last_end):
+                    self.meter.count(self.recorder.fresh(), self._memory_bytes())
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
@@ -482,6 +481,8 @@ class Worker:
                 if stops:
                     break
             self.training.settle()
+            if self.meter is not None:
+                self.meter.count(self.recorder.fresh(), self._memory_bytes())
         return results
 
     def stop(self) -> None:
