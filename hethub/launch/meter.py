@@ -179,7 +179,7 @@ class Meter:
         steps, self._ends_before = len(self._ends_before), {}
         self._checkpoint_seconds, self._counts, self._counted_at = 0.0, True, time.monotonic()
         self._add(seconds * scale)
-        numbers[_AT["compute_seconds"]] += own_compute_seconds(records, scale) * scale
+        numbers[_AT["compute_seconds"]] += own_compute_seconds(seconds) * scale
         numbers[_AT["predicted_compute_seconds"]] += steps * self._predicted_compute * scale
         numbers[_AT["flops"]] += steps * self._flops
         self._count_links(records)

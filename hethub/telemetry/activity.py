@@ -92,8 +92,6 @@ def _move(seconds: Floats, size: float, sources: tuple[str, ...], target: str) -
         size -= part
 
 
-def own_compute_seconds(records: Records, time_scale: float) -> float:
-    """The device's own compute, real work past an emulated deadline included, in the records' time."""
-    compute = records[is_kind(records, COMPUTE_KINDS)]
-    longest = compute["end"] - compute["start"]
-    return float(np.minimum(longest, compute["busy"] + compute["overrun"] / time_scale).sum())
+def own_compute_seconds(seconds: Floats) -> float:
+    """The device's own compute among its seconds by kind: busy and recompute."""
+    return float(seconds[[*_BUSY_AT.values(), _AT["recompute"]]].sum())
