@@ -17,9 +17,7 @@ The cheapest cheats, and what makes them fail:
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -49,7 +47,7 @@ from bench.results import print_figures, write_result
 from hethub.specs.plan import Plan
 from hethub.telemetry.counters import FIELDS, CountersFile, size_of
 from hethub.telemetry.describe import used_nodes, write_nodes
-from hethub.telemetry.folder import COUNTERS, agent_addresses
+from hethub.telemetry.folder import COUNTERS, agent_addresses, start_agent
 from hethub.telemetry.metrics import METRICS, Scope
 
 PAIRS, STEPS, WARM_UP = 9, 8, 2
@@ -219,12 +217,7 @@ def _device(index: int) -> dict[str, Any]:
 @contextmanager
 def an_agent(folder: Path, nodes: list[str]) -> Iterator[tuple[str, int]]:
     """An agent as a run starts it: its address and its process."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "hethub.telemetry.agent", "--folder", str(folder)),
-            *("--nodes", ",".join(nodes), "--name", "bench", "--parent", str(os.getpid())),
-        ]
-    )
+    process = start_agent(folder, nodes, "bench", "127.0.0.1")
     try:
         end = time.monotonic() + _START_SECONDS
         while "bench" not in agent_addresses(folder):

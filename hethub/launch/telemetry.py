@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,8 @@ from hethub.telemetry.folder import (
     TELEMETRY,
     address,
     agent_addresses,
+    agent_complaints,
+    start_agent,
     write_targets,
 )
 from hethub.telemetry.metrics import STEP_BUCKETS_SECONDS
@@ -49,14 +50,15 @@ class Telemetry:
     Use as a context manager: leaving it ends the agents of this machine and takes the targets back.
     """
 
-    def __init__(self, job: Job, folder: Path) -> None:
-        """`folder` is the run folder. Raises MachineError where the job's address cannot be listened on."""
+    def __init__(self, job: Job, folder: Path, say: Callable[[str], None]) -> None:
+        """`folder` is the run folder; `say` takes lines for a person. Entering it raises MachineError where the job's
+        address cannot be listened on."""
         self._listen = job.telemetry_listen
         self._run = job.output.name
         self._folder = folder / TELEMETRY
-        self._logs = folder / "logs"
         self._target_files = [self._folder / TARGETS, folder.parent / ".targets" / f"{self._run}.json"]
-        self._job = job
+        self._job, self._say = job, say
+        self._complained: Mapping[str, str] = {}
         self._metrics: RunMetrics | None = None
         self._server: Any = None
         self._agents: list[subprocess.Popen[bytes]] = []
@@ -116,29 +118,20 @@ class Telemetry:
 
     # -- who serves --------------------------------------------------------------------------------------------------
 
-    def start_agent(self, name: str, nodes: Sequence[str], parent: int) -> None:
-        """Start an agent on this machine, for `nodes`, that ends with the process `parent`, its own."""
-        if self._listen is None:
-            return
-        with (self._logs / f"agent-{name}.log").open("ab") as log:
-            self._agents.append(
-                subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "hethub.telemetry.agent"),
-                        *("--folder", str(self._folder), "--nodes", ",".join(nodes), "--name", name),
-                        *("--listen", self._listen, "--parent", str(parent)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # the terminal's Ctrl-C is the driver's
-                )
-            )
+    def start_agent(self, name: str, nodes: Sequence[str]) -> None:
+        """Start an agent on this machine, for `nodes`."""
+        if self._listen is not None:
+            self._agents.append(start_agent(self._folder, nodes, name, self._listen))
 
     def tick(self) -> None:
-        """Tell Prometheus who serves now."""
+        """Tell Prometheus who serves now, and a person which agent does not."""
         if self._server is None or self._listen is None:
             return
+        complaints = agent_complaints(self._folder)
+        for name, words in complaints.items():
+            if self._complained.get(name) != words:
+                self._say(f"warning: agent {name}: {words}")
+        self._complained = complaints
         found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self._folder)}
         if found != self._told:
             write_targets(self._target_files, self._run, found)

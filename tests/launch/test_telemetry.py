@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,10 @@ def job(tmp_path: Path) -> Job:
     return load_job(tmp_path / "job.yaml")
 
 
+def unexpected(line: str) -> None:
+    raise AssertionError(line)
+
+
 def scrape(target: str) -> str:
     with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
         text: str = answer.read().decode()
@@ -39,8 +44,8 @@ def targets(file: Path) -> dict[str, str]:
 def test_it_serves_on_this_machine_only_and_leaves_nothing(job: Job) -> None:
     before = listing(job.output.parent)
     compiled = compile_plan(choose_plans(job)[0])
-    with Telemetry(job, job.output) as telemetry:
-        telemetry.start_agent("local", used_nodes(job.cluster.devices()), os.getpid())
+    with Telemetry(job, job.output, unexpected) as telemetry:
+        telemetry.start_agent("local", used_nodes(job.cluster.devices()))
         meter = telemetry.begin(compiled, 2.0, 1, job)
         assert meter is not None
 
@@ -62,8 +67,7 @@ def test_it_serves_on_this_machine_only_and_leaves_nothing(job: Job) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(mark["process"], 0)
     after = listing(job.output.parent)
-    assert set(after) - set(before) == {"run/logs/agent-local.log"}
-    assert after["run/logs/agent-local.log"] == b""
+    assert after == before
 
 
 def test_a_job_can_do_without(job: Job) -> None:
@@ -71,8 +75,8 @@ def test_a_job_can_do_without(job: Job) -> None:
     off = load_job(job.path)
     assert off.telemetry_listen is None
     before = listing(off.output)
-    with Telemetry(off, off.output) as telemetry:
-        telemetry.start_agent("local", ["a/0"], os.getpid())
+    with Telemetry(off, off.output, unexpected) as telemetry:
+        telemetry.start_agent("local", ["a/0"])
         assert telemetry.begin(compile_plan(choose_plans(off)[0]), 1.0, 1, off) is None
         telemetry.steps([(0, 1.0, 1.0)])
         telemetry.failed("worker", restarts=True)
@@ -80,10 +84,28 @@ def test_a_job_can_do_without(job: Job) -> None:
         assert listing(off.output) == before
 
 
+def test_an_agent_that_does_not_start_is_told_and_training_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "executable", "/bin/sh")  # which takes no -m
+    with Telemetry(job, job.output, said.append) as telemetry:
+        telemetry.start_agent("local", ["a/0"])
+
+        def told() -> bool:
+            telemetry.tick()
+            return bool(said)
+
+        until(told, 20, "the agent's words")
+        telemetry.tick()
+    assert len(said) == 1
+    assert said[0].startswith("warning: agent local: ")
+
+
 def test_an_address_of_another_machine_is_told_in_one_line(job: Job) -> None:
     with (
         pytest.raises(MachineError, match=r"job\.yaml: telemetry\.listen: cannot listen on 192\.0\.2\.1 \("),
-        Telemetry(replace(job, telemetry_listen="192.0.2.1"), job.output),
+        Telemetry(replace(job, telemetry_listen="192.0.2.1"), job.output, unexpected),
     ):
         pass
 
@@ -98,7 +120,7 @@ def test_nothing_secret_is_served(job: Job) -> None:
     """Nor paths, nor the lease's token, which makes a driver the run's."""
     (job.output / "lease.json").write_text(json.dumps({"token": "5ec3e7"}))
     compiled = compile_plan(choose_plans(job)[0])
-    with Telemetry(job, job.output) as telemetry:
+    with Telemetry(job, job.output, unexpected) as telemetry:
         telemetry.begin(compiled, 1.0, 1, job)
         text = scrape(targets(job.output / "telemetry" / "targets.json")["run/driver"])
     assert "5ec3e7" not in text

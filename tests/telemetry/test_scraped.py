@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, LOST_CAUSES, METRICS
-from tests.telemetry.prometheus import ScrapedRun, scraped
+from hethub.timeline.record import Timeline
+from hethub.timeline.summary import summarize
+from tests.telemetry.prometheus import ScrapedRun, scraped, until
 
 SENSED = {
     "hethub_device_power_watts",
@@ -98,3 +100,31 @@ def test_a_failure_is_counted_with_its_cause_and_its_cost(tmp_path: Path) -> Non
         stalled = server.query("hethub_device_seconds_total{kind='stalled'}")
         assert [sample.value > 0 for sample in stalled] == [True] * 5
         assert 0 < server.value("hethub_goodput_ratio") < 1
+
+
+def test_utilization_is_the_timelines(tmp_path: Path) -> None:
+    """Of a whole run, to a hundredth: what Prometheus has when all steps are done, and what the run folder says.
+
+    Evaluation after the last step gives it the time to see them all.
+    """
+    steps = 10
+    evaluation = {"every": steps, "rows": 100}
+    with scraped(tmp_path, steps=steps, evaluate=evaluation, checkpoint=None, last=steps) as run:
+        server = run.prometheus
+        until(
+            lambda: server.value("hethub_step_duration_seconds_count") == steps, 30, "all steps are counted"
+        )
+        counted = {
+            (f"{sample.labels['node']}/{sample.labels['device']}", sample.labels["activity"]): sample.value
+            for sample in server.query("sum by (node, device, activity) (hethub_device_seconds_total)")
+        }
+        scale = server.value("hethub_time_scale_ratio")
+        result = run.launch.end()
+    assert result.exit_code == 0, result.err
+    timeline = Timeline.load(run.run / "measured.npz")
+    for summary in summarize(timeline, 0, steps - 1):
+        for share in ("busy", "exposed_communication", "bubble", "unaccounted"):
+            expected = getattr(summary, f"{share}_ratio") * summary.seconds * scale
+            assert counted[summary.device, share] == pytest.approx(
+                expected, abs=0.01 * summary.seconds * scale
+            )
