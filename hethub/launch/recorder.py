@@ -61,18 +61,6 @@ class Recorder:
         rows["sent"] = np.where(rows["kind"] == Kind.SEND, rows["start"], sent)
         return np.concatenate((rows, _collectives(rows, timings)))
 
-    def recent(self, step: int) -> Records:
-        """The records of `step` and the one before it, both done; they stay here. May be asked while others come, and
-        may then hold some twice."""
-        chosen = []
-        for entry in reversed(self._done):
-            if entry[0] < step - 1:
-                break
-            if entry[0] <= step:
-                chosen.append(entry)
-        found = np.concatenate([*self._parts[-2:], self._records(chosen[::-1])])
-        return np.asarray(found[(found["step"] == step) | (found["step"] == step - 1)])
-
     def recent(self) -> Records:
         """The records of the last two steps that `fresh` was asked after; they stay here. May be asked while others
         come."""
