@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.small_job import Launch, Result, edit, marked, write_job
+from tests.launch.small_job import Result, edit, left_behind, marked, write_job
 
 _WAIT_SECONDS = 90.0
 STEPS = 400
@@ -59,7 +59,7 @@ class Operator:
 
     def left(self) -> list[str]:
         """Processes of this operator's launches."""
-        return Launch.left(self)  # type: ignore[arg-type]
+        return left_behind(self.temporary)
 
     def close(self) -> None:
         for process in marked(self.temporary):
