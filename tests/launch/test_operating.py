@@ -127,7 +127,7 @@ def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator)
     assert operator.do("launch", "job.yaml", "--detach").exit_code == 0
     operator.until("steps_done", 1)
     stopped = operator.do("stop", "run")
-    assert "it makes no checkpoints" in stopped.out
+    assert "there is no checkpoint to go on from" in stopped.out
     assert operator.left() == []
 
 
