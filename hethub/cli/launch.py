@@ -63,7 +63,7 @@ def launch(
     goes_on = resume is not None
     opened: list[Callable[[Path], None]] = []
     if detached:
-        opened.append(detach(loaded.output, resume=goes_on).opened)
+        opened.append(detach(loaded.output, resume=goes_on, as_json=as_json).opened)
     if context.obj:  # the process is the command's own
         place = start_driver(loaded.on_failure, loaded.output, _tell, resume=goes_on)
         goes_on = place.resume

@@ -25,6 +25,7 @@ from hethub.interruption import stop_if_asked
 from hethub.launch.node_host import NodeHost
 from hethub.launch.worker_process import Failure, pack, unpack
 from hethub.specs.cluster import Cluster
+from hethub.telemetry.describe import used_nodes
 
 __all__ = ["Crew", "WorkerFailedError", "resource_name"]
 
@@ -87,6 +88,7 @@ class Crew:
         self._head = ("", 0)  # address of Ray's head
         self._head_silent = 0  # looks in a row
         self._look_at = 0.0
+        self._serving: tuple[str, str] | None = None  # telemetry folder and address of agents
         self.explain: Callable[[int], str] = lambda device: "before its first action"
 
     def __enter__(self) -> Crew:
@@ -196,6 +198,21 @@ class Crew:
                 resources=needs,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
             ).remote()
+            self._serve(node)
+
+    def serve(self, folder: Path, listen: str) -> None:
+        """Let every host, those that come later too, start an agent that serves its workers' counters."""
+        self._serving = (str(folder), listen)
+        for node in self._hosts:
+            self._serve(node)
+
+    def _serve(self, node: _Node) -> None:
+        if self._serving is None:
+            return
+        folder, listen = self._serving
+        nodes = used_nodes([self.cluster.devices()[device] for device in self._nodes()[node]])
+        name = "-".join(map(str, node)) or "local"
+        self._hosts[node].serve.remote(folder, nodes, name, listen)
 
     def _node(self, device: int) -> _Node:
         """Which host holds a device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ class Moments:
     """
 
     def __init__(self, file: Path, messages: int, devices: int) -> None:
-        numbers = np.memmap(file, dtype=np.float64, mode="r+", shape=(2 * messages + 2 * devices,))
+        shape = (2 * messages + 2 * devices,)
+        # A view as a plain array, whose single numbers are read and written several times as fast.
+        numbers = np.memmap(file, dtype=np.float64, mode="r+", shape=shape).view(np.ndarray)
         self._sent = numbers[:messages]
         self.predicted_seconds = numbers[messages : 2 * messages]
         self._ended = numbers[2 * messages :].reshape(2, devices)
@@ -29,7 +32,9 @@ class Moments:
     def create(file: Path, predicted_seconds: npt.NDArray[np.float64], devices: int) -> None:
         """Make the file for messages that are predicted to take so long; nothing has been sent, no step has ended."""
         nothing = np.full(len(predicted_seconds), math.nan)
-        np.concatenate((nothing, predicted_seconds, np.zeros(2 * devices))).tofile(file)
+        temporary = file.with_name(file.name + ".tmp")
+        np.concatenate((nothing, predicted_seconds, np.zeros(2 * devices))).tofile(temporary)
+        os.replace(temporary, file)  # a worker of the attempt before may still map the old one
 
     def send(self, message: int, now: float) -> None:
         """Called before a message leaves."""

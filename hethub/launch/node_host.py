@@ -10,11 +10,13 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hethub.launch.fork_server import ForkServer
 from hethub.launch.worker_process import HEADER, frame
+from hethub.telemetry.folder import start_agent
 
 __all__ = ["NodeHost"]
 
@@ -25,6 +27,7 @@ class NodeHost:
     def __init__(self) -> None:
         self._forks = ForkServer()
         self._workers: dict[str, _Line] = {}
+        self._agent: subprocess.Popen[bytes] | None = None
 
     async def begin(self, name: str, device: int, log_file: str, variable: str, position: int) -> int:
         """Start the worker of a device; returns its process id.
@@ -43,6 +46,10 @@ class NodeHost:
         line = self._workers.get(name)
         return None if line is None else await line.call(method, arguments)
 
+    async def serve(self, folder: str, nodes: list[str], name: str, listen: str) -> None:
+        """Start the agent that serves the counters of these nodes' workers; it ends with this process."""
+        self._agent = start_agent(Path(folder), nodes, name, listen)
+
     async def dead(self) -> list[str]:
         """Those whose processes have ended."""
         return [name for name, line in self._workers.items() if line.ended]
@@ -57,6 +64,8 @@ class NodeHost:
         """Kill all workers and what they are forked from."""
         for name in list(self._workers):
             await self.end(name)
+        if self._agent is not None:
+            self._agent.terminate()
         await asyncio.to_thread(self._forks.close)
 
 

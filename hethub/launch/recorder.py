@@ -35,9 +35,19 @@ class Recorder:
             self._known = self._actions(device)
         self._done.append((step, number, timing, sent))
 
+    @property
+    def last_end(self) -> float:
+        """When the last action ended, once its timing is known."""
+        return self._done[-1][2].end
+
     def fresh(self) -> Records:
-        """The records since this was asked last; they stay for `take`."""
-        done, self._done = self._done, []
+        """The records since this was asked last, between two steps; they stay for `take`."""
+        part = self._records(self._done)
+        self._parts.append(part)
+        self._done = []
+        return part
+
+    def _records(self, done: Sequence[tuple[int, int, Timing, float]]) -> Records:
         if not done or self._known is None:
             return np.empty(0, dtype=RECORD)
         steps, numbers, timings, sent = zip(*done, strict=True)
@@ -49,15 +59,21 @@ class Recorder:
         rows["real"] = [timing.real_seconds for timing in timings]
         rows["overrun"] = [timing.overrun_seconds for timing in timings]
         rows["sent"] = np.where(rows["kind"] == Kind.SEND, rows["start"], sent)
-        part = np.concatenate((rows, _collectives(rows, timings)))
-        self._parts.append(part)
-        return part
+        return np.concatenate((rows, _collectives(rows, timings)))
 
-    def recent(self) -> Records:
-        """The records of the last two steps that `fresh` was asked after; they stay here. May be asked while others
-        come."""
-        parts = self._parts[-2:]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=RECORD)
+    def recent(self, step: int) -> Records:
+        """The records of `step` and the one before it, both done; they stay here. May be asked while others come."""
+        wanted = (step - 1, step)
+        done = [
+            entry for entry in list(self._done) if entry[0] in wanted
+        ]  # first: they may move on meanwhile
+        here = {entry[0] for entry in done}
+        chosen = [self._records(done)]
+        for part in reversed(list(self._parts)):
+            if len(part) and part["step"].max() < step - 1:
+                break
+            chosen.append(part[np.isin(part["step"], [s for s in wanted if s not in here])])
+        return np.concatenate(chosen[::-1])
 
     def take(self) -> Records:
         """The records so far, which are then forgotten here."""

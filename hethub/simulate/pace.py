@@ -10,6 +10,7 @@ alike networks are joined, for both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,7 +96,7 @@ class Expected:
         """The share of its bandwidth at which a link's messages arrive as they were measured in these steps."""
         low, high = _LEAST_SHARE, 1.0
         for _ in range(_HALVINGS):
-            share = (low * high) ** 0.5
+            share = math.sqrt(low * high)
             graph = CostGraph(with_links(self._graph.cluster, {link: share}))
             found = [self._links(_near(records, step), step, graph).get(link) for step in steps]
             ratios = [ratio for ratio in found if ratio is not None]
@@ -103,7 +104,7 @@ class Expected:
                 high = share
             else:
                 low = share
-        return (low * high) ** 0.5
+        return math.sqrt(low * high)
 
     def _links(
         self, records: Records, step: int, graph: CostGraph, late_seconds: float = 0.0

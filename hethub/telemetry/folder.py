@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ __all__ = [
     "TELEMETRY",
     "address",
     "agent_addresses",
+    "agent_complaints",
     "agent_file",
     "node_file",
+    "start_agent",
     "write_json",
     "write_targets",
 ]
@@ -41,9 +45,26 @@ def agent_file(folder: Path, name: str) -> Path:
     return folder / AGENTS / f"{name.replace('/', '-')}.json"
 
 
+def start_agent(folder: Path, nodes: Sequence[str], name: str, listen: str) -> subprocess.Popen[bytes]:
+    """Start an agent on this machine that serves `nodes` and ends with this process, its parent."""
+    log = agent_file(folder, name).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hethub.telemetry.agent"),
+                *("--folder", str(folder), "--nodes", ",".join(nodes), "--name", name),
+                *("--listen", listen, "--parent", str(os.getpid())),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,  # the terminal's Ctrl-C is the driver's
+        )
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write a file whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -65,10 +86,22 @@ def agent_addresses(folder: Path) -> dict[str, str]:
     return found
 
 
+def agent_complaints(folder: Path) -> dict[str, str]:
+    """What agents of a telemetry folder had to say, by name: the last line of each that said something."""
+    found: dict[str, str] = {}
+    for file in sorted((folder / AGENTS).glob("*.log")):
+        with contextlib.suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            if lines[-1]:
+                found[file.stem] = lines[-1]
+    return found
+
+
 def write_targets(files: Sequence[Path], run: str, addresses: Mapping[str, str]) -> None:
     """Write Prometheus' list of targets: an entry each, whose `instance` is RUN/NAME rather than a passing port."""
     entries = [
         {"targets": [where], "labels": {"instance": f"{run}/{name}"}} for name, where in addresses.items()
     ]
     for file in files:
+        file.parent.mkdir(exist_ok=True)
         write_json(file, entries)

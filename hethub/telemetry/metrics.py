@@ -29,7 +29,6 @@ __all__ = [
     "STEP_BUCKETS_SECONDS",
     "Metric",
     "Scope",
-    "metric",
 ]
 
 SERIES_PER_DEVICE = 32
@@ -139,7 +138,7 @@ _DEVICES = (
     ),
     Metric(
         name="hethub_device_compute_seconds_total", kind="counter", scope=_DEVICE, unit="seconds",
-        help="The device's own compute (busy and recompute), real work past an emulated deadline included.",
+        help="The device's own compute: busy and recompute.",
     ),
     Metric(
         name="hethub_device_predicted_compute_seconds_total", kind="counter", scope=_DEVICE, unit="seconds",
@@ -388,8 +387,3 @@ _PROCESSES = (
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {entry.name: entry for entry in (*_DEVICES, *_LINKS, *_NODES, *_STAGES, *_RUNS, *_PROCESSES)}
 )
-
-
-def metric(name: str) -> Metric:
-    """The table's entry. Raises KeyError for a name that does not stand in it."""
-    return METRICS[name]

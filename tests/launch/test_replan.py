@@ -33,7 +33,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """The best plan for five emulated devices of three types, as long as all are as their figures say."""
     folder = tmp_path_factory.mktemp("cluster")
     write_job(folder)
-    (folder / "cluster.yaml").write_text(CLUSTER.replace("global_batch: 8", "global_batch: 24"))
+    (folder / "cluster.yaml").write_text(
+        CLUSTER.replace("global_batch: 8", "global_batch: 48").replace("mb_s: 20,", "mb_s: 5,")
+    )
     cluster, workload = load_cluster(folder / "cluster.yaml")
     assert workload is not None
     return FirstPlanner().plan(Problem.of(cluster, workload)).plan
