@@ -24,10 +24,11 @@ class Durations:
     def __call__(self, seconds: float) -> str:
         """A PromQL duration of so many seconds."""
         milliseconds = round(seconds * self.factor * 1000)
-        for size, unit in ((3_600_000, "h"), (60_000, "m"), (1000, "s")):
-            if milliseconds and milliseconds % size == 0:
-                return f"{milliseconds // size}{unit}"
-        return f"{milliseconds}ms"
+        if not milliseconds:
+            return "0s"
+        sizes = ((3_600_000, "h"), (60_000, "m"), (1000, "s"), (1, "ms"))
+        size, unit = next((size, unit) for size, unit in sizes if milliseconds % size == 0)
+        return f"{milliseconds // size}{unit}"
 
     def seconds(self, seconds: float) -> str:
         """The same as a number of seconds."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import promql_parser as parser
+import pytest
 import yaml
 
 from hethub.telemetry.metrics import METRICS
@@ -24,6 +27,10 @@ _HISTOGRAM = {"_sum": frozenset(), "_count": frozenset(), "_bucket": frozenset({
 _VARIABLE_QUERIES = (
     re.compile(r"label_values\((?P<expression>.+), (?P<label>\w+)\)"),
     re.compile(r"query_result\((?P<expression>.+)\)"),
+)
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is missing: install Debian's package prometheus"
 )
 
 Labels = frozenset[str] | None
@@ -55,7 +62,9 @@ def panel_expressions() -> list[Expression]:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", []):
                 legend = frozenset(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
-                found.append(Expression(f"{path.stem} {panel['id']} {panel['title']}", target["expr"], legend))
+                found.append(
+                    Expression(f"{path.stem} {panel['id']} {panel['title']}", target["expr"], legend)
+                )
     return found
 
 
@@ -85,6 +94,18 @@ def rule_expressions() -> dict[str, Expression]:
     return found
 
 
+def promtool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run promtool in a folder."""
+    return subprocess.run(
+        ["promtool", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 # --- which labels an expression gives ---------------------------------------------------------------------
 
 
@@ -106,18 +127,9 @@ def recorded_labels() -> dict[str, Labels]:
 
 
 def _labels(node: parser.Expr, recorded: Mapping[str, Labels]) -> Labels:
-    if isinstance(node, parser.VectorSelector):
-        return _selected(node, recorded)
-    if isinstance(node, parser.MatrixSelector):
-        return _selected(node.vector_selector, recorded)
-    if isinstance(node, parser.ParenExpr | parser.SubqueryExpr | parser.UnaryExpr):
-        return _labels(node.expr, recorded)
-    if isinstance(node, parser.Call):
-        return _called(node, recorded)
-    if isinstance(node, parser.AggregateExpr):
-        return _aggregated(node, recorded)
-    if isinstance(node, parser.BinaryExpr):
-        return _joined(node, recorded)
+    for kind, labels_of_kind in _KINDS.items():
+        if isinstance(node, kind):
+            return labels_of_kind(node, recorded)
     return frozenset()  # a number or a text
 
 
@@ -196,3 +208,15 @@ def _joined(node: parser.BinaryExpr, recorded: Mapping[str, Labels]) -> Labels:
     if operator == "or" and left is not None and right is not None:
         return left | right
     return left
+
+
+_KINDS = {
+    parser.VectorSelector: _selected,
+    parser.MatrixSelector: lambda node, recorded: _selected(node.vector_selector, recorded),
+    (parser.ParenExpr, parser.SubqueryExpr, parser.UnaryExpr): lambda node, recorded: _labels(
+        node.expr, recorded
+    ),
+    parser.Call: _called,
+    parser.AggregateExpr: _aggregated,
+    parser.BinaryExpr: _joined,
+}
