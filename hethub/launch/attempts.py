@@ -56,6 +56,7 @@ class Attempts:
     faults: tuple[Fault, ...] = ()
     _reached: int = 0
     _failed_at: float | None = None
+    _cause: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def train(self, ready: Callable[[Session], float], title: str) -> RunOutcome:
@@ -89,6 +90,7 @@ class Attempts:
         self.session.start.setdefault(name, seconds)
 
     def _note(self, event: str, step: int) -> None:
+        self.session.telemetry.state(event)
         counts = {
             "restarts": sum(e.event == "failed" for e in read_journal(self.folder)[0]),
             "checkpoints": self.counts.made,
@@ -164,6 +166,7 @@ class Attempts:
         seconds = {**self._seconds, **attempt.seconds, "total_seconds": total}
         self.journal.add(Event(event="recovered", attempt=self.number, step=attempt.done, seconds=seconds))
         self.say(f"recovered after {total:.1f} s")
+        self.session.telemetry.recovered(self._cause, total)
 
     # -- after a failure -------------------------------------------------------------------------------------------
 
@@ -174,6 +177,8 @@ class Attempts:
         self._reached = max(self._reached, attempt.done)
         decision = decide(cause, self.job.on_failure, self.restarts_at, now)
         lost = tuple(sorted({failure.device, *dead})) if decision.without_the_lost else ()
+        self._cause = cause.value
+        self.session.telemetry.failed(cause.value, restarts=decision.restart)
         self.journal.add(
             Event(
                 event="failed",

@@ -195,9 +195,10 @@ class EmulatedDevice(_OnHost):
         deadline = start + price.price.seconds
         overrun = max(0.0, self.clock.now() - deadline) * self.clock.time_scale
         self.clock.wait_until(deadline)
-        return Timing(
-            ready, self.clock.now(), price.busy_seconds, real, overrun, self._modelled(price, start)
-        )
+        # Nobody else keeps a device that works alone, so what it takes longer is its own; in a group it may be another's.
+        late = overrun / self.clock.time_scale if group.size == 1 else 0.0
+        busy = price.busy_seconds + late
+        return Timing(ready, self.clock.now(), busy, real, overrun, self._modelled(price, start))
 
     def _modelled(self, price: Price, start: float) -> tuple[tuple[float, float], ...]:
         found = []

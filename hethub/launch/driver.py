@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -31,9 +32,11 @@ from hethub.launch.journal import Journal, read_journal
 from hethub.launch.outcome import RunOutcome, draw, summary_of, write_metrics
 from hethub.launch.run_folder import RunFolder, write_json
 from hethub.launch.session import Session
+from hethub.launch.telemetry import Telemetry
 from hethub.specs.job import Job
 from hethub.specs.llama_config import config_of
 from hethub.specs.plan import save_plan
+from hethub.telemetry.describe import used_nodes
 
 __all__ = ["Finished", "launch"]
 
@@ -226,10 +229,13 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
     planned = time.monotonic()
     with (
         _importing_ahead(),
+        Telemetry(job, folder) as telemetry,
         Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew,
         patient(),
     ):
-        session = Session(job, crew, folder, run.tokens, run.folder.lease, say)
+        if job.ray_address is None:
+            telemetry.start_agent("local", used_nodes(job.cluster.devices()), os.getpid())
+        session = Session(job, crew, folder, run.tokens, run.folder.lease, telemetry, say)
         session.start |= {"plan_seconds": planned - run.begin, "ray_seconds": time.monotonic() - planned}
 
         def ready(session: Session) -> float:

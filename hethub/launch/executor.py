@@ -24,6 +24,7 @@ from hethub.launch.faults import Hook, Phase
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import SoloGroup
+from hethub.launch.meter import Meter
 from hethub.launch.model import StageModel
 from hethub.launch.parameters import ParameterLane
 from hethub.launch.recorder import Recorder
@@ -170,6 +171,8 @@ class Executor:
         self.total_steps = total_steps
         self.mark = mark
         self.hook: Hook | None = None  # interruptions on purpose; None costs nothing
+        self.meter: Meter | None = None  # who counts while the run goes on; None costs nothing
+        self._sent = math.nan  # when the message of the action was sent, where that is known
         self.places = local_places(program, device)
         self.actions = program.devices[device]
         self._solo = SoloGroup()
@@ -231,7 +234,7 @@ class Executor:
                 self.communicator.begin(Lane.PARAMETERS)
             if self._owes or not self.program.carried(action):
                 timing = self._do(number, action)
-                self.recorder.add(step, self.device, number, action, timing)
+                self.recorder.add(step, self.device, number, action, timing, self._sent)
         self._owes = self.program.training
         self.compute.settle()
         totals = self.lane.totals()
@@ -251,6 +254,7 @@ class Executor:
     def _do(self, number: int, action: Action) -> Timing:
         self.mark(self._step, number)
         self._number = number
+        self._sent = math.nan
         try:
             if self.hook is not None:
                 self.hook(self._step, number, Phase.BEFORE)
@@ -452,7 +456,10 @@ class Executor:
                 parts: Sequence[Tensor] = [self._leaving(transfer, action)]
             else:
                 parts = self.lane.outgoing(transfer)
-            self.communicator.send(action.message, parts, self.compute.clock.now())
+            now = self.compute.clock.now()
+            if self.meter is not None:
+                self.meter.send(action.message, now)
+            self.communicator.send(action.message, parts, now)
             self._during()
 
         return self.compute.elapsed(leave)
@@ -472,6 +479,8 @@ class Executor:
         def arrive() -> None:
             self._during()
             delivery = self.communicator.receive(action.message)
+            if self.meter is not None:
+                self._sent = self.meter.received(action.message)
             if delivery.arrival is not None:
                 self.compute.clock.wait_until(delivery.arrival)
             if transfer.lane == Lane.ACTIVATIONS:

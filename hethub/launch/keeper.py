@@ -54,7 +54,8 @@ class Keeper:
         self._store, self._policy, self._compiled = store, policy, compiled
         self._training, self._settings = training, settings
         self._run, self._attempt = run, attempt
-        self._counts, self._may_commit, self._say = counts, may_commit, say
+        self.counts, self._may_commit, self._say = counts, may_commit, say
+        self.made_step = 0  # of the last checkpoint made
         self._reports: dict[int, dict[int, Saved]] = defaultdict(dict)
         self._decided = start
         self.last_seconds: float | None = None  # that the last checkpoint took
@@ -93,15 +94,16 @@ class Keeper:
                 except OSError as error:
                     problems.append(f"{error.filename or self._store.folder}: {error.strerror}")
         if problems or manifest is None:
-            self._counts.failed += 1
+            self.counts.failed += 1
             self._store.drop_partial(step, self._attempt)
             self._say(f"warning: no checkpoint after step {step}, training goes on: {problems[0]}")
             return
-        self._counts.made += 1
-        self._counts.stall_seconds.append(max(report.stall_seconds for report in reports.values()))
+        self.made_step = step
+        self.counts.made += 1
+        self.counts.stall_seconds.append(max(report.stall_seconds for report in reports.values()))
         self.last_seconds = max(report.seconds for report in reports.values())
-        self._counts.seconds.append(self.last_seconds)
-        self._counts.saved_over_state.append(manifest.saved_bytes / manifest.state_bytes)
+        self.counts.seconds.append(self.last_seconds)
+        self.counts.saved_over_state.append(manifest.saved_bytes / manifest.state_bytes)
         try:
             self._store.prune(self._policy.keep)
         except OSError as error:

@@ -1,9 +1,9 @@
-"""Collects one device's timeline records: what ran and its timing while running, an array when asked."""
+"""Collects one device's timeline records: what ran and its timing while running, arrays when asked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,40 +14,78 @@ from hethub.timeline.record import RECORD, Kind
 
 __all__ = ["Recorder"]
 
+Records = npt.NDArray[np.void]
+
 
 class Recorder:
     """Records of one device under one program."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._done: list[tuple[int, int, int, Action, Timing]] = []
+        self._known: Records | None = None  # what is known of each of the device's actions beforehand
+        self._done: list[tuple[int, int, Timing, float]] = []
+        self._parts: list[Records] = []
 
-    def add(self, step: int, device: int, number: int, action: Action, timing: Timing) -> None:
-        """Record an action. Its timing may become known later, before the records are taken."""
-        self._done.append((step, device, number, action, timing))
+    def add(
+        self, step: int, device: int, number: int, action: Action, timing: Timing, sent: float = math.nan
+    ) -> None:
+        """Record an action. Its timing may become known later, before the records are taken. `sent` is when the message
+        that it received was sent, where that is known."""
+        if self._known is None:
+            self._known = self._actions(device)
+        self._done.append((step, number, timing, sent))
 
-    def take(self) -> npt.NDArray[np.void]:
-        """The records so far, which are then forgotten here."""
+    def fresh(self) -> Records:
+        """The records since this was asked last; they stay for `take`."""
         done, self._done = self._done, []
-        return np.array([row for entry in done for row in self._rows(*entry)], dtype=RECORD)
+        if not done or self._known is None:
+            return np.empty(0, dtype=RECORD)
+        steps, numbers, timings, sent = zip(*done, strict=True)
+        rows = self._known[list(numbers)]
+        rows["step"] = steps
+        rows["start"] = [timing.start for timing in timings]
+        rows["end"] = [timing.end for timing in timings]
+        rows["busy"] = [timing.busy_seconds for timing in timings]
+        rows["real"] = [timing.real_seconds for timing in timings]
+        rows["overrun"] = [timing.overrun_seconds for timing in timings]
+        rows["sent"] = np.where(rows["kind"] == Kind.SEND, rows["start"], sent)
+        part = np.concatenate((rows, _collectives(rows, timings)))
+        self._parts.append(part)
+        return part
 
-    def _rows(
-        self, step: int, device: int, number: int, action: Action, timing: Timing
-    ) -> Iterator[tuple[object, ...]]:
-        lane = peer = -1
-        size = 0
-        if action.message >= 0:
-            transfer = self._program.transfer(action.message)
-            lane, size = int(transfer.lane), transfer.bytes
-            peer = transfer.destination if action.kind == Kind.SEND else transfer.source
-        where = (action.stage, action.micro_batch, peer, action.message)
-        sent = timing.start if action.kind == Kind.SEND else math.nan
-        yield (
-            step, device, number, int(action.kind), lane, *where, timing.start, timing.end, timing.busy_seconds,
-            sent, timing.real_seconds, timing.overrun_seconds, size,
-        )  # fmt: skip
-        for start, end in timing.collectives:
-            yield (
-                step, device, number, int(Kind.COLLECTIVE), -1, *where, start, end, 0.0,
-                math.nan, 0.0, 0.0, 0,
-            )  # fmt: skip
+    def take(self) -> Records:
+        """The records so far, which are then forgotten here."""
+        self.fresh()
+        parts, self._parts = self._parts, []
+        return np.concatenate(parts) if parts else np.empty(0, dtype=RECORD)
+
+    def _actions(self, device: int) -> Records:
+        """A record without times of every action of the device's list."""
+        actions = self._program.devices[device]
+        rows = np.zeros(len(actions), dtype=RECORD)
+        rows["device"] = device
+        rows["action"] = np.arange(len(actions))
+        for column in ("lane", "peer"):
+            rows[column] = -1
+        for row, action in zip(rows, actions, strict=True):
+            row["kind"], row["stage"] = int(action.kind), action.stage
+            row["micro_batch"], row["message"] = action.micro_batch, action.message
+            if action.message >= 0:
+                transfer = self._program.transfer(action.message)
+                row["lane"], row["bytes"] = int(transfer.lane), transfer.bytes
+                row["peer"] = transfer.destination if action.kind == Kind.SEND else transfer.source
+        return rows
+
+
+def _collectives(rows: Records, timings: Sequence[Timing]) -> Records:
+    """The sub-events of compute actions."""
+    events = [(index, *event) for index, timing in enumerate(timings) for event in timing.collectives]
+    if not events:
+        return np.empty(0, dtype=RECORD)
+    indices, starts, ends = zip(*events, strict=True)
+    found = rows[list(indices)]
+    found["kind"], found["lane"] = int(Kind.COLLECTIVE), -1
+    found["start"], found["end"] = starts, ends
+    found["busy"] = found["real"] = found["overrun"] = 0.0
+    found["sent"], found["bytes"] = math.nan, 0
+    return found

@@ -28,12 +28,14 @@ from hethub.launch.links import LinkTable
 from hethub.launch.outcome import RunOutcome, median_step_seconds
 from hethub.launch.progress import Progress
 from hethub.launch.stall import StallWatch, where
+from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
 
 if TYPE_CHECKING:  # torch is loaded when workers are
+    from hethub.launch.meter import MeterSettings
     from hethub.launch.worker import Task
 
 __all__ = ["Attempt", "Session"]
@@ -75,13 +77,21 @@ class Session:
     """A job on its crew."""
 
     def __init__(
-        self, job: Job, crew: Crew, folder: Path, tokens: TokenFile, lease: Lease, say: Callable[[str], None]
+        self,
+        job: Job,
+        crew: Crew,
+        folder: Path,
+        tokens: TokenFile,
+        lease: Lease,
+        telemetry: Telemetry,
+        say: Callable[[str], None],
     ) -> None:
         self.job = job
         self.crew = crew
         self.folder = folder
         self.tokens = tokens
         self.lease = lease
+        self.telemetry = telemetry
         self.say = say
         self.emulated = job.cluster.emulated_time_scale is not None
         self.start: dict[str, float] = {}  # seconds by part of the start
@@ -206,7 +216,13 @@ class Session:
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
-    def load(self, compiled: Compiled, total_steps: int, attempt: Attempt | None = None) -> int:
+    def load(
+        self,
+        compiled: Compiled,
+        total_steps: int,
+        attempt: Attempt | None = None,
+        meter: MeterSettings | None = None,
+    ) -> int:
         """Give every worker its part of a plan; returns the step that comes first.
 
         Without an `attempt` from the initial weights on. With one this is the training that the job asks for: it is
@@ -214,7 +230,7 @@ class Session:
         """
         if self.emulated:
             LinkTable.create(self.links_file, CostGraph(self.job.cluster).cell_count)
-        task = self._task(compiled, total_steps, attempt)
+        task = self._task(compiled, total_steps, attempt, meter)
         self.crew.explain = lambda device: "load"
         first = 0
         if attempt is not None and attempt.goes_on:
@@ -222,7 +238,9 @@ class Session:
         self.crew.call("load", (task,), watch=self._load_watch())
         return first
 
-    def _task(self, compiled: Compiled, total_steps: int, attempt: Attempt | None) -> Task:
+    def _task(
+        self, compiled: Compiled, total_steps: int, attempt: Attempt | None, meter: MeterSettings | None
+    ) -> Task:
         from hethub.launch.saving import CheckpointSettings
         from hethub.launch.worker import Task
 
@@ -250,6 +268,7 @@ class Session:
             checkpoint=checkpoint,
             initial_weights=job.initial_weights,
             skips=attempt is not None and job.on_failure.not_a_number == "skip",
+            meter=meter,
         )
 
     def _fetched(self, task: Task, attempt: Attempt) -> tuple[Task, int]:
@@ -317,7 +336,10 @@ class Session:
         """
         job = self.job
         begin = time.monotonic()
-        first_step = self.load(compiled, job.steps, attempt)
+        meter = None
+        if attempt is not None:
+            meter = self.telemetry.begin(compiled, scale, attempt.history.attempt, job)
+        first_step = self.load(compiled, job.steps, attempt, meter)
         self.start.setdefault("load_seconds", time.monotonic() - begin)
         keeper = None
         if attempt is not None:
@@ -335,10 +357,13 @@ class Session:
             if segments.stopped:
                 break
             if job.evaluate_rows and attempt is not None:
+                self.telemetry.evaluating()
                 held_out.append((last, self._evaluate(compiled, scale)))
                 attempt.evaluated(*held_out[-1])
+                self.telemetry.evaluated(held_out[-1][1])
         if keeper is not None:
             keeper.take(self.crew.call("all_saved"))
+            self.telemetry.saved(keeper.counts, keeper.made_step)
         timeline = self._timeline(compiled, scale)
         return RunOutcome(
             tuple(loss for _, loss, _ in segments.reports),
@@ -429,9 +454,12 @@ class _Segments:
             attempt.done = fresh[-1][0] + 1
             if attempt.done > attempt.reached:
                 attempt.passed(seconds)
+            session.telemetry.steps(fresh)
+        session.telemetry.tick()
         if self._keeper is not None and attempt is not None and self._keeper.expects(attempt.done):
             used = self._compiled.program.layout.used
             self._keeper.take(session.crew.ask("saved", used, _PING_SECONDS))
+            session.telemetry.saved(self._keeper.counts, self._keeper.made_step)
 
     def _end_in_good_time(self) -> None:
         """After SIGTERM: a checkpoint at the next step where the notice suffices, else the end at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import threading
 import time
@@ -43,6 +44,7 @@ from hethub.launch.heap import Allocate, Heap, in_private
 from hethub.launch.history import HistorySettings, HistoryWriter, digest
 from hethub.launch.lease import LeaseWatch
 from hethub.launch.links import LinkTable
+from hethub.launch.meter import Meter, MeterSettings
 from hethub.launch.model import StageModel, TensorGroup, WeightSource
 from hethub.launch.pretrained import Pretrained
 from hethub.launch.recorder import Recorder
@@ -97,7 +99,8 @@ class Task:
     purpose in training. With `read_in_place` workers of one host read each other's parameters where they lie, if they
     can. `peak_bytes` is the predicted peak memory by device. `checkpoint` says when to save and where, `restore` is the
     checkpoint to go on from and `initial_weights` the Hugging Face folder to begin with; without either, weights come
-    from the seed. With `skips` a step whose gradient is not finite makes no update; without, it raises.
+    from the seed. With `skips` a step whose gradient is not finite makes no update; without, it raises. `meter` says
+    where workers count while they train, None where nobody counts.
     """
 
     graph: CostGraph
@@ -119,6 +122,7 @@ class Task:
     restore: Path | None = None
     initial_weights: Path | None = None
     skips: bool = False
+    meter: MeterSettings | None = None
 
     @property
     def cluster(self) -> Cluster:
@@ -177,6 +181,7 @@ class Worker:
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
         self.saver: Saver | None = None
+        self.meter: Meter | None = None
         self._restored: Restored | None = None
         self._stopping = False
         if setup.lease is not None:
@@ -207,6 +212,9 @@ class Worker:
         if self.saver is not None:
             self.saver.close()
         self.saver = None
+        if self.meter is not None:
+            self.meter.close()
+        self.meter = None
         if not task.program.devices[self.setup.device]:
             return
         self.batches = make_batches(task)
@@ -224,6 +232,7 @@ class Worker:
             self._restored.fill(self.training.lane.updater)
             self._restored = None
         self.history, self.training.hook, self.saver = self._history(), self._hook(), self._saver()
+        self.meter = self.training.meter = self._meter()
         if task.evaluation is not None:
             self.evaluating = self._executor(
                 task.evaluation, stages, sink, shards, Recorder(task.evaluation), reserve, mark
@@ -244,6 +253,16 @@ class Worker:
             return None
         name = self.task.cluster.devices()[self.setup.device].name
         return Saver(settings, name, training.lane.updater)
+
+    def _meter(self) -> Meter | None:
+        task = self.task
+        if task.meter is None:
+            return None
+        try:
+            return Meter(task.meter, task.program, task.graph, task.workload, self.setup.device)
+        except (OSError, ValueError) as error:  # training does without
+            print(f"no metrics of this device: {error}", flush=True)  # noqa: T201
+            return None
 
     def _hook(self) -> Interruptions | None:
         """What the job does to this device on purpose; None where it leaves it alone."""
@@ -426,6 +445,8 @@ class Worker:
         """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
         if self.training is not None:
             self.compute.clock = Clock(epoch_seconds, time_scale)
+        if self.meter is not None:
+            self.meter.start(self.compute.clock)
 
     def now(self) -> float:
         """Modelled seconds since the clock's epoch."""
@@ -445,13 +466,18 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                if self.meter is not None:
+                    self.meter.step(step, self.recorder.fresh(), self._memory_bytes())
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
                 stops = self._told_to_stop(step)
                 more = step + 1 < self.task.total_steps
                 if self.saver is not None and more and (stops or self.saver.due(step + 1)):
+                    begin = time.monotonic()
                     self.saver.save(step + 1)
+                    if self.meter is not None:
+                        self.meter.stood_for_checkpoint(time.monotonic() - begin)
                 if stops:
                     break
             self.training.settle()
@@ -516,6 +542,15 @@ class Worker:
         if self.training is None or self.compute.tally is None:
             return None
         return self.compute.tally.peak_bytes
+
+    def _memory_bytes(self) -> tuple[float, float]:
+        """In use, and at most so far: the tally's, or the accelerator's allocator's; NaN where nobody counts."""
+        if self.compute.tally is not None:
+            return self.compute.tally.live_bytes, self.compute.tally.peak_bytes
+        library = getattr(torch, self.compute.torch_device.type, None)
+        if not hasattr(library, "memory_allocated"):
+            return math.nan, math.nan
+        return library.memory_allocated(), library.max_memory_allocated()
 
     def memory_words(self, error: BaseException) -> str | None:
         """Why an action failed, if it was for want of a real device's memory: what was asked, what was predicted, what

@@ -9,13 +9,14 @@ from hethub.program.actions import Program
 from hethub.specs.cluster import DeviceType
 from hethub.timeline.summary import DeviceSummary
 
-__all__ = ["Job", "egress_usd", "job_of", "joules_of"]
+__all__ = ["Job", "egress_usd", "job_of", "joules", "joules_of"]
 
 _JOULES_PER_KWH = 3.6e6
 
 
-def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
-    """Joules of one device over a step, None where its power is not known.
+def joules(device_type: DeviceType, seconds: float, computing: float, exposed: float) -> float | None:
+    """Joules of one device over `seconds`, of which it computes and waits for communication so many; None where its
+    power is not known.
 
     Full power while it computes, its power of communicating while compute waits for that, its idle power else; a power
     that is not given is taken as full power, which is never too little.
@@ -24,11 +25,15 @@ def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
     if full is None:
         return None
     idle = full if device_type.idle_power_watts is None else device_type.idle_power_watts
-    sending = device_type.communication_power_watts
-    busy = summary.busy_ratio + summary.recompute_ratio
-    exposed = summary.exposed_communication_ratio
-    watts = full * busy + (full if sending is None else sending) * exposed + idle * (1.0 - busy - exposed)
-    return watts * summary.seconds
+    sending = full if device_type.communication_power_watts is None else device_type.communication_power_watts
+    return full * computing + sending * exposed + idle * (seconds - computing - exposed)
+
+
+def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
+    """Joules of one device over a step, None where its power is not known."""
+    computing = (summary.busy_ratio + summary.recompute_ratio) * summary.seconds
+    exposed = summary.exposed_communication_ratio * summary.seconds
+    return joules(device_type, summary.seconds, computing, exposed)
 
 
 def egress_usd(program: Program, graph: CostGraph) -> float:

@@ -121,6 +121,18 @@ class FailureSpec(Spec):
     )
 
 
+class TelemetrySpec(Spec):
+    """Metrics for Prometheus."""
+
+    enabled: bool = Field(True, description="Whether metrics are counted and served.")
+    listen: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to serve them on: this machine only, unless told otherwise. They are not encrypted and "
+        "ask for no password.",
+    )
+
+
 class FaultSpec(Spec):
     """An interruption on purpose, to see what becomes of the run."""
 
@@ -156,6 +168,9 @@ class JobSpec(Spec):
     history: HistorySpec = Field(HistorySpec(), description="The record of what every worker trained on.")
     checkpoint: CheckpointSpec | None = Field(None, description="Checkpoints; without it there are none.")
     on_failure: FailureSpec = Field(FailureSpec(), description="When to go on after a failure, and how.")
+    telemetry: TelemetrySpec = Field(
+        TelemetrySpec(), description="Metrics: whether, and where to serve them."
+    )
     initial_weights: str | None = Field(
         None, description="Folder of a Hugging Face Llama (config.json, *.safetensors) to begin with."
     )
@@ -221,7 +236,7 @@ class Job:
 
     `plan` is None when it is to be searched, within the cluster file's `constraints` and by its `objective`;
     `tokenizer` is "bytes" or the path of a tokenizer.json; `evaluate_every` and `evaluate_rows` are 0 without
-    evaluation, `compare_even_steps` is 0 without a comparison.
+    evaluation, `compare_even_steps` is 0 without a comparison, `telemetry_listen` is None without metrics.
     """
 
     path: Path
@@ -247,6 +262,7 @@ class Job:
     checkpoint: CheckpointPolicy | None
     on_failure: FailurePolicy
     initial_weights: Path | None
+    telemetry_listen: str | None
 
 
 def load_job(path: Path, *, cluster_file: Path | None = None, plan_file: Path | None = None) -> Job:
@@ -300,6 +316,7 @@ def load_job(path: Path, *, cluster_file: Path | None = None, plan_file: Path | 
         checkpoint=None if spec.checkpoint is None else CheckpointPolicy(**spec.checkpoint.model_dump()),
         on_failure=FailurePolicy(**spec.on_failure.model_dump()),
         initial_weights=initial,
+        telemetry_listen=spec.telemetry.listen if spec.telemetry.enabled else None,
     )
 
 

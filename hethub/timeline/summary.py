@@ -18,9 +18,16 @@ from hethub.errors import InputError
 from hethub.timeline.record import COMPUTE_KINDS, USEFUL_KINDS, Kind, Timeline
 
 __all__ = [
+    "BUBBLE",
+    "BUSY",
+    "EXPOSED",
+    "IDLE",
+    "RECOMPUTE",
+    "UNACCOUNTED",
     "DeviceSummary",
     "StepClock",
     "TypeSummary",
+    "action_seconds",
     "before_last_backward",
     "by_type",
     "gap_seconds",
@@ -110,10 +117,11 @@ def summarize(timeline: Timeline, first: int, last: int) -> list[DeviceSummary]:
     window = clock.window(first, last)
     devices = len(timeline.info.devices)
     seconds = window[1] - window[0]
-    shares = _actions(actions, clock, window, devices)
+    by_action = action_seconds(actions, clock, window)
+    shares = np.stack([np.bincount(actions["device"], weights=row, minlength=devices) for row in by_action])
     idle, unaccounted = gap_seconds(actions, clock, window, devices)
-    shares[_IDLE] += idle
-    shares[_UNACCOUNTED] += unaccounted
+    shares[IDLE] += idle
+    shares[UNACCOUNTED] += unaccounted
     shares /= seconds
     counts, overruns, reals = _quality(actions, first, last, devices, timeline.info.time_scale)
     return [
@@ -121,12 +129,12 @@ def summarize(timeline: Timeline, first: int, last: int) -> list[DeviceSummary]:
             device=name,
             device_type=device_type,
             seconds=seconds,
-            busy_ratio=float(shares[_BUSY, index]),
-            recompute_ratio=float(shares[_RECOMPUTE, index]),
-            exposed_communication_ratio=float(shares[_EXPOSED, index]),
-            bubble_ratio=float(shares[_BUBBLE, index]),
-            idle_ratio=float(shares[_IDLE, index]),
-            unaccounted_ratio=float(shares[_UNACCOUNTED, index]),
+            busy_ratio=float(shares[BUSY, index]),
+            recompute_ratio=float(shares[RECOMPUTE, index]),
+            exposed_communication_ratio=float(shares[EXPOSED, index]),
+            bubble_ratio=float(shares[BUBBLE, index]),
+            idle_ratio=float(shares[IDLE, index]),
+            unaccounted_ratio=float(shares[UNACCOUNTED, index]),
             overrun_ratio=float(overruns[index]),
             real_ratio=float(reals[index]),
             actions=int(counts[index]),
@@ -263,28 +271,27 @@ def sorted_actions(records: Records) -> Records:
 
 # --- the shares -------------------------------------------------------------------------------------------
 
-_BUSY, _RECOMPUTE, _EXPOSED, _BUBBLE, _IDLE, _UNACCOUNTED = range(6)
+BUSY, RECOMPUTE, EXPOSED, BUBBLE, IDLE, UNACCOUNTED = range(6)
 
 
-def _actions(actions: Records, clock: StepClock, window: tuple[float, float], devices: int) -> Floats:
-    """Seconds of the window inside actions. shape: (6 shares, devices)"""
-    device = actions["device"]
+def action_seconds(actions: Records, clock: StepClock, window: tuple[float, float]) -> Floats:
+    """Seconds of the window inside each of the sorted actions, by share. shape: (6 shares, actions)"""
     start, end = actions["start"], actions["end"]
     begin = np.clip(
         reached_ends(actions), start, end
     )  # where two actions overlap, the earlier one has the time
     inside = overlap_seconds(begin, end, window)
-    shares = np.zeros((6, devices))
+    shares = np.zeros((6, len(actions)))
 
     length = end - start
     own = inside * np.clip(_over(actions["busy"], length), 0.0, 1.0)
     useful, compute = is_kind(actions, USEFUL_KINDS), is_kind(actions, COMPUTE_KINDS)
     again = is_kind(actions, {Kind.RECOMPUTE})
     send, wait = is_kind(actions, {Kind.SEND}), is_kind(actions, {Kind.RECEIVE})
-    _add(shares[_BUSY], device[useful], own[useful])
-    _add(shares[_RECOMPUTE], device[again], own[again])
-    _add(shares[_EXPOSED], device[compute], (inside - own)[compute])
-    _add(shares[_EXPOSED], device[send], inside[send])
+    shares[BUSY, useful] = own[useful]
+    shares[RECOMPUTE, again] = own[again]
+    shares[EXPOSED, compute] = (inside - own)[compute]
+    shares[EXPOSED, send] = inside[send]
 
     sent = sent_seconds(actions)
     # A message that nobody is known to have sent explains none of the wait.
@@ -294,10 +301,10 @@ def _actions(actions: Records, clock: StepClock, window: tuple[float, float], de
     filling = wait & before_last_backward(actions)
     draining = wait & ~filling
     unsent = overlap_seconds(early, arrive, window)
-    _add(shares[_EXPOSED], device[wait], overlap_seconds(arrive, end, window)[wait])
-    _add(shares[_IDLE], device[wait], overlap_seconds(begin, early, window)[wait])
-    _add(shares[_BUBBLE], device[filling], unsent[filling])
-    _add(shares[_IDLE], device[draining], unsent[draining])
+    shares[EXPOSED, wait] = overlap_seconds(arrive, end, window)[wait]
+    shares[IDLE, wait] = overlap_seconds(begin, early, window)[wait]
+    shares[BUBBLE, filling] = unsent[filling]
+    shares[IDLE, draining] += unsent[draining]
     return shares
 
 

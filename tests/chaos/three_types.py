@@ -90,13 +90,13 @@ JOB: dict[str, Any] = {
 }
 
 
-def write_job(folder: Path, **changes: Any) -> None:
+def write_job(folder: Path, cluster_text: str = CLUSTER, **changes: Any) -> None:
     """Write the job and all that it names; `changes` are keys of the job file. JSON is YAML."""
     from hethub.specs.cluster import cluster_to_spec, load_cluster
     from hethub.specs.workload import workload_to_spec
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cluster.yaml").write_text(CLUSTER)
+    (folder / "cluster.yaml").write_text(cluster_text)
     (folder / "config.json").write_text(json.dumps({"name": "small", **MODEL}))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     cluster, workload = load_cluster(folder / "cluster.yaml")

@@ -1,0 +1,306 @@
+"""The driver's part of telemetry: it says what there is to count, serves the run's metrics, and tells Prometheus where."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hethub.cost.shapes import model_flops_per_token
+from hethub.errors import MachineError
+from hethub.launch.compiled import Compiled
+from hethub.launch.moments import Moments
+from hethub.specs.job import Job
+from hethub.telemetry.counters import FIELDS, CountersFile
+from hethub.telemetry.describe import counters_file, describe, write_nodes
+from hethub.telemetry.folder import (
+    AGENTS,
+    TARGETS,
+    TELEMETRY,
+    address,
+    agent_addresses,
+    write_targets,
+)
+from hethub.telemetry.metrics import STEP_BUCKETS_SECONDS
+from hethub.timeline.record import Kind
+from hethub.timeline.summary import DeviceSummary, summarize
+
+if TYPE_CHECKING:
+    from hethub.launch.keeper import SaveCounts
+    from hethub.launch.meter import MeterSettings
+    from hethub.telemetry.run import PlanFacts, RunMetrics, StageFacts
+
+__all__ = ["Telemetry"]
+
+_AGENT_LEAVES_SECONDS = 3.0
+_STEPS = FIELDS.index("steps")
+_STEP_SECONDS = FIELDS.index("step_seconds")
+_FIRST_BUCKET = FIELDS.index(f"step_bucket.{STEP_BUCKETS_SECONDS[0]}")
+_SHARES = ("busy", "recompute", "exposed_communication", "bubble", "idle", "unaccounted")
+
+
+class Telemetry:
+    """What a driver does for telemetry as its run goes on; nothing where the job turns it off.
+
+    Use as a context manager: leaving it ends the agents of this machine and takes the targets back.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        """`folder` is the run folder. Raises MachineError where the job's address cannot be listened on."""
+        self._listen = job.telemetry_listen
+        self._run = job.output.name
+        self._folder = folder / TELEMETRY
+        self._logs = folder / "logs"
+        self._target_files = [self._folder / TARGETS, folder.parent / ".targets" / f"{self._run}.json"]
+        self._job = job
+        self._metrics: RunMetrics | None = None
+        self._server: Any = None
+        self._agents: list[subprocess.Popen[bytes]] = []
+        self._told: Mapping[str, str] = {}
+        self._root: CountersFile | None = None
+        self._counted: list[float] = []  # by the root, when it was read last
+        self._times = [0.0] * (2 + len(STEP_BUCKETS_SECONDS) + 1)  # steps, their seconds, and by bucket
+        self._saves = (0, 0)
+
+    def __enter__(self) -> Telemetry:
+        if self._listen is None:
+            return self
+        from prometheus_client import start_http_server
+
+        from hethub.telemetry.families import registry_of
+        from hethub.telemetry.run import RunMetrics
+
+        shutil.rmtree(self._folder, ignore_errors=True)  # an earlier driver's counters
+        (self._folder / AGENTS).mkdir(parents=True)
+        policy = self._job.checkpoint
+        self._metrics = RunMetrics(
+            self._run,
+            run_id=uuid.uuid4().hex,
+            steps=self._job.steps,
+            checkpoint_every=None if policy is None else policy.every,
+        )
+        try:
+            self._server, _ = start_http_server(
+                0, addr=self._listen, registry=registry_of(self._metrics.families)
+            )
+        except OSError as error:
+            raise MachineError(
+                f"{self._job.path}: telemetry.listen: cannot listen on {self._listen} ({error.strerror}). "
+                "Give an address of this machine."
+            ) from error
+        self.tick()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for agent in self._agents:
+            agent.terminate()
+        for agent in self._agents:
+            try:
+                agent.wait(_AGENT_LEAVES_SECONDS)
+            except subprocess.TimeoutExpired:
+                agent.kill()
+                agent.wait()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+        if self._root is not None:
+            self._root.close()
+        self._target_files[-1].unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._target_files[-1].parent.rmdir()
+
+    # -- who serves --------------------------------------------------------------------------------------------------
+
+    def start_agent(self, name: str, nodes: Sequence[str], parent: int) -> None:
+        """Start an agent on this machine, for `nodes`, that ends with the process `parent`, its own."""
+        if self._listen is None:
+            return
+        with (self._logs / f"agent-{name}.log").open("ab") as log:
+            self._agents.append(
+                subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "hethub.telemetry.agent"),
+                        *("--folder", str(self._folder), "--nodes", ",".join(nodes), "--name", name),
+                        *("--listen", self._listen, "--parent", str(parent)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # the terminal's Ctrl-C is the driver's
+                )
+            )
+
+    def tick(self) -> None:
+        """Tell Prometheus who serves now."""
+        if self._server is None or self._listen is None:
+            return
+        found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self._folder)}
+        if found != self._told:
+            write_targets(self._target_files, self._run, found)
+            self._told = found
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def begin(self, compiled: Compiled, time_scale: float, attempt: int, job: Job) -> MeterSettings | None:
+        """An attempt begins: what its workers count, and where."""
+        if self._metrics is None:
+            return None
+        from hethub.launch.meter import MeterSettings
+
+        nodes = describe(
+            compiled.program,
+            compiled.graph,
+            compiled.plan.workload,
+            run=self._run,
+            time_scale=time_scale,
+            peak_bytes=compiled.peak_bytes,
+        )
+        write_nodes(self._folder, nodes)
+        moments = self._folder / "moments.bin"
+        Moments.create(moments, _predicted_transfers(compiled), len(compiled.graph.devices))
+        self._metrics.plan(_plan_facts(compiled, job), time_scale=time_scale, attempt=attempt)
+        self._metrics.state("training")
+        if self._root is not None:
+            self._root.close()
+        root = compiled.graph.devices[compiled.program.layout.used[0]]
+        self._root = CountersFile(counters_file(self._folder, root))
+        self._counted = self._root.read()
+        return MeterSettings(
+            folder=self._folder, moments_file=moments, one_clock=self._job.ray_address is None
+        )
+
+    def steps(self, reports: Sequence[tuple[int, float, float]]) -> None:
+        """Steps have ended: (step, loss, gradient norm) of each."""
+        if self._metrics is None or self._root is None or not reports:
+            return
+        from hethub.launch.optimizer import learning_rate
+        from hethub.telemetry.run import StepTimes
+
+        counted = self._root.read()
+        at = (_STEPS, _STEP_SECONDS, *range(_FIRST_BUCKET, _FIRST_BUCKET + len(STEP_BUCKETS_SECONDS) + 1))
+        self._times = [
+            total + counted[place] - self._counted[place]
+            for total, place in zip(self._times, at, strict=True)
+        ]
+        self._counted = counted
+        rate = learning_rate(self._job.optimizer, reports[-1][0], self._job.steps)
+        self._metrics.steps(reports, rate, StepTimes(self._times[0], self._times[1], self._times[2:]))
+
+    def evaluating(self) -> None:
+        """Training pauses for an evaluation."""
+        if self._metrics is not None:
+            self._metrics.state("evaluating")
+
+    def evaluated(self, loss: float) -> None:
+        """Training goes on after an evaluation."""
+        if self._metrics is not None:
+            self._metrics.evaluated(loss)
+            self._metrics.state("training")
+
+    def saved(self, counts: SaveCounts, step: int) -> None:
+        """Checkpoints may have been made or given up; the newest is of `step`."""
+        if self._metrics is None:
+            return
+        made, failed = self._saves
+        for seconds, stall in zip(counts.seconds[made:], counts.stall_seconds[made:], strict=True):
+            self._metrics.checkpoint(step, seconds, stall)
+        for _ in range(counts.failed - failed):
+            self._metrics.checkpoint_failed()
+        self._saves = (counts.made, counts.failed)
+
+    def failed(self, cause: str, *, restarts: bool) -> None:
+        """An attempt has failed."""
+        if self._metrics is not None:
+            self._metrics.failed(cause, restarts=restarts)
+
+    def recovered(self, cause: str, seconds: float) -> None:
+        """A step is done that no attempt before had done, so long after the failure."""
+        if self._metrics is not None:
+            self._metrics.recovered(cause, seconds)
+
+    def state(self, state: str) -> None:
+        """The run is in another state."""
+        if self._metrics is not None:
+            self._metrics.state(state)
+
+
+def _predicted_transfers(compiled: Compiled) -> npt.NDArray[np.float64]:
+    """Predicted modelled seconds of every message from its sending to its arrival; an idle path's where the prediction
+    has no receive of it."""
+    program, graph = compiled.program, compiled.graph
+    found = np.full(len(program.messages), math.nan)
+    for (device, action), seconds in compiled.action_seconds.items():
+        entry = program.devices[device][action]
+        if entry.kind == Kind.RECEIVE:
+            found[entry.message] = seconds
+    for message in np.flatnonzero(np.isnan(found)).tolist():
+        transfer = program.transfer(message)
+        found[message] = graph.path(transfer.source, transfer.destination).seconds(transfer.bytes)
+    return found
+
+
+def _plan_facts(compiled: Compiled, job: Job) -> PlanFacts:
+    from hethub.telemetry.run import PlanFacts
+
+    workload, figures = compiled.plan.workload, compiled.figures
+    used = [compiled.graph.devices[d].type for d in compiled.program.layout.used]
+    peaks = [t.peak_flops_per_second.get(t.dtype_for(workload.precision)) for t in used]
+    known = [peak for peak in peaks if peak is not None]
+    return PlanFacts(
+        digest=compiled.digest,
+        model=workload.model.name,
+        precision=workload.precision,
+        objective=job.objective.best,
+        cluster=compiled.plan.cluster.name,
+        emulated=compiled.plan.cluster.emulated_time_scale is not None,
+        devices=len(used),
+        rows_per_step=workload.global_batch,
+        tokens_per_step=workload.global_batch * workload.sequence_length,
+        model_flops_per_token=model_flops_per_token(workload.model, workload.sequence_length),
+        peak_flops_per_second=sum(known) if len(known) == len(peaks) else None,
+        step_seconds=compiled.predicted_step_seconds,
+        bounds={name: figures["bounds"][f"{name}_tokens_per_second"] for name in ("homogeneous", "physical")},
+        joules_per_token=figures["joules_per_token"],
+        usd_per_million_tokens=figures["usd_per_million_tokens"],
+        stages=_stages(compiled, summarize(compiled.predicted, 0, 0)),
+    )
+
+
+def _stages(compiled: Compiled, summaries: Sequence[DeviceSummary]) -> list[StageFacts]:
+    """The devices of each type in each stage of each pipeline."""
+    from hethub.telemetry.run import StageFacts
+
+    found = []
+    for pipeline in compiled.program.layout.pipelines:
+        for stage in pipeline.stages:
+            by_type: dict[str, list[int]] = {}
+            for device in stage.devices():
+                by_type.setdefault(compiled.graph.devices[device].type.name, []).append(device)
+            for name, members in by_type.items():
+                shares = {
+                    share: sum(getattr(summaries[d], f"{share}_ratio") for d in members) / len(members)
+                    for share in _SHARES
+                }
+                found.append(
+                    StageFacts(
+                        pipeline=pipeline.index,
+                        stage=stage.index,
+                        device_type=name,
+                        layers=f"{stage.layers[0]}-{stage.layers[1]}",
+                        recompute=stage.recompute,
+                        devices=len(members),
+                        predicted=shares,
+                        peak_bytes=max(compiled.peak_bytes[d] for d in members),
+                    )
+                )
+    return found

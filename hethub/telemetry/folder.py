@@ -1,0 +1,74 @@
+"""The telemetry folder of a run: who serves what, and where Prometheus finds it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "AGENTS",
+    "COUNTERS",
+    "NODES",
+    "TARGETS",
+    "TELEMETRY",
+    "address",
+    "agent_addresses",
+    "agent_file",
+    "node_file",
+    "write_json",
+    "write_targets",
+]
+
+TELEMETRY = "telemetry"  # folder of the run folder
+NODES = "nodes"  # its folders: a file a node, ...
+COUNTERS = "counters"  # ... a device, ...
+AGENTS = "agents"  # ... an agent
+TARGETS = "targets.json"  # for Prometheus' file_sd_configs
+
+
+def node_file(folder: Path, node: str) -> Path:
+    """What a node's agent is told."""
+    return folder / NODES / f"{node.replace('/', '-')}.json"
+
+
+def agent_file(folder: Path, name: str) -> Path:
+    """Where an agent says that it listens."""
+    return folder / AGENTS / f"{name.replace('/', '-')}.json"
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def address(listen: str, port: int) -> str:
+    """host:port that others reach; this machine's name where it listens everywhere."""
+    host = socket.gethostname() if listen in ("0.0.0.0", "::") else listen
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def agent_addresses(folder: Path) -> dict[str, str]:
+    """Where the agents of a telemetry folder listen, by name."""
+    found: dict[str, str] = {}
+    for file in sorted((folder / AGENTS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it is just ending
+            told: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found[file.stem] = told["address"]
+    return found
+
+
+def write_targets(files: Sequence[Path], run: str, addresses: Mapping[str, str]) -> None:
+    """Write Prometheus' list of targets: an entry each, whose `instance` is RUN/NAME rather than a passing port."""
+    entries = [
+        {"targets": [where], "labels": {"instance": f"{run}/{name}"}} for name, where in addresses.items()
+    ]
+    for file in files:
+        write_json(file, entries)

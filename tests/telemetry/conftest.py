@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.telemetry.prometheus import ScrapedRun, scraped
+
+
+@pytest.fixture(scope="session")
+def scraped_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedRun]:
+    """An emulated run of three device types with a real Prometheus that scrapes it."""
+    with scraped(tmp_path_factory.mktemp("scraped")) as found:
+        yield found
