@@ -20,12 +20,15 @@ import pytest
 
 from hethub.planners.answer import answer
 from hethub.specs.cluster import load_cluster
+from hethub.telemetry.rule_files import alert_file, recording_file
+from hethub.telemetry.rules import Durations
 from tests.chaos.three_types import CLUSTER, write_job
 from tests.launch.small_job import Launch
 
-__all__ = ["Prometheus", "Sample", "ScrapedRun", "prometheus_running", "scraped", "until"]
+__all__ = ["Prometheus", "Sample", "ScrapedRun", "prometheus_running", "quick_rules", "scraped", "until"]
 
 SCRAPE_SECONDS = 1
+RULES_FACTOR = 1 / 30  # minutes of the rules are seconds here
 _START_SECONDS = 60.0
 _RUN_SECONDS = 150.0
 
@@ -151,6 +154,19 @@ def prometheus_running(
         server.close()
 
 
+def quick_rules(folder: Path) -> list[Path]:
+    """The recording and alert rules, thirty times as quick as the shipped ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    durations = Durations(RULES_FACTOR)
+    files = {
+        folder / "recording.yaml": recording_file(durations),
+        folder / "alerts.yaml": alert_file(durations),
+    }
+    for path, text in files.items():
+        path.write_text(text)
+    return list(files)
+
+
 @dataclass(frozen=True, slots=True)
 class ScrapedRun:
     """A run of three device types that goes on, and the server that scrapes it."""
@@ -163,6 +179,11 @@ class ScrapedRun:
     def run(self) -> Path:
         """The run folder."""
         return self.folder / "run"
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire."""
+        alerts = self.prometheus.alerts()
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
 
 # With power and price, so that there is energy and money to count; a larger time scale, so that a loaded machine's

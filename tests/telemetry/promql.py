@@ -41,12 +41,14 @@ Labels = frozenset[str] | None
 class Expression:
     """A PromQL expression of a shipped file, with Grafana's variables still in it, and where it stands.
 
-    `labels` are names that the file expects in the answer: of a legend or a variable.
+    `labels` are names that the file expects in the answer: of a legend or a variable. Panels have a title and a unit.
     """
 
     place: str
     text: str
     labels: frozenset[str] = frozenset()
+    title: str = ""
+    unit: str = ""
 
     def promql(self, **variables: str) -> str:
         """With values for the variables; those that are not given match everything."""
@@ -62,9 +64,9 @@ def panel_expressions() -> list[Expression]:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", []):
                 legend = frozenset(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
-                found.append(
-                    Expression(f"{path.stem} {panel['id']} {panel['title']}", target["expr"], legend)
-                )
+                place = f"{path.stem} {panel['id']}{target['refId']} {panel['title']}"
+                unit = panel["fieldConfig"]["defaults"]["unit"]
+                found.append(Expression(place, target["expr"], legend, panel["title"], unit))
     return found
 
 
@@ -104,6 +106,20 @@ def promtool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[st
         timeout=120,
         check=False,
     )
+
+
+def selectors(text: str) -> list[str]:
+    """Every selector of series in an expression, without its range."""
+    found: list[str] = []
+
+    def note(node: parser.Expr) -> None:
+        if isinstance(node, parser.MatrixSelector):
+            found.append(str(node.vector_selector))
+        elif isinstance(node, parser.VectorSelector):
+            found.append(str(node))
+
+    parser.walk(parser.parse(text), note)
+    return found
 
 
 # --- which labels an expression gives ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The files under docker/: linted, images pinned, nothing open to the network, a configuration that Prometheus takes."""
+"""The files under docker/: linted, images pinned, nothing open to the network, a configuration that works."""
 
 from __future__ import annotations
 
