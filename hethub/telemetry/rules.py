@@ -131,6 +131,13 @@ def _shared(durations: Durations) -> list[RecordingRule]:
             ),
         ),
         RecordingRule(
+            # Of the node that it costs most: seconds a second, so 1 is all the time of one device.
+            "link:hethub_link_transfer_seconds:beyond_predicted5m",
+            "max by (run, link, transport) (sum by (run, node, link, transport) ("
+            f"{rate('hethub_link_transfer_seconds_total')}"
+            f" - {rate('hethub_link_predicted_transfer_seconds_total')}))",
+        ),
+        RecordingRule(
             "run:hethub_step_duration_seconds:mean5m",
             quotient("hethub_step_duration_seconds_sum", "hethub_step_duration_seconds_count", "run"),
         ),

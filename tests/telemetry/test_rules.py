@@ -24,7 +24,7 @@ from tests.telemetry.promql import (
 
 ALERTS = alerts(Durations())
 DEVICE = 'run="r", node="a/0", device="1", device_type="fast"'
-LINK = 'run="r", link="a-b", transport="host-staged"'
+LINK = 'run="r", node="b/0", link="a-b", transport="host-staged"'
 HEALTHY = {  # a run as planned, two hours of it, sampled every 30 s; three steps between two samples
     'up{job="hethub", instance="one"}': "1x240",
     'hethub_run_state{run="r", state="training"}': "1x240",
@@ -98,6 +98,12 @@ CASES = [
     case("LinkSlow", "25m", {TRANSFER: "0+4.2x240"}),
     case("LinkSlow", "25m", {TRANSFER: "0+8x240", SLOW: "0+60x240"}),
     case("LinkSlow", "25m", {TRANSFER: "0+3.8x240"}, fires=False),
+    case(
+        "LinkSlow",
+        "25m",
+        {TRANSFER: "0+0.4x240", "hethub_link_predicted": "0+0.1x240"},
+        fires=False,
+    ),  # of small messages
     case("LinkSlow", "8m", {TRANSFER: "0+4.2x240"}, fires=False),
     case("LossNotFinite", "10m", {"hethub_loss": "3x18" + " NaN" * 200}),
     case("LossNotFinite", "10m", {"hethub_loss": "3x18" + " Inf" * 200}),
@@ -199,6 +205,8 @@ def test_each_alert_has_a_run_in_which_it_fires_and_one_in_which_it_is_silent():
         ("DeviceSlowerThanItsPrediction", "> 1.3", "> 1.4"),
         ("LinkSlow", "> 2", "> 1.8"),
         ("LinkSlow", "> 2", "> 2.2"),
+        ("LinkSlow", "> 0.02", "> 0.005"),
+        ("LinkSlow", "> 0.02", "> 0.2"),
         ("LossNotFinite", "hethub_loss != hethub_loss or", "hethub_loss > 1e6 or"),
         ("LossNotFinite", "[10m]", "[60m]"),
         ("CheckpointTooOld", "> on (run) 3 *", "> on (run) 2 *"),

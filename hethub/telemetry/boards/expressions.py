@@ -15,6 +15,7 @@ __all__ = ["DEVICES", "RUN", "SCALE", "WAITING", "predicted_share", "rate", "run
 
 RUN = 'run="$run"'
 DEVICES = f'{RUN}, device_type=~"$device_type", node=~"$node", device=~"$device"'
+IN_STEPS = 'activity!~"checkpoint|evaluation|stalled"'
 WAITING = 'activity=~"exposed_communication|bubble|idle"'
 _SECONDS = "hethub_device_seconds_total"
 
@@ -32,17 +33,21 @@ def run_value(metric: str, *labels: str) -> str:
 SCALE = run_value("hethub_time_scale_ratio")
 
 
-def share(which: str, *by: str) -> str:
-    """The share of the chosen devices' time that a matcher of activities or kinds takes, for each value of `by`.
+def share(which: str, *by: str, of: str = IN_STEPS) -> str:
+    """The share of the chosen devices' time that a matcher of activities takes, for each value of `by`.
 
-    With `activity` or `kind` in `by` each has a series of its own; they are shares of the same whole.
+    `of` matches what is the whole: the time in training steps, as of predictions, or all time where it is empty. With
+    `activity` or `kind` in `by` each has a series of its own; they are shares of the same whole.
     """
-    selector = f"{DEVICES}, {which}" if which else DEVICES
-    part = f"sum by ({', '.join(by)}) ({rate(_SECONDS, selector)})"
+    part = f"sum by ({', '.join(by)}) ({rate(_SECONDS, _joined(DEVICES, which))})"
     whole_by = [label for label in by if label not in {"activity", "kind"}]
-    whole = f"sum by ({', '.join(whole_by)}) ({rate(_SECONDS, DEVICES)})"
+    whole = f"sum by ({', '.join(whole_by)}) ({rate(_SECONDS, _joined(DEVICES, of))})"
     match = f"on ({', '.join(whole_by)})" + (" group_left ()" if len(whole_by) < len(by) else "")
     return f"{part} / {match} {whole}"
+
+
+def _joined(*matchers: str) -> str:
+    return ", ".join(filter(None, matchers))
 
 
 def predicted_share(activities: str, *by: str) -> str:

@@ -34,16 +34,17 @@ _TYPES = (
         "or smaller micro-batches, a large exposed share another split of what crosses slow links.",
         unit="percentunit",
         look=Look.STACK,
-        queries=(Query(share("", "activity"), "{{activity}}"),),
+        queries=(Query(share("", "activity", of=""), "{{activity}}"),),
         high=1.0,
         width=8,
     ),
     Panel(
         number=2,
         title="Busy by device type",
-        description="Measured (mean of the type's devices) beside predicted. All types alike: the split "
-        "fits. One type far above the others: the others wait for it; give it less work. Measured under "
-        "predicted for all types at once: look at messages, not at devices.",
+        description="Measured (mean of the type's devices) beside predicted; of the time in training steps, so "
+        "without evaluation and checkpoints. All types alike: the split fits. One type far above the others: "
+        "the others wait for it; give it less work. Measured under predicted for all types at once: look at "
+        "messages, not at devices.",
         unit="percentunit",
         queries=(
             Query(share(_BUSY, "device_type"), "{{device_type}}"),
@@ -164,7 +165,7 @@ _EACH = (
         "memory; reduce, norm, update and gather are the end of a step.",
         unit="percentunit",
         look=Look.BARS,
-        queries=(Query(share("", "kind"), "{{kind}}"),),
+        queries=(Query(share("", "kind", of=""), "{{kind}}"),),
         high=1.0,
         decimals=1,
         width=12,
