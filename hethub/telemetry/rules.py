@@ -11,6 +11,10 @@ JOB = "hethub"
 """The scrape job of docker/prometheus/prometheus.yml."""
 
 _DEVICE_LABELS = ("run", "node", "device", "device_type", "vendor", "pipeline", "stage")
+_COMPUTE = ("hethub_device_compute_seconds_total", "hethub_device_predicted_compute_seconds_total")
+_TRANSFER = ("hethub_link_transfer_seconds_total", "hethub_link_predicted_transfer_seconds_total")
+_OF_DEVICE = ("run", "node", "device", "device_type")
+_OF_LINK = ("run", "link", "transport")
 _USED = "hethub_device_memory_used_bytes"
 _MIB = 1024 * 1024
 
@@ -107,6 +111,9 @@ def _shared(durations: Durations) -> list[RecordingRule]:
         labels = ", ".join(by)
         return f"sum by ({labels}) ({rate(above)}) / (sum by ({labels}) ({rate(below)}) > 0)"
 
+    def difference(above: str, below: str, *by: str) -> str:
+        return f"sum by ({', '.join(by)}) ({rate(above)} - {rate(below)})"
+
     return [
         RecordingRule(
             "run_device_type_activity:hethub_device_seconds:share5m",
@@ -115,27 +122,18 @@ def _shared(durations: Durations) -> list[RecordingRule]:
             f" (sum by (run, device_type) ({rate('hethub_device_seconds_total')}) > 0)",
         ),
         RecordingRule(
-            "device:hethub_device_compute_seconds:over_predicted5m",
-            quotient(
-                "hethub_device_compute_seconds_total",
-                "hethub_device_predicted_compute_seconds_total",
-                *("run", "node", "device", "device_type"),
-            ),
+            "device:hethub_device_compute_seconds:over_predicted5m", quotient(*_COMPUTE, *_OF_DEVICE)
         ),
         RecordingRule(
-            "link:hethub_link_transfer_seconds:over_predicted5m",
-            quotient(
-                "hethub_link_transfer_seconds_total",
-                "hethub_link_predicted_transfer_seconds_total",
-                *("run", "link", "transport"),
-            ),
+            # Seconds a second, so 1 is all of its time.
+            "device:hethub_device_compute_seconds:beyond_predicted5m",
+            difference(*_COMPUTE, *_OF_DEVICE),
         ),
+        RecordingRule("link:hethub_link_transfer_seconds:over_predicted5m", quotient(*_TRANSFER, *_OF_LINK)),
         RecordingRule(
-            # Of the node that it costs most: seconds a second, so 1 is all the time of one device.
+            # Of the node that it costs most.
             "link:hethub_link_transfer_seconds:beyond_predicted5m",
-            "max by (run, link, transport) (sum by (run, node, link, transport) ("
-            f"{rate('hethub_link_transfer_seconds_total')}"
-            f" - {rate('hethub_link_predicted_transfer_seconds_total')}))",
+            f"max by ({', '.join(_OF_LINK)}) ({difference(*_TRANSFER, 'node', *_OF_LINK)})",
         ),
         RecordingRule(
             "run:hethub_step_duration_seconds:mean5m",
