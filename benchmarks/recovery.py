@@ -43,8 +43,7 @@ from bench.kills import kill_points
 from bench.results import print_figures, write_result
 from hethub.checkpoints.manifest import CheckpointError
 from hethub.checkpoints.store import CHECKPOINTS, Store, verify_checkpoint
-from hethub.launch.attempts import HISTORY
-from hethub.launch.history import read_history
+from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
 from hethub.planners.first import FirstPlanner

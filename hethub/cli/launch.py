@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hethub.cli.detach import detach
+
 if TYPE_CHECKING:
     from hethub.launch.driver import Finished
 
@@ -33,6 +35,12 @@ def launch(
         Path | None, typer.Option(help="Cluster file to use instead of the job's; the plan is searched anew.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file to use instead of the job's.")] = None,
+    detached: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="Return when training has begun; the run goes on without the terminal."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Train a job: plan it (or read its plan), run it on Ray, write the run folder.
@@ -49,11 +57,14 @@ def launch(
     if resume is not None:
         loaded = replace(loaded, output=resume.absolute())
     _require_packages()
+    opened = detach(loaded.output, resume=resume is not None).opened if detached else lambda folder: None
     from hethub.launch.driver import launch as run
 
     # Ray prints on stdout that a worker died, which the run has told by then; `--json` promises one object there.
     with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
-        finished = run(loaded, lambda line: typer.echo(line, err=True), resume=resume is not None)
+        finished = run(
+            loaded, lambda line: typer.echo(line, err=True), resume=resume is not None, opened=opened
+        )
     if as_json:
         typer.echo(json.dumps(finished.summary, indent=2))
     else:

@@ -17,11 +17,16 @@ from hethub.cli.dashboards import dashboards
 from hethub.cli.data import app as data_app
 from hethub.cli.diff import diff
 from hethub.cli.launch import launch
+from hethub.cli.logs import logs
 from hethub.cli.plan import plan
 from hethub.cli.profile import app as profile_app
+from hethub.cli.replan import replan
+from hethub.cli.report import report
+from hethub.cli.runs import runs, status, stop
 from hethub.cli.schema import schema
 from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
+from hethub.cli.top import top
 from hethub.cli.validate import validate
 from hethub.errors import HetHubError
 from hethub.interruption import listen, terminated
@@ -43,7 +48,14 @@ app.command()(bound)
 app.command()(diff)
 app.command()(compare)
 app.command()(launch)
+app.command()(runs)
+app.command()(status)
+app.command()(logs)
+app.command()(stop)
+app.command()(top)
 app.command()(timeline)
+app.command()(report)
+app.command()(replan)
 app.command()(validate)
 app.command()(calibrate)
 app.command()(dashboards)

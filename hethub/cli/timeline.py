@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +13,12 @@ import typer
 from hethub.errors import InputError
 
 if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
-    from hethub.timeline.record import Timeline
+    from hethub.simulate.comparison import Comparison
     from hethub.timeline.summary import DeviceSummary, TypeSummary
-    from hethub.timeline.waterfall import Waterfall
 
     _Summary = DeviceSummary | TypeSummary
 
 __all__ = ["timeline"]
-
-WARM_UP_STEPS = 3
-"""Steps at the start of a run that are left out unless asked for: caches fill and memory is first touched."""
 
 # Share and its heading, narrow enough for a table in 80 columns.
 _SHARES = (
@@ -33,30 +29,6 @@ _SHARES = (
     ("idle_ratio", "idle"),
     ("unaccounted_ratio", "un-\naccounted"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Comparison:
-    """Both timelines of a run, summarized: the prediction's one step, and measured steps `first` to `last`.
-
-    `measured_step_seconds` is the median of those steps, `typical_step` the one nearest to it.
-    """
-
-    predicted: Timeline
-    measured: Timeline
-    first: int
-    last: int
-    typical_step: int
-    predicted_step_seconds: float
-    measured_step_seconds: float
-    predicted_devices: list[DeviceSummary]
-    measured_devices: list[DeviceSummary]
-    predicted_waterfall: Waterfall
-    measured_waterfall: Waterfall
-
-    @property
-    def emulated(self) -> bool:
-        return self.measured.info.emulated
 
 
 def timeline(
@@ -73,7 +45,9 @@ def timeline(
 
     Example: hethub timeline runs/demo --html timeline.html
     """
-    comparison = _compare(run, step)
+    from hethub.simulate.comparison import compare_run
+
+    comparison = compare_run(run, step)
     _write_pictures(comparison, run, html, trace)
     if as_json:
         typer.echo(json.dumps(_as_object(comparison, run), indent=2))
@@ -91,80 +65,7 @@ def timeline(
                 typer.echo(f"wrote {path}", err=True)
 
 
-def _compare(run: Path, step: int | None) -> _Comparison:
-    """Load and summarize. Raises InputError when `run` is not the folder of a run or lacks the step."""
-    import numpy as np
-
-    from hethub.timeline.summary import step_numbers, step_seconds, summarize
-    from hethub.timeline.waterfall import waterfall
-
-    predicted, measured = _load(run, "predicted"), _load(run, "measured")
-    if predicted.info.devices != measured.info.devices:
-        raise InputError(f"{run}: predicted.npz is of other devices than measured.npz. Run the job again.")
-    numbers, durations = step_numbers(measured), step_seconds(measured)
-    if step is None:
-        first, last = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)]), int(numbers[-1])
-    else:
-        first = last = step
-    measured_devices = summarize(measured, first, last)
-    chosen = (numbers >= first) & (numbers <= last)
-    median = float(np.median(durations[chosen]))
-    steady = int(np.flatnonzero(step_numbers(predicted) == 0)[0])
-    speeds, pieces = _speeds_and_pieces(run, measured)
-    return _Comparison(
-        predicted=predicted,
-        measured=measured,
-        first=first,
-        last=last,
-        typical_step=int(numbers[chosen][np.argmin(np.abs(durations[chosen] - median))]),
-        predicted_step_seconds=float(step_seconds(predicted)[steady]),
-        measured_step_seconds=median,
-        predicted_devices=summarize(predicted, 0, 0),
-        measured_devices=measured_devices,
-        predicted_waterfall=waterfall(predicted, 0, 0, speeds, pieces),
-        measured_waterfall=waterfall(measured, first, last, speeds, pieces),
-    )
-
-
-def _speeds_and_pieces(run: Path, measured: Timeline) -> tuple[list[float] | None, list[float] | None]:
-    """The devices' relative speeds and their smallest pieces of work by the run's plan; None where the folder has no
-    plan.yaml."""
-    if not (run / "plan.yaml").is_file():
-        return None, None
-    from hethub.cost.bounds import physical_bound
-    from hethub.cost.compute import ComputeModel
-    from hethub.cost.graph import CostGraph
-    from hethub.simulate.pieces import piece_seconds
-    from hethub.specs.layout import lay_out
-    from hethub.specs.plan import load_plan
-
-    plan, _ = load_plan(run / "plan.yaml")
-    compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
-    shares = physical_bound(compute).shares
-    types = measured.info.device_types
-    names = (device.name for device in compute.graph.devices)
-    pieces = dict(zip(names, piece_seconds(lay_out(plan), compute), strict=True))
-    return (
-        [shares[name] / types.count(name) for name in types],
-        [pieces.get(name, 0.0) for name in measured.info.devices],
-    )
-
-
-def _load(run: Path, origin: str) -> Timeline:
-    from hethub.timeline.record import Timeline
-
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder. Give the folder of a run, as `hethub launch` writes it.")
-    path = run / f"{origin}.npz"
-    if not path.exists():
-        raise InputError(f"{run}: not a finished run, it holds no {path.name}. Give another folder.")
-    loaded = Timeline.load(path)
-    if not len(loaded.records):
-        raise InputError(f"{path}: holds no action. Give the folder of a run that finished a step.")
-    return loaded
-
-
-def _write_pictures(comparison: _Comparison, run: Path, html: Path | None, trace: Path | None) -> None:
+def _write_pictures(comparison: Comparison, run: Path, html: Path | None, trace: Path | None) -> None:
     try:
         if html is not None:
             from hethub.timeline.gantt import write_gantt
@@ -184,7 +85,7 @@ def _write_pictures(comparison: _Comparison, run: Path, html: Path | None, trace
 # --- ways to print ----------------------------------------------------------------------------------------
 
 
-def _as_object(comparison: _Comparison, run: Path) -> dict[str, Any]:
+def _as_object(comparison: Comparison, run: Path) -> dict[str, Any]:
     from hethub.timeline.summary import by_type
 
     def side(step_seconds: float, devices: list[DeviceSummary]) -> dict[str, Any]:
@@ -207,7 +108,7 @@ def _as_object(comparison: _Comparison, run: Path) -> dict[str, Any]:
     }
 
 
-def _facts(comparison: _Comparison) -> list[str]:
+def _facts(comparison: Comparison) -> list[str]:
     """Return what is true of the whole run, a line each, after `#`."""
     kind = "emulated" if comparison.emulated else "real"
     return [
@@ -218,7 +119,7 @@ def _facts(comparison: _Comparison) -> list[str]:
     ]
 
 
-def _as_text(comparison: _Comparison) -> str:
+def _as_text(comparison: Comparison) -> str:
     """Return tab-separated lines: facts after `#`, a header, one line a device."""
     lines = _facts(comparison)
     header = ["device", "device_type"]
@@ -230,7 +131,7 @@ def _as_text(comparison: _Comparison) -> str:
     return "\n".join(lines)
 
 
-def _waterfall_text(comparison: _Comparison) -> str:
+def _waterfall_text(comparison: Comparison) -> str:
     """Return tab-separated lines: facts after `#`, a header, one line a cause."""
     lines = [*_facts(comparison), "cause\tpredicted\tmeasured\tmeaning"]
     for cause, (predicted, measured, meaning) in _causes(comparison).items():
@@ -238,7 +139,7 @@ def _waterfall_text(comparison: _Comparison) -> str:
     return "\n".join(lines)
 
 
-def _causes(comparison: _Comparison) -> dict[str, tuple[float, float, str]]:
+def _causes(comparison: Comparison) -> dict[str, tuple[float, float, str]]:
     """Return the predicted and the measured share and the meaning of every cause."""
     from hethub.timeline.waterfall import CAUSES
 
@@ -246,7 +147,7 @@ def _causes(comparison: _Comparison) -> dict[str, tuple[float, float, str]]:
     return {cause: (before[cause], after[cause], meaning) for cause, meaning in CAUSES.items()}
 
 
-def _print_waterfall(comparison: _Comparison, run: Path) -> None:
+def _print_waterfall(comparison: Comparison, run: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -266,12 +167,12 @@ def _print_waterfall(comparison: _Comparison, run: Path) -> None:
     console.print("Shares in % of what all devices together could have done, weighed by their speed.")
 
 
-def _pairs(comparison: _Comparison) -> list[tuple[DeviceSummary, DeviceSummary]]:
+def _pairs(comparison: Comparison) -> list[tuple[DeviceSummary, DeviceSummary]]:
     """Return (predicted, measured) of every device."""
     return list(zip(comparison.predicted_devices, comparison.measured_devices, strict=True))
 
 
-def _print_table(comparison: _Comparison, run: Path) -> None:
+def _print_table(comparison: Comparison, run: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -306,7 +207,7 @@ def _cells(shares: list[str], predicted: _Summary, measured: _Summary) -> list[s
     return [f"{100 * getattr(predicted, share):.1f}/{100 * getattr(measured, share):.1f}" for share in shares]
 
 
-def _heading(comparison: _Comparison, run: Path) -> str:
+def _heading(comparison: Comparison, run: Path) -> str:
     """Return the run, its steps, both step times and, of an emulated run, how well it was emulated."""
     predicted, measured = comparison.predicted_step_seconds, comparison.measured_step_seconds
     first, last = comparison.first, comparison.last

@@ -9,6 +9,7 @@ speed, so that messages between two devices never overtake each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -249,6 +250,24 @@ class CostGraph:
             found = self._find(self.devices[source], self.devices[destination], key)
             found = self._paths[key] = self._staged(found, key) if found.transport == "host-staged" else found
         return found
+
+    def slowest_links(self, source: int, destination: int) -> tuple[str, ...]:
+        """The links that bound the path between two devices, as `Cluster.named_links` calls them: the slowest link
+        between groups or zones, where none of the two networks is slower; else the slower network, or both."""
+        one, other = (self._groups[self.devices[end].group] for end in (source, destination))
+        if one is other:
+            same = self.devices[source].node == self.devices[destination].node
+            return (f"{'intra' if same else 'inter'} {one.name}",)
+        ends = {f"inter {group.name}": group.inter_link.bandwidth_bytes_per_second for group in (one, other)}
+        crossed = {}
+        for number in self.path(source, destination).crossings:
+            cross = self.cluster.links[number]
+            total = cross.total_bandwidth_bytes_per_second or math.inf
+            crossed[cross.name] = min(total, cross.link.bandwidth_bytes_per_second)
+        least = min(ends.values())
+        if crossed and min(crossed.values()) <= least:
+            return (min(crossed, key=crossed.__getitem__),)
+        return tuple(name for name, bandwidth in ends.items() if bandwidth == least)
 
     def _staged(self, path: Path, ends: tuple[int, int]) -> Path:
         """With the copies between device and host memory at both ends, where their speed is known: in chunks, so that

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.errors import InputError, RunError
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
 from hethub.launch.crew import WorkerFailedError
+from hethub.launch.drift import Moved
 from hethub.launch.faults import plan_faults
-from hethub.launch.history import HistorySettings, read_history
+from hethub.launch.history import HISTORY, HistorySettings, read_history
 from hethub.launch.journal import Event, Journal, read_journal
 from hethub.launch.keeper import Keeper, SaveCounts
 from hethub.launch.outcome import RunOutcome
 from hethub.launch.session import Attempt, Session
-from hethub.specs.job import JOIN, Fault, Job
+from hethub.specs.job import COMPUTE, JOIN, Fault, Job
 from hethub.specs.plan import save_plan
 
-__all__ = ["HISTORY", "Attempts", "next_attempt"]
+__all__ = ["Attempts", "next_attempt"]
 
-HISTORY = "history"  # folder of the run folder: what every worker trained on
 _MORE_DEATHS_SECONDS = 0.25
 
 
@@ -141,6 +141,7 @@ class Attempts:
             evaluated=lambda step, loss: self.journal.add(
                 Event(event="evaluated", attempt=number, step=step, loss=loss)
             ),
+            moved=self._moved,
             goes_on=self.goes_on,
             reached=self._reached,
         )
@@ -154,6 +155,19 @@ class Attempts:
                 step=step,
                 plan=self.compiled.digest,
                 devices=self.compiled.names(),
+            )
+        )
+
+    def _moved(self, step: int, moved: Moved) -> None:
+        self.journal.add(
+            Event(
+                event="moved",
+                attempt=self.number,
+                step=step,
+                device=moved.name if moved.what == "device" else "",
+                link=moved.name if moved.what == "link" else "",
+                ratio=moved.ratio,
+                reason=moved.words,
             )
         )
 
@@ -229,12 +243,9 @@ class Attempts:
         save_plan(plan, self.folder / "plan.yaml")
         self.compiled.predicted.save(self.folder / "predicted.npz")
         index = {device.name: d for d, device in enumerate(self.job.cluster.devices())}
-        self.faults = tuple(
-            moved
-            for fault in self.faults
-            if names[fault.device] in index
-            and _possible(moved := replace(fault, device=index[names[fault.device]]), self.compiled)
-        )
+        left = [fault for fault in self.faults if fault.link or names[fault.device] in index]
+        moved = [_moved(fault, names, index) for fault in left]
+        self.faults = tuple(fault for fault in moved if _possible(fault, self.compiled))
 
     def _drop_faults(self) -> None:
         """Faults that have had their chance do not come again, or the run would never get past them: by where their
@@ -242,11 +253,18 @@ class Attempts:
         where = self.session.beacon.get
         left = []
         for fault in self.faults:
-            if fault.action != JOIN:
+            if fault.action == COMPUTE or fault.link:  # one that lasts does not keep the run from going on
+                left.append(fault)
+            elif fault.action != JOIN:
                 (planned,) = plan_faults([fault], self.compiled.program, self.compiled.seconds)
                 if where(planned.device) < (planned.step, planned.action):
                     left.append(fault)
         self.faults = tuple(left)
+
+
+def _moved(fault: Fault, names: list[str], index: Mapping[str, int]) -> Fault:
+    """A fault of a device, under another numbering."""
+    return fault if fault.link else replace(fault, device=index[names[fault.device]])
 
 
 def _possible(fault: Fault, compiled: Compiled) -> bool:

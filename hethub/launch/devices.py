@@ -37,9 +37,10 @@ class Timing:
 
 class ComputeDevice(Protocol):
     """Runs math and times it. One with `streams` works off a queue; the others have done an action when the call
-    returns."""
+    returns. `slow_down` is how many times as long its compute takes, on purpose."""
 
     clock: Clock
+    slow_down: float
     torch_device: torch.device
     tally: StorageTally | None
     streams: Streams | None
@@ -69,10 +70,17 @@ def _of_compute(start: float, end: float, collectives: tuple[tuple[float, float]
     return Timing(start, end, busy, busy, 0.0, collectives)
 
 
+def _linger(slow_down: float, seconds: float) -> None:
+    """Let what took `seconds` take `slow_down` times as long."""
+    if slow_down > 1.0:
+        time.sleep((slow_down - 1.0) * seconds)
+
+
 class _OnHost:
     """A device that is the host's own processor: an action is done when the call returns."""
 
     clock: Clock
+    slow_down: float = 1.0
     streams: Streams | None = None
 
     def elapsed(self, work: Callable[[], None]) -> Timing:
@@ -98,6 +106,7 @@ class RealDevice(_OnHost):
         """Run; collectives inside are exposed communication."""
         start = self.clock.now()
         work()
+        _linger(self.slow_down, self.clock.now() - start)
         end = self.clock.now()
         epoch = self.clock.epoch_seconds
         return _of_compute(start, end, tuple((a - epoch, b - epoch) for a, b in _collectives(group)))
@@ -122,6 +131,7 @@ class Accelerator:
     """
 
     tally: StorageTally | None = None
+    slow_down: float = 1.0
 
     def __init__(self, clock: Clock, torch_device: torch.device, streams: Streams) -> None:
         self.clock = clock
@@ -132,7 +142,17 @@ class Accelerator:
 
     def compute(self, price: Price, group: TensorGroup, work: Callable[[], None]) -> Timing:
         """Queue it; collectives inside are exposed communication."""
-        return self._queued(work, lambda: _collectives(group), busy=True)
+        if self.slow_down == 1.0:
+            return self._queued(work, lambda: _collectives(group), busy=True)
+
+        def slowly() -> None:
+            self._streams.moment().synchronize()
+            begin = time.monotonic()
+            work()
+            self._streams.moment().synchronize()
+            _linger(self.slow_down, time.monotonic() - begin)
+
+        return self._queued(slowly, lambda: _collectives(group), busy=True)
 
     def elapsed(self, work: Callable[[], None]) -> Timing:
         """By what the device does in between: nothing, where it has to wait."""
@@ -192,12 +212,14 @@ class EmulatedDevice(_OnHost):
         work()
         real = time.monotonic() - begin
         _collectives(group)
-        deadline = start + price.price.seconds
+        # Others of its group learn that it is slow when they meet it again.
+        more = (self.slow_down - 1.0) * price.busy_seconds
+        deadline = start + price.price.seconds + more
         overrun = max(0.0, self.clock.now() - deadline) * self.clock.time_scale
         self.clock.wait_until(deadline)
-        # Nobody else keeps a device that works alone, so what it takes longer is its own; in a group it may be another's.
+        # What a device that works alone takes longer is its own; in a group it may be another's.
         late = overrun / self.clock.time_scale if group.size == 1 else 0.0
-        busy = price.busy_seconds + late
+        busy = price.busy_seconds + more + late
         return Timing(ready, self.clock.now(), busy, real, overrun, self._modelled(price, start))
 
     def _modelled(self, price: Price, start: float) -> tuple[tuple[float, float], ...]:

@@ -20,15 +20,16 @@ from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
 from hethub.data.unigram import unigram_loss
-from hethub.errors import InputError
+from hethub.errors import HetHubError, InputError
 from hethub.interruption import patient
-from hethub.launch.attempts import HISTORY, Attempts, next_attempt
+from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
 from hethub.launch.crew import Crew
+from hethub.launch.environment import environment
 from hethub.launch.faults import plan_faults
-from hethub.launch.history import read_history
+from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, committed_steps
-from hethub.launch.journal import Journal, read_journal
+from hethub.launch.journal import Event, Journal, read_journal
 from hethub.launch.outcome import RunOutcome, draw, summary_of, write_metrics
 from hethub.launch.run_folder import RunFolder, write_json
 from hethub.launch.session import Session
@@ -133,20 +134,57 @@ class _Prepared:
     begin: float
 
 
-def launch(job: Job, say: Callable[[str], None], *, resume: bool = False) -> Finished:
+def launch(
+    job: Job,
+    say: Callable[[str], None],
+    *,
+    resume: bool = False,
+    opened: Callable[[Path], None] = lambda folder: None,
+) -> Finished:
     """Run a job to its end: plan, train, evaluate, save. `say` takes lines for a person.
 
     Everything is checked before the first file is written. The run folder then holds plan.yaml, logs, predicted.npz and
     measured.npz, trace.json, timeline.html, model.safetensors and last of all summary.json. With `resume` the folder is
-    one of an unfinished run of the job, which goes on from its newest intact checkpoint. Raises InputError,
-    InfeasibleError, MachineError, or RunError when a worker fails and the job's policy does not go on; ends with
-    KeyboardInterrupt after a signal.
+    one of an unfinished run of the job, which goes on from its newest intact checkpoint. `opened` is called with the
+    folder once it is ours. Raises InputError, InfeasibleError, MachineError, or RunError when a worker fails and the
+    job's policy does not go on; ends with KeyboardInterrupt after a signal. Why it ended stands in the journal.
     """
     begin = time.monotonic()
     _refuse_precision(job)
     folder = RunFolder(job.output)
     with _opened(job, folder, begin, resume=resume) as prepared:
-        return _run(prepared, say)
+        opened(folder.path)
+        with _end_noted(folder.path):
+            return _run(prepared, say)
+
+
+@contextlib.contextmanager
+def _end_noted(folder: Path) -> Iterator[None]:
+    """Write into the journal why a run ended before its end, unless that stands there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        events, _ = read_journal(folder)
+        if not events or events[-1].event != "stopped":
+            Journal(folder).add(Event(event="stopped", **_where(events)))
+        raise
+    except Exception as error:
+        events, _ = read_journal(folder)
+        told = error.message if isinstance(error, HetHubError) else f"{type(error).__name__}: {error}"
+        Journal(folder).add(
+            Event(
+                event="gave_up",
+                **_where(events),
+                reason=" ".join(told.split()),
+                exit_code=error.exit_code if isinstance(error, HetHubError) else 1,
+            )
+        )
+        raise
+
+
+def _where(events: list[Event]) -> dict[str, Any]:
+    """Attempt and step of the newest event."""
+    return {"attempt": events[-1].attempt, "step": events[-1].step} if events else {"attempt": 1, "step": 0}
 
 
 @contextlib.contextmanager
@@ -169,13 +207,26 @@ def _opened(job: Job, folder: RunFolder, begin: float, *, resume: bool) -> Itera
             _require_same_training(job, training)
             folder.reopen()
         else:
-            mark = {"hethub": __version__, "job": job.path.name, "job_file": str(job.path)}
-            folder.open({**mark, "started_unix_seconds": time.time()})
+            folder.open(_mark(job))
         tokens = _moved(tokens, Path(scratch), folder.path)
     try:
         yield _Prepared(job, folder, compiled, even, tokens, batches, training, resume, begin)
     finally:
         folder.close()
+
+
+def _mark(job: Job) -> dict[str, Any]:
+    """What run.json says: by it others know the run before anything else is written."""
+    return {
+        "hethub": __version__,
+        "job": job.path.name,
+        "job_file": str(job.path),
+        "started_unix_seconds": time.time(),
+        "cluster": job.cluster.name,
+        "emulated": job.cluster.emulated_time_scale is not None,
+        "steps": job.steps,
+        "environment": environment(),
+    }
 
 
 def _plans(job: Job) -> tuple[Any, None]:
@@ -261,10 +312,10 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
         )
         try:
             outcome = attempts.train(ready, "uneven" if run.even else "train")
+            outcome.timeline.save(folder / "measured.npz")
             if outcome.stopped:
                 raise KeyboardInterrupt
             session.save_weights(attempts.compiled, folder / "model.safetensors")
-            outcome.timeline.save(folder / "measured.npz")
             even_outcome = None
             if run.even is not None and attempts.compiled is compiled:
                 assert attempts.scale is not None

@@ -7,6 +7,7 @@ is between its posting and its completion; during a receive is while the message
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from hethub.errors import InputError
 from hethub.program.actions import Program
-from hethub.specs.job import JOIN, Deed, Fault
+from hethub.specs.job import COMPUTE, JOIN, Deed, Fault
 from hethub.specs.nearest import unknown_name
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class InjectedFaultError(Exception):
 class PlannedFault:
     """A fault at an action of a program.
 
-    `slow_seconds` is how long a slow one waits, in modelled seconds.
+    `slow_seconds` is how long a slow one waits, in modelled seconds. One that lasts for `steps` whole steps has no
+    action (-1): all compute of the device takes `factor` times as long, or the `link` (and no device) has a `factor`-th
+    of its bandwidth.
     """
 
     device: int
@@ -69,6 +72,9 @@ class PlannedFault:
     phase: Phase
     do: Deed
     slow_seconds: float = 0.0
+    steps: int = 1
+    factor: float = 1.0
+    link: str = ""
 
 
 def plan_faults(
@@ -81,6 +87,9 @@ def plan_faults(
     """
     planned = []
     for fault in faults:
+        if fault.link or fault.action == COMPUTE:
+            planned.append(_lasting(fault, program))
+            continue
         if not program.devices[fault.device]:
             raise InputError(f"{fault.place}: the plan leaves this device out. Name a device that it uses.")
         if fault.action == JOIN:
@@ -94,6 +103,21 @@ def plan_faults(
         phase = Phase[fault.phase.upper()]
         planned.append(PlannedFault(fault.device, fault.step, action, phase, fault.do, seconds))
     return tuple(planned)
+
+
+def _lasting(fault: Fault, program: Program) -> PlannedFault:
+    if not fault.link and not program.devices[fault.device]:
+        raise InputError(f"{fault.place}: the plan leaves this device out. Name a device that it uses.")
+    return PlannedFault(
+        device=fault.device,
+        step=fault.step,
+        action=-1,
+        phase=Phase.BEFORE,
+        do=fault.do,
+        steps=fault.steps,
+        factor=fault.factor,
+        link=fault.link,
+    )
 
 
 def _find_action(fault: Fault, program: Program) -> int:
@@ -119,7 +143,8 @@ def join_faults(faults: Sequence[Fault]) -> Mapping[int, Deed]:
 
 
 class Interruptions:
-    """The faults of one device: a hook that does what stands at (step, action, phase) and nothing elsewhere."""
+    """The faults of one device: a hook that does what stands at (step, action, phase) and nothing elsewhere.
+    `slow_links` are the links that are slow in the current step, and what their bandwidth is divided by."""
 
     def __init__(
         self,
@@ -128,15 +153,28 @@ class Interruptions:
         gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         self._faults: dict[tuple[int, int, Phase], list[PlannedFault]] = {}
+        self._lasting = [fault for fault in faults if fault.action < 0]
+        self._step = -1
+        self.slow_links: dict[str, float] = {}
         for fault in faults:
-            self._faults.setdefault((fault.step, fault.action, fault.phase), []).append(fault)
+            if fault.action >= 0:
+                self._faults.setdefault((fault.step, fault.action, fault.phase), []).append(fault)
         self._compute = compute
         self._gradients = gradients
 
     def __call__(self, step: int, action: int, phase: Phase) -> None:
         """Do what the job asks for here. Raises what a fault raises."""
+        if step != self._step:
+            self._begin(step)
         for fault in self._faults.get((step, action, phase), ()):
             self._do(fault)
+
+    def _begin(self, step: int) -> None:
+        """Set what lasts for whole steps."""
+        self._step = step
+        now = [fault for fault in self._lasting if fault.step <= step < fault.step + fault.steps]
+        self._compute.slow_down = math.prod(fault.factor for fault in now if not fault.link)
+        self.slow_links = {fault.link: fault.factor for fault in now if fault.link}
 
     def _do(self, fault: PlannedFault) -> None:
         if fault.do == "slow":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hethub.data.batches import Batches
 
 __all__ = [
+    "HISTORY",
     "Entry",
     "HistorySettings",
     "HistoryWriter",
@@ -34,6 +35,8 @@ __all__ = [
     "read_history",
     "whole_lines",
 ]
+
+HISTORY = "history"  # folder of the run folder: what every worker trained on
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Spec)

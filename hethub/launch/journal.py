@@ -24,19 +24,22 @@ JOURNAL = "attempts.jsonl"
 class Event(Spec):
     """One line of the journal."""
 
-    event: Literal["began", "failed", "recovered", "evaluated", "stopped", "ended"]
+    event: Literal["began", "failed", "recovered", "evaluated", "stopped", "ended", "gave_up", "moved"]
     attempt: int = Field(ge=1, description="Counted from 1 over all drivers of the run; never used twice.")
     at_unix_seconds: float = Field(0.0, ge=0, description="When it was written, by this host's clock.")
     step: int = Field(ge=0, description="began: the first step. failed: where it was. Else: steps done.")
     plan: str = Field("", description="began: digest of the plan.")
     devices: tuple[str, ...] = Field((), description="began: those in use.")
     cause: str = Field("", description="failed: worker, node, link, stall, memory, data or not-a-number.")
-    device: str = Field("", description="failed: the one that failed first.")
+    device: str = Field("", description="failed: the one that failed first. moved: the one that did.")
+    link: str = Field("", description="moved: the link, where it was one.")
+    ratio: float | None = Field(None, description="moved: measured over predicted seconds.")
     action: str = Field("", description="failed: what it was at.")
-    reason: str = Field("", description="failed: why; one line.")
+    reason: str = Field("", description="failed, gave_up: why; one line. moved: in words.")
     lost: tuple[str, ...] = Field((), description="failed: devices that the next attempt does without.")
     loss: float | None = Field(None, description="evaluated: held-out loss.")
     seconds: dict[str, float] = Field({}, description="recovered: wall seconds by part.")
+    exit_code: int | None = Field(None, description="gave_up: what the command ended with.")
     counts: dict[str, int] = Field(
         {}, description="ended, stopped: restarts, checkpoints, checkpoint failures."
     )

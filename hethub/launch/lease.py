@@ -12,11 +12,12 @@ import secrets
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from hethub.errors import InputError
 
-__all__ = ["LEASE", "Lease", "LeaseWatch"]
+__all__ = ["LEASE", "Driver", "Lease", "LeaseWatch", "driver_of"]
 
 LEASE = "lease.json"  # of the run folder
 BEAT_SECONDS = 1.0
@@ -75,12 +76,7 @@ class Lease:
             return True
         if holder.get("host") == socket.gethostname() and not _alive(holder.get("process")):
             return True
-        before, end = _touched(self.path), time.monotonic() + OBSERVE_SECONDS
-        while time.monotonic() < end:
-            if _touched(self.path) != before:
-                return False
-            self._end.wait(BEAT_SECONDS / 4)
-        return True
+        return _stands_still(self.path, self._end)
 
 
 class LeaseWatch:
@@ -101,6 +97,43 @@ class LeaseWatch:
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since > LIMIT_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """Who holds a run's lease: a process on a host. `alive` says whether it still does its work; `seen_unix_seconds` is
+    when it last said so, by the clock of the file system."""
+
+    host: str
+    process: int | None
+    alive: bool
+    seen_unix_seconds: float
+
+
+def driver_of(folder: Path) -> Driver | None:
+    """The driver that a run folder names, None where there is none. Takes up to OBSERVE_SECONDS where it is on another
+    host, since two clocks are not compared."""
+    path = folder / LEASE
+    holder, touched = _read(path), _touched(path)
+    if not holder or touched is None:
+        return None
+    host, process, seen = str(holder.get("host")), holder.get("process"), touched / 1e9
+    if host == socket.gethostname():
+        # A process that is stopped, or another one under its number, touches nothing.
+        alive = _alive(process) and time.time() - seen < LIMIT_SECONDS
+    else:
+        alive = not _stands_still(path, threading.Event())
+    return Driver(host, process if isinstance(process, int) else None, alive, seen)
+
+
+def _stands_still(path: Path, end: threading.Event) -> bool:
+    """Whether nobody touches a lease for OBSERVE_SECONDS."""
+    before, until = _touched(path), time.monotonic() + OBSERVE_SECONDS
+    while time.monotonic() < until:
+        if _touched(path) != before:
+            return False
+        end.wait(BEAT_SECONDS / 4)
+    return True
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -53,6 +53,12 @@ class Recorder:
         self._parts.append(part)
         return part
 
+    def recent(self) -> Records:
+        """The records of the last two steps that `fresh` was asked after; they stay here. May be asked while others
+        come."""
+        parts = self._parts[-2:]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=RECORD)
+
     def take(self) -> Records:
         """The records so far, which are then forgotten here."""
         self.fresh()

@@ -12,11 +12,11 @@ from typing import Any, TextIO
 from hethub.errors import InputError
 from hethub.launch.lease import LEASE, Lease
 
-__all__ = ["RunFolder", "write_json"]
+__all__ = ["MARK", "SUMMARY", "RunFolder", "write_json"]
 
-_MARK = "run.json"  # written first: says that this folder is a run of ours
+MARK = "run.json"  # written first: says that this folder is a run of ours
 _LOCK = "run.lock"
-_SUMMARY = "summary.json"  # written last: says that the run is whole
+SUMMARY = "summary.json"  # written last: says that the run is whole
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path}: output is a file. Name a folder that does not exist yet.")
-        if any(self.path.iterdir()) and not (self.path / _MARK).is_file():
+        if any(self.path.iterdir()) and not (self.path / MARK).is_file():
             raise InputError(
                 f"{self.path}: output is in use (it holds files that no run wrote). Name another folder."
             )
@@ -57,9 +57,9 @@ class RunFolder:
 
     def check_resumable(self) -> None:
         """Refuse what `reopen` would, without touching anything."""
-        if not (self.path / _MARK).is_file():
+        if not (self.path / MARK).is_file():
             raise InputError(f"{self.path}: is no folder of a run. Give one that `hethub launch` made.")
-        if (self.path / _SUMMARY).exists():
+        if (self.path / SUMMARY).exists():
             raise InputError(
                 f"{self.path}: this run has come to its end. Launch its job again for another one."
             )
@@ -81,7 +81,7 @@ class RunFolder:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-        write_json(self.path / _MARK, mark)
+        write_json(self.path / MARK, mark)
         (self.path / "logs").mkdir()
 
     def _take(self) -> None:

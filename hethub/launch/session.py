@@ -20,6 +20,7 @@ from hethub.interruption import terminated
 from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
+from hethub.launch.drift import DriftWatch, Moved
 from hethub.launch.faults import join_faults, plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.keeper import Keeper
@@ -30,6 +31,8 @@ from hethub.launch.progress import Progress
 from hethub.launch.stall import StallWatch, where
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
+from hethub.simulate.comparison import WARM_UP_STEPS
+from hethub.simulate.pace import Expected, Pace
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
@@ -47,6 +50,8 @@ _JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they
 _JOIN_SECONDS_PER_WORKER = 0.1
 _SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
 _PING_SECONDS = 1.0
+_DRIFT_LOOK_SECONDS = 1.0  # between looks at how fast devices and links are, or where one takes long:
+_DRIFT_LOOK_SHARE = 50.0  # times as long
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
 _STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
 
@@ -57,7 +62,8 @@ class Attempt:
 
     `keeper_from(step)` makes what takes its checkpoints, from its first step on; None: none are made. `begins(step)` is
     called when that step is known, `reached` is how many steps earlier attempts of this driver had done, and
-    `passed(seconds)` is called when this one has done more.
+    `passed(seconds)` is called when this one has done more. `moved(step, who)` is called when a device or link has
+    drifted from its prediction, or is back.
     """
 
     history: HistorySettings
@@ -67,6 +73,7 @@ class Attempt:
     begins: Callable[[int], None]
     passed: Callable[[float], None]
     evaluated: Callable[[int, float], None]
+    moved: Callable[[int, Moved], None]
     goes_on: bool
     reached: int = 0
     done: int = 0
@@ -94,6 +101,7 @@ class Session:
         self.telemetry = telemetry
         self.say = say
         self.emulated = job.cluster.emulated_time_scale is not None
+        self.one_clock = self.emulated or job.ray_address is None
         self.start: dict[str, float] = {}  # seconds by part of the start
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
@@ -416,6 +424,9 @@ class _Segments:
         self._modelled = 0.0
         self._begin = time.monotonic()
         self._asked_to_stop_at: float | None = None
+        self._expected = Expected(compiled.predicted, compiled.graph)
+        self._drift = DriftWatch()
+        self._next_look_at_drift = self._begin
         self.reports: list[tuple[int, float, float]] = []
         self.stopped = False
 
@@ -460,6 +471,29 @@ class _Segments:
             used = self._compiled.program.layout.used
             self._keeper.take(session.crew.ask("saved", used, _PING_SECONDS))
             session.telemetry.saved(self._keeper.counts, self._keeper.made_step)
+        if attempt is not None and fresh:
+            self._look_at_drift(attempt)
+
+    def _look_at_drift(self, attempt: Attempt) -> None:
+        """Hold the last step that all have done against its prediction, now and then."""
+        begin = time.monotonic()
+        if begin < self._next_look_at_drift or len(self.reports) <= WARM_UP_STEPS:
+            return
+        used = self._compiled.program.layout.used
+        found = self._session.crew.ask("recent_records", used, _PING_SECONDS)
+        self._next_look_at_drift = time.monotonic() + max(
+            _DRIFT_LOOK_SECONDS, _DRIFT_LOOK_SHARE * (time.monotonic() - begin)
+        )
+        if len(found) < len(used) or not all(len(records) for records in found.values()):
+            return
+        step = min(int(records["step"].max()) for records in found.values())
+        records = np.concatenate([found[device] for device in sorted(found)])
+        pace = self._expected.pace(records, step, self._scale)
+        if not self._session.one_clock:  # when a message was sent is told by another clock than when it came
+            pace = Pace(pace.devices)
+        for moved in self._drift.look(pace):
+            self._session.say(f"step {step}: {moved.words}")
+            attempt.moved(step, moved)
 
     def _end_in_good_time(self) -> None:
         """After SIGTERM: a checkpoint at the next step where the notice suffices, else the end at once."""

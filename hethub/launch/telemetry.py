@@ -1,4 +1,4 @@
-"""The driver's part of telemetry: it says what there is to count, serves the run's metrics, and tells Prometheus where."""
+"""The driver's part of telemetry: says what there is to count, serves the run's metrics, tells Prometheus where."""
 
 from __future__ import annotations
 

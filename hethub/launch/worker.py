@@ -57,6 +57,7 @@ from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
+from hethub.simulate.what_if import with_links
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings
 from hethub.specs.layout import Span, sequence_span
@@ -266,7 +267,7 @@ class Worker:
 
     def _hook(self) -> Interruptions | None:
         """What the job does to this device on purpose; None where it leaves it alone."""
-        faults = [fault for fault in self.task.faults if fault.device == self.setup.device]
+        faults = [fault for fault in self.task.faults if fault.link or fault.device == self.setup.device]
         training = self.training
         assert training is not None
         return Interruptions(faults, training.compute, lambda: training.sink.buffers) if faults else None
@@ -437,9 +438,20 @@ class Worker:
             return None
         graph = self.task.graph
         table = self._links = LinkTable(self.task.links_file, graph.cell_count)
-        return lambda destination, size, now: table.reserve(
-            graph.path(self.setup.device, destination), size, now
-        )
+        device = self.setup.device
+        if not any(fault.link for fault in self.task.faults):
+            return lambda destination, size, now: table.reserve(graph.path(device, destination), size, now)
+        graphs: dict[tuple[tuple[str, float], ...], CostGraph] = {(): graph}
+
+        def reserve(destination: int, size: int, now: float) -> float:
+            hook = None if self.training is None else self.training.hook
+            slow = tuple(hook.slow_links.items()) if isinstance(hook, Interruptions) else ()
+            if slow not in graphs:
+                factors = {link: 1.0 / factor for link, factor in slow}
+                graphs[slow] = CostGraph(with_links(graph.cluster, factors))
+            return table.reserve(graphs[slow].path(device, destination), size, now)
+
+        return reserve
 
     def start_clock(self, epoch_seconds: float, time_scale: float) -> None:
         """Count time from here on from `epoch_seconds` of the machine's monotonic clock; real runs have scale 1."""
@@ -466,8 +478,9 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
+                records = self.recorder.fresh()
                 if self.meter is not None:
-                    self.meter.step(step, self.recorder.fresh(), self._memory_bytes())
+                    self.meter.step(step, records, self._memory_bytes())
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
@@ -533,6 +546,10 @@ class Worker:
         """The devices whose parameters this one reads where they lie."""
         return set(self.agreed.neighbours) if self.training is not None else set()
 
+    def recent_records(self) -> npt.NDArray[np.void]:
+        """This device's records of the last two steps that it has done; may be asked while training."""
+        return self.recorder.recent()
+
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""
         return self.recorder.take()
@@ -548,7 +565,7 @@ class Worker:
         if self.compute.tally is not None:
             return self.compute.tally.live_bytes, self.compute.tally.peak_bytes
         library = getattr(torch, self.compute.torch_device.type, None)
-        if not hasattr(library, "memory_allocated"):
+        if library is None or not hasattr(library, "memory_allocated"):
             return math.nan, math.nan
         return library.memory_allocated(), library.max_memory_allocated()
 

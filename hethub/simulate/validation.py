@@ -15,6 +15,7 @@ from hethub.cost.engine_prices import Coefficients
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.errors import InputError
+from hethub.simulate.comparison import WARM_UP_STEPS
 from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun
 from hethub.simulate.modelled import steady_step_seconds
@@ -33,7 +34,6 @@ __all__ = [
     "own_step_seconds",
 ]
 
-_WARM_UP_STEPS = 3
 _TERMS = ("busy", "recompute", "exposed_communication", "bubble", "idle", "unaccounted")
 _SLOW, _PAUSE, _OVERHEAD = "slow_down.", "host_pause_seconds", "overhead_bytes."
 
@@ -94,7 +94,7 @@ def load_own_run(folder: Path) -> OwnRun:
     if predicted.info.devices != measured.info.devices:
         raise InputError(f"{folder}: predicted.npz is of other devices than measured.npz. Run the job again.")
     numbers = step_numbers(measured)
-    first = int(numbers[min(_WARM_UP_STEPS, len(numbers) - 1)])
+    first = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)])
     chosen = step_seconds(measured)[numbers >= first]
     return OwnRun(
         str(folder),

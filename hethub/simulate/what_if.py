@@ -1,6 +1,7 @@
 """What-if: the same plan on a cluster that differs in a link or in devices.
 
     link:CLASS=2x          every link of that class twice as fast
+    link:desk-shelf=0.5x   one link (`Cluster.named_links`) at half its bandwidth
     device:GROUP/NODE/DEVICE=0.8x   one device at 0.8 of its speed, compute and memory traffic alike
     type:NAME=0.5x         every device of a type at half its speed
     type:NAME=+4           four more devices of a type
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +22,7 @@ from hethub.cost.graph import CostGraph
 from hethub.errors import InputError
 from hethub.specs.cluster import Cluster, Device, DeviceType, Link
 
-__all__ = ["Addition", "Change", "changed_graph", "enlarged", "parse_change"]
+__all__ = ["Addition", "Change", "changed_graph", "enlarged", "parse_change", "with_links"]
 
 _FORM = re.compile(r"(link|device|type):(.+)=([0-9.eE+-]+)x")
 _MORE = re.compile(r"type:(.+)=\+([1-9][0-9]{0,5})")
@@ -91,7 +92,7 @@ def changed_graph(cluster: Cluster, changes: Sequence[Change]) -> CostGraph:
     for change in changes:
         if change.name not in _names(cluster, change.what):
             raise _unknown(cluster, change.what, change.name)
-    graph = CostGraph(_with_links(cluster, {c.name: c.factor for c in changes if c.what == "link"}))
+    graph = CostGraph(with_links(cluster, {c.name: c.factor for c in changes if c.what == "link"}))
     faster: dict[tuple[DeviceType, float], DeviceType] = {}
     graph.devices = tuple(_changed(device, changes, faster) for device in graph.devices)
     graph.changed_from = {made.name: own for (own, _), made in faster.items()}
@@ -103,30 +104,34 @@ def _names(cluster: Cluster, what: str) -> set[str]:
         return {device.name for device in cluster.devices()}
     if what == "type":
         return set(cluster.device_types)
-    return {link.name for link in _links(cluster)}
+    links = cluster.named_links()
+    return {link.name for link in links.values()} | set(links)
 
 
-def _links(cluster: Cluster) -> Iterator[Link]:
-    for group in cluster.node_groups:
-        yield from (group.intra_link, group.inter_link)
-    yield from (cross.link for cross in cluster.links)
+def with_links(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
+    """The cluster with its links `factors` times as fast, by their class or their own name."""
 
+    def factor(own: str, link: Link) -> float:
+        return factors.get(own, 1.0) * factors.get(link.name, 1.0)
 
-def _with_links(cluster: Cluster, factors: dict[str, float]) -> Cluster:
-    def changed(link: Link) -> Link:
-        factor = factors.get(link.name, 1.0)
-        return replace(link, bandwidth_bytes_per_second=link.bandwidth_bytes_per_second * factor)
+    def changed(own: str, link: Link) -> Link:
+        return replace(link, bandwidth_bytes_per_second=link.bandwidth_bytes_per_second * factor(own, link))
 
     groups = tuple(
-        replace(group, intra_link=changed(group.intra_link), inter_link=changed(group.inter_link))
+        replace(
+            group,
+            intra_link=changed(f"intra {group.name}", group.intra_link),
+            inter_link=changed(f"inter {group.name}", group.inter_link),
+        )
         for group in cluster.node_groups
     )
     crossing = []
     for cross in cluster.links:
         total = cross.total_bandwidth_bytes_per_second
         if total is not None:
-            total *= factors.get(cross.link.name, 1.0)
-        crossing.append(replace(cross, link=changed(cross.link), total_bandwidth_bytes_per_second=total))
+            total *= factor(cross.name, cross.link)
+        link = changed(cross.name, cross.link)
+        crossing.append(replace(cross, link=link, total_bandwidth_bytes_per_second=total))
     return replace(cluster, node_groups=groups, links=tuple(crossing))
 
 

@@ -19,6 +19,7 @@ from hethub.specs.nearest import unknown_name
 from hethub.specs.workload import Workload, WorkloadSpec, resolve_workload
 
 __all__ = [
+    "COMPUTE",
     "JOIN",
     "CheckpointPolicy",
     "Deed",
@@ -33,6 +34,7 @@ __all__ = [
 
 _STDLIB = "stdlib:"
 JOIN = "join"  # the one action of a fault that comes before the first step: joining the job
+COMPUTE = "compute"  # all compute actions of a device, of a fault that makes it slow for whole steps
 
 PhaseName = Literal["before", "during", "after"]
 Deed = Literal["kill", "raise", "exit", "hang", "stop", "slow", "oom", "nan"]
@@ -136,11 +138,21 @@ class TelemetrySpec(Spec):
 class FaultSpec(Spec):
     """An interruption on purpose, to see what becomes of the run."""
 
-    device: str = Field(description="The device it happens to, group/node/device.")
+    device: str | None = Field(None, description="The device it happens to, group/node/device.")
+    link: str | None = Field(
+        None,
+        description="Instead of a device: the link that is slow (emulated ones only): the two names of `links` "
+        "joined by a hyphen, `inter GROUP` between its nodes, or `intra GROUP` inside them.",
+    )
     step: int = Field(0, ge=0, description="The training step, counted from 0.")
-    action: int | str = Field(
+    steps: int = Field(
+        1, ge=1, description="For a slow link or all of compute: how many steps, from `step` on."
+    )
+    action: int | str | None = Field(
+        None,
         description="Where in the device's list: an action's number, its words as error messages print them "
-        "(the first so called), or join: when the worker joins the job."
+        "(the first so called), join: when the worker joins the job, or compute: all compute of whole steps (slow "
+        "only).",
     )
     phase: PhaseName = Field("before", description="before, during or after the action.")
     do: Deed = Field(
@@ -148,7 +160,11 @@ class FaultSpec(Spec):
         "stop: SIGSTOP to the worker. slow: take longer. oom: ask for more memory than there is. "
         "nan: a gradient becomes NaN."
     )
-    factor: float = Field(2.0, gt=1, description="For slow: times the predicted seconds of the action.")
+    factor: float = Field(
+        2.0,
+        gt=1,
+        description="For slow: times the predicted seconds of the action; a link's bandwidth is divided by it.",
+    )
 
 
 class JobSpec(Spec):
@@ -217,11 +233,14 @@ class FailurePolicy:
 class Fault:
     """An interruption on purpose.
 
-    `device` indexes `Cluster.devices()`; `action` is a number in that device's list, words, or JOIN. Only a program can
-    tell whether there is such an action, so `place` (`file:line:column key` of the action) is kept for the message.
+    `device` indexes `Cluster.devices()`, -1 where a `link` is slow; `action` is a number in that device's list, words,
+    JOIN, or COMPUTE, which a slow link has too: these last `steps` steps. Only a program can tell whether there is such
+    an action, so `place` (`file:line:column key` of the action) is kept for the message.
     """
 
     device: int
+    link: str = ""
+    steps: int = 1
     step: int
     action: int | str
     phase: PhaseName
@@ -381,13 +400,23 @@ def _faults(spec: JobSpec, document: Document, cluster: Cluster) -> tuple[Fault,
     found = []
     for number, entry in enumerate(spec.fault if isinstance(spec.fault, list) else [spec.fault]):
         keys: tuple[Key, ...] = ("fault", number) if several else ("fault",)
-        _check_fault(entry, keys, spec, names, problems)
-        place = document.line((*keys, "action"), "").removesuffix(": ")
+        if entry.link is None:
+            _check_fault(entry, keys, spec, names, problems)
+        else:
+            _check_slow_link(entry, keys, cluster, problems)
+        if entry.step >= spec.steps:
+            problems.add(
+                (*keys, "step"),
+                f"{entry.step} is past the last step of the job, {spec.steps - 1}. Name an earlier one.",
+            )
+        place = document.line((*keys, "device" if entry.action is None else "action"), "").removesuffix(": ")
         found.append(
             Fault(
-                device=names.get(entry.device, -1),
+                device=names.get(entry.device or "", -1),
+                link=entry.link or "",
+                action=COMPUTE if entry.action is None else entry.action,
                 place=place,
-                **entry.model_dump(include={"step", "action", "phase", "do", "factor"}),
+                **entry.model_dump(include={"step", "steps", "phase", "do", "factor"}),
             )
         )
     problems.raise_any()
@@ -397,19 +426,38 @@ def _faults(spec: JobSpec, document: Document, cluster: Cluster) -> tuple[Fault,
 def _check_fault(
     entry: FaultSpec, keys: tuple[Key, ...], spec: JobSpec, names: dict[str, int], problems: Problems
 ) -> None:
+    if entry.device is None or entry.action is None:
+        missing = "device" if entry.device is None else "action"
+        problems.add((*keys, missing), "is missing. A fault names a device and an action, or a slow link.")
+        return
     if entry.device not in names:
         problems.add(
             (*keys, "device"), unknown_name(f'there is no device "{entry.device}"', entry.device, names)
         )
-    if entry.step >= spec.steps:
-        problems.add(
-            (*keys, "step"),
-            f"{entry.step} is past the last step of the job, {spec.steps - 1}. Name an earlier one.",
-        )
+    if entry.action == COMPUTE and entry.do != "slow":
+        problems.add((*keys, "action"), f"compute is for do: slow. Name the action to {entry.do} at.")
+    if entry.action != COMPUTE and entry.steps > 1:
+        problems.add((*keys, "steps"), "is for action: compute and for links. An action comes in one step.")
     if entry.action == JOIN and (entry.step, entry.phase) != (0, "before"):
         problems.add((*keys, "action"), "join comes once, before step 0. Leave out step and phase.")
     if entry.action == JOIN and entry.do in ("slow", "oom", "nan"):
         problems.add((*keys, "do"), f"a worker that joins has nothing to {entry.do} yet. Name an action.")
+
+
+def _check_slow_link(entry: FaultSpec, keys: tuple[Key, ...], cluster: Cluster, problems: Problems) -> None:
+    names = cluster.named_links()
+    if entry.device is not None or entry.action is not None or entry.do != "slow":
+        problems.add(
+            (*keys, "link"), "a link can only be slow. Leave out device and action, and set do: slow."
+        )
+    if entry.link not in names:
+        problems.add(
+            (*keys, "link"), unknown_name(f'there is no link "{entry.link}"', entry.link or "", names)
+        )
+    if cluster.emulated_time_scale is None:
+        problems.add(
+            (*keys, "link"), "real links are as fast as they are. Emulate the cluster, or drop this."
+        )
 
 
 def _workload(spec: JobSpec, document: Document, cluster: Cluster, default: Workload | None) -> Workload:

@@ -86,6 +86,11 @@ class GroupLink:
     total_bandwidth_bytes_per_second: float | None
     usd_per_gb: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Its two ends, joined by a hyphen."""
+        return "-".join(self.between)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -127,6 +132,13 @@ class Cluster:
     def devices(self) -> tuple[Device, ...]:
         """Devices that may be used: groups in file order, node-major, excluded ones left out."""
         return self._devices
+
+    def named_links(self) -> dict[str, Link]:
+        """Every link under a name that no other has, whatever class it is of: `intra GROUP` inside a group's nodes,
+        `inter GROUP` between them, and the two ends of a link between groups or zones, `ONE-OTHER`."""
+        found = {f"intra {group.name}": group.intra_link for group in self.node_groups}
+        found |= {f"inter {group.name}": group.inter_link for group in self.node_groups}
+        return found | {cross.name: cross.link for cross in self.links}
 
     def counts(self) -> dict[str, int]:
         """Usable devices by type name; a type whose devices are all excluded counts 0."""

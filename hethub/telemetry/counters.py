@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, STEP_BUCKETS_SECONDS
 
@@ -59,6 +60,10 @@ def create_counters(file: Path, links: int) -> None:
     os.replace(temporary, file)
 
 
+def _floats(numbers: memoryview[float]) -> list[float]:
+    return cast(list[float], numbers[_HEAD:].tolist())
+
+
 class CountersFile:
     """A device's counters, mapped. Raises OSError where there is no file, ValueError where it has another layout."""
 
@@ -69,7 +74,7 @@ class CountersFile:
             self._memory = mmap.mmap(descriptor, 0, access=access)
         finally:
             os.close(descriptor)
-        self._numbers = memoryview(self._memory).cast("d")
+        self._numbers: memoryview[float] = memoryview(self._memory).cast("d")
         if self._numbers[0] != _MAGIC:
             self.close()
             raise ValueError(f"{file}: written by another version of HetHub")
@@ -85,12 +90,12 @@ class CountersFile:
         numbers = self._numbers
         for _ in range(_TRIES):
             version = numbers[1]
-            found = numbers[_HEAD:].tolist()
+            found = _floats(numbers)
             if version % 2 == 0 and numbers[1] == version:
                 self._whole = found
                 return found
             pause()
-        return numbers[_HEAD:].tolist() if self._whole is None else self._whole
+        return _floats(numbers) if self._whole is None else self._whole
 
     def write(self, numbers: Sequence[float]) -> None:
         """Replace the numbers after the head at once; `numbers` must be contiguous float64."""

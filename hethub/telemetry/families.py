@@ -69,6 +69,14 @@ class Series:
         value = self._values.get(name, {}).get(key)
         return None if isinstance(value, Histogram) else value
 
+    def count(self, name: str) -> int:
+        """How many series a metric has."""
+        return len(self._values.get(name, {}))
+
+    def total(self, name: str) -> float:
+        """Sum of a metric's series; 0 where it has none."""
+        return sum(v for v in self._values.get(name, {}).values() if not isinstance(v, Histogram))
+
     def zero(self, name: str, labels: Mapping[str, str]) -> None:
         """Begin all series of a metric whose labels are known beforehand at 0; `labels` are those of its scope."""
         entry = METRICS[name]

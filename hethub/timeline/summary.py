@@ -118,7 +118,9 @@ def summarize(timeline: Timeline, first: int, last: int) -> list[DeviceSummary]:
     devices = len(timeline.info.devices)
     seconds = window[1] - window[0]
     by_action = action_seconds(actions, clock, window)
-    shares = np.stack([np.bincount(actions["device"], weights=row, minlength=devices) for row in by_action])
+    shares: Floats = np.array(
+        [np.bincount(actions["device"], weights=row, minlength=devices) for row in by_action]
+    )
     idle, unaccounted = gap_seconds(actions, clock, window, devices)
     shares[IDLE] += idle
     shares[UNACCOUNTED] += unaccounted

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hethub.checkpoints.store import CHECKPOINTS
-from hethub.launch.attempts import HISTORY
-from hethub.launch.history import Entry, read_history
+from hethub.launch.history import HISTORY, Entry, read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
 from tests.launch.small_job import MODEL, Launch, Result

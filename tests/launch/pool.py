@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.faults import plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
+from hethub.launch.meter import MeterSettings
+from hethub.launch.moments import Moments
 from hethub.launch.saving import CheckpointSettings
 from hethub.launch.worker import Fetched, Task, WorkerSetup, assemble
 from hethub.program.actions import Program
@@ -31,6 +33,7 @@ from hethub.program.prove import prove
 from hethub.specs.job import Fault, OptimizerSettings
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
+from hethub.telemetry.describe import describe, write_nodes
 from hethub.timeline.record import Timeline, TimelineInfo
 from tests.launch.host_streams import PretendingWorker
 from tests.plan_strategies import VOCABULARY, compute_model
@@ -159,11 +162,13 @@ class Pool:
         initial_weights: Path | None = None,
         skips: bool = False,
         accelerators: Collection[int] = (),
+        telemetry: Path | None = None,
     ) -> Trained:
         """Train a plan from the first step on all its devices; `time_scale` emulates them, `faults` are interruptions
         on purpose, whose predicted actions take a second. Parameters go by messages where devices are emulated or not
         `read_in_place`. The devices `accelerators` have streams of their own (see `HostStreams`). With
-        `restore` training goes on from that checkpoint, whose step is `first`."""
+        `restore` training goes on from that checkpoint, whose step is `first`. Workers count in the folder `telemetry`.
+        """
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
         program = compile_program(lay_out(plan), compute)
@@ -193,6 +198,8 @@ class Pool:
             skips=skips,
             peak_bytes={d: peak.total for d, peak in program_memory(program, compute).items()},
         )
+        if telemetry is not None:
+            task = replace(task, meter=_counting(telemetry, task, time_scale or 1.0))
         if restore is not None:
             self.fetched = self.call("fetch", task)
             problem = next((answer.problem for answer in self.fetched if answer.problem), "")
@@ -223,3 +230,18 @@ class Pool:
             program=program,
             task=task,
         )
+
+
+def _counting(folder: Path, task: Task, time_scale: float) -> MeterSettings:
+    """What the driver makes ready for workers that count."""
+    program, graph = task.program, task.graph
+    nodes = describe(
+        program, graph, task.workload, run="run", time_scale=time_scale, peak_bytes=task.peak_bytes
+    )
+    write_nodes(folder, nodes)
+    seconds = [
+        graph.path(t.source, t.destination).seconds(t.bytes)
+        for t in (program.transfer(m) for m in range(len(program.messages)))
+    ]
+    Moments.create(folder / "moments.bin", np.array(seconds), len(graph.devices))
+    return MeterSettings(folder=folder, moments_file=folder / "moments.bin", one_clock=True)

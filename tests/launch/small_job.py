@@ -167,14 +167,23 @@ class Launch:
 
     def left(self) -> list[str]:
         """Processes and files that it left behind."""
-        mark = f"TMPDIR={self.temporary}\0".encode()
-        processes = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and mark in _content(entry / "environ"):
-                state = _content(entry / "stat").rpartition(b") ")[2][:1]
-                if state != b"Z":
-                    processes.append(_content(entry / "cmdline").replace(b"\0", b" ").decode())
-        return processes + [str(path) for path in self.temporary.glob("hethub-*")]
+        found = [
+            _content(Path(f"/proc/{process}/cmdline")).replace(b"\0", b" ").decode()
+            for process in marked(self.temporary)
+        ]
+        return found + [str(path) for path in self.temporary.glob("hethub-*")]
+
+
+def marked(temporary: Path) -> list[int]:
+    """Processes whose temporary folder this is, those left out that have ended."""
+    mark = f"TMPDIR={temporary}\0".encode()
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit()
+        and mark in _content(entry / "environ")
+        and _content(entry / "stat").rpartition(b") ")[2][:1] not in (b"Z", b"")
+    ]
 
 
 def _content(file: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hethub.errors import InputError
@@ -12,8 +13,9 @@ from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.specs.job import Fault
 from hethub.specs.layout import lay_out
-from hethub.timeline.record import Kind
-from tests.launch.pool import Pool, PoolError
+from hethub.timeline.record import COMPUTE_KINDS, Kind
+from hethub.timeline.summary import sent_seconds
+from tests.launch.pool import Pool, PoolError, Trained
 from tests.plan_strategies import NAMED_PLANS, compute_model
 
 ONE = NAMED_PLANS["single device"]("fp32")
@@ -102,3 +104,46 @@ def test_a_fault_that_is_never_reached_changes_nothing(pool: Pool) -> None:
     plain = pool.train(TWO, 2, held_out_rows=0)
     armed = pool.train(TWO, 2, held_out_rows=0, faults=[fault(device=1, step=5, do="kill")])
     assert armed.losses == plain.losses
+
+
+def compute_seconds(trained: Trained, device: int, step: int) -> float:
+    records = trained.timeline.records
+    chosen = records[(records["step"] == step) & (records["device"] == device)]
+    compute = chosen[np.isin(chosen["kind"], [int(kind) for kind in COMPUTE_KINDS])]
+    return float(
+        (compute["busy"] - compute["overrun"]).sum()
+    )  # a loaded machine is late: that is not the device's
+
+
+def test_a_device_is_slow_for_whole_steps(pool: Pool) -> None:
+    trained = pool.train(
+        TWO,
+        4,
+        held_out_rows=0,
+        time_scale=1.0,
+        faults=[fault(device=1, step=1, steps=2, action="compute", do="slow", factor=3.0)],
+    )
+    usual = compute_seconds(trained, 1, 0)
+    of_steps = [compute_seconds(trained, 1, step) / usual for step in range(4)]
+    # The first step takes no new weights, which is little work.
+    assert of_steps == pytest.approx([1.0, 3.0, 3.0, 1.0], rel=0.02)
+    assert compute_seconds(trained, 0, 1) == pytest.approx(compute_seconds(trained, 0, 0), rel=0.02)
+
+
+def test_a_link_has_a_share_of_its_bandwidth_for_whole_steps(pool: Pool) -> None:
+    plain = pool.train(TWO, 3, held_out_rows=0, time_scale=1.0)
+    slow = pool.train(
+        TWO,
+        3,
+        held_out_rows=0,
+        time_scale=1.0,
+        faults=[fault(device=-1, link="inter a", step=1, action="compute", do="slow", factor=50.0)],
+    )
+
+    def longest(trained: Trained, step: int) -> float:
+        records = trained.timeline.records
+        chosen = (records["step"] == step) & (records["kind"] == Kind.RECEIVE)
+        return float(np.nanmax((records["end"] - sent_seconds(records))[chosen]))
+
+    assert longest(slow, 1) > 10 * longest(plain, 1)
+    assert slow.losses == plain.losses

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hethub.launch.attempts import HISTORY, next_attempt
-from hethub.launch.history import Entry
+from hethub.launch.attempts import next_attempt
+from hethub.launch.history import HISTORY, Entry
 from hethub.launch.history_check import check_journal
 from hethub.launch.journal import JOURNAL, Event, Journal, read_journal
 

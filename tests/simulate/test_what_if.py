@@ -13,7 +13,7 @@ from hethub.errors import InputError
 from hethub.program.compile import compile_program
 from hethub.simulate.energy import egress_usd, job_of, joules_of
 from hethub.simulate.engine import simulate
-from hethub.simulate.what_if import Addition, Change, changed_graph, enlarged, parse_change
+from hethub.simulate.what_if import Addition, Change, changed_graph, enlarged, parse_change, with_links
 from hethub.specs.layout import Share, lay_out
 from hethub.specs.plan import Plan
 from hethub.specs.resolved import GroupLink
@@ -131,6 +131,22 @@ def two_zones(usd_per_gb: float | None) -> Plan:
 def test_what_is_no_change_of_this_cluster_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         seconds(NAMED_PLANS["single device"]("fp32"), text)
+
+
+def test_one_link_is_slowed_by_its_own_name_and_its_class_by_theirs() -> None:
+    cluster = NAMED_PLANS["rows cut differently in each stage"]("fp32").cluster
+    links = cluster.named_links()
+    own, link = next(iter(links.items()))
+    alike = {name for name, other in links.items() if other.name == link.name}
+
+    def slowed(name: str) -> set[str]:
+        after = with_links(cluster, {name: 0.25}).named_links()
+        return {
+            n for n in links if after[n].bandwidth_bytes_per_second == links[n].bandwidth_bytes_per_second / 4
+        }
+
+    assert slowed(own) == {own}
+    assert slowed(link.name) == alike
 
 
 def test_energy_counts_each_power_for_its_time() -> None:

@@ -203,7 +203,21 @@ WRONG_FAULTS = {
         "action: join, do: nan",
         "fault.do: a worker",
     ),
-    "no action": ("action: 17, ", "", "fault.action: required key is missing"),
+    "no action": ("action: 17, ", "", "fault.action: is missing. A fault names a device and an action"),
+    "no device": ("device: a/0/1, ", "", "fault.device: is missing. A fault names a device and an action"),
+    "compute that is not slow": ("17, phase: after", "compute", "fault.action: compute is for do: slow"),
+    "an action that lasts": ("step: 2", "step: 2, steps: 2", "fault.steps: is for action: compute"),
+    "a link that dies": ("device: a/0/1", "link: intra a", "fault.link: a link can only be slow"),
+    "an unknown link": (
+        "device: a/0/1, step: 2, action: 17, phase: after, do: kill",
+        "link: intra q, do: slow",
+        'fault.link: there is no link "intra q". Did you mean "intra',
+    ),
+    "a real link": (
+        "device: a/0/1, step: 2, action: 17, phase: after, do: kill",
+        "link: intra a, do: slow",
+        "fault.link: real links are as fast as they are",
+    ),
 }
 
 

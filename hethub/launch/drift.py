@@ -1,0 +1,76 @@
+"""Whether a run drifts from its prediction: which device or link moved, how far, and when it is back.
+
+Each is judged against its own prediction, not against others: in a mixed cluster some are always slower. The median of
+the last few steps that were looked at counts, so that one late step says nothing. What has been told is not told again
+until it moves on, or back.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from hethub.simulate.pace import Pace
+
+__all__ = ["DriftWatch", "Moved"]
+
+WINDOW_STEPS = 5
+LEAST_STEPS = 3  # with fewer that show it, nothing is said
+MOVED = 1.25  # times as long (or short) as what was told last
+NORMAL = 1.1  # closer to its prediction, it is back to normal
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A device or link takes `ratio` times its predicted seconds; before it was `before`, as told last."""
+
+    what: Literal["device", "link"]
+    name: str
+    ratio: float
+    before: float
+
+    @property
+    def normal(self) -> bool:
+        """Whether it is back to its prediction."""
+        return 1.0 / NORMAL <= self.ratio <= NORMAL
+
+    @property
+    def words(self) -> str:
+        """A line for people."""
+        of = "compute takes" if self.what == "device" else "messages take"
+        if self.normal:
+            return f"{self.what} {self.name}: back to its prediction ({self.ratio:.2f} x, after {self.before:.2f} x)"
+        now = f"its {of} {self.ratio:.2f} x as long as predicted"
+        return f"{self.what} {self.name}: {now} (before: {self.before:.2f} x)"
+
+
+class DriftWatch:
+    """Takes the pace of steps, one after the other, and tells who moved."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Literal["device", "link"], str], deque[float]] = {}
+        self.told: dict[tuple[Literal["device", "link"], str], float] = {}
+
+    def look(self, pace: Pace) -> list[Moved]:
+        """Those that moved, by this step and the ones before."""
+        self._take("device", pace.devices)
+        self._take("link", pace.links)
+        return list(self._moved())
+
+    def _take(self, what: Literal["device", "link"], ratios: Mapping[str, float]) -> None:
+        for name, ratio in ratios.items():
+            self._seen.setdefault((what, name), deque(maxlen=WINDOW_STEPS)).append(ratio)
+
+    def _moved(self) -> Iterator[Moved]:
+        for key, seen in self._seen.items():
+            if len(seen) < LEAST_STEPS:
+                continue
+            ratio, before = statistics.median(seen), self.told.get(key, 1.0)
+            moved = Moved(*key, ratio, before)
+            changed = max(ratio / before, before / ratio) > MOVED
+            if changed or (moved.normal and not 1.0 / NORMAL <= before <= NORMAL):
+                self.told[key] = ratio
+                yield moved

@@ -1,0 +1,83 @@
+"""A plan made anew for the devices and links as a run measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.graph import CostGraph
+from hethub.errors import InputError
+from hethub.planners.first import FirstPlanner
+from hethub.planners.interface import Problem
+from hethub.planners.objective import best_plan
+from hethub.program.check import check_plan
+from hethub.simulate.pace import Expected, Pace, median_pace, paced_graph, paced_step_seconds
+from hethub.specs.constraints import FASTEST, FREE, Constraints, Objective
+from hethub.specs.plan import Plan
+from hethub.timeline.record import Timeline
+from hethub.timeline.summary import step_numbers
+
+__all__ = ["Replanned", "pace_of_run", "replan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replanned:
+    """The plan at hand and a new one under the measured pace. Both steps are simulated at it, as they would be launched
+    now; `plan` is the old one where the new one is no faster. The plan keeps the cluster file's figures, so that a job
+    of that cluster takes it."""
+
+    plan: Plan
+    pace: Pace
+    old_step_seconds: float
+    new_step_seconds: float
+
+    @property
+    def gain(self) -> float:
+        """How much more the new plan does in the same time: 0.1 is a tenth more."""
+        return self.old_step_seconds / self.new_step_seconds - 1.0
+
+
+def pace_of_run(
+    plan: Plan, predicted: Timeline, measured: Timeline, steps: Sequence[int]
+) -> tuple[Pace, list[int]]:
+    """The median pace of those of `steps` that were measured, and which they are. Raises InputError without any."""
+    chosen = [step for step in step_numbers(measured).tolist() if step in set(steps)]
+    if not chosen:
+        raise InputError("replan: no such step was measured. Choose others.")
+    expected = Expected(predicted, CostGraph(plan.cluster))
+    records = measured.records
+    return median_pace([expected.pace(records, step, measured.info.time_scale) for step in chosen]), chosen
+
+
+def replan(
+    plan: Plan, pace: Pace, *, constraints: Constraints = FREE, objective: Objective = FASTEST
+) -> Replanned:
+    """Search a plan for the cluster at a measured pace. Raises InfeasibleError as planning does."""
+    graph = paced_graph(CostGraph(plan.cluster), pace)
+    problem = Problem(
+        cluster=plan.cluster,
+        workload=plan.workload,
+        compute=ComputeModel(graph, plan.workload),
+        constraints=constraints,
+    )
+    planner = FirstPlanner()
+    plain = objective.plain and constraints == FREE
+    found = planner.plan(problem) if plain else best_plan(planner, problem, objective)
+    new = found.plan.model_copy(
+        update={"name": plan.name, "cluster": plan.cluster, "bounds": plan.bounds, "search": None}
+    )
+    wrong = check_plan(new)
+    if wrong:
+        raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
+    old_seconds, new_seconds = paced_step_seconds(plan, pace), paced_step_seconds(new, pace)
+    if new_seconds >= old_seconds:
+        new, new_seconds = plan, old_seconds
+    tokens = plan.workload.global_batch * plan.workload.sequence_length
+    prediction = {"step_seconds": new_seconds, "tokens_per_second": tokens / new_seconds}
+    return Replanned(
+        plan=new if new is plan else new.model_copy(update={"prediction": prediction}),
+        pace=pace,
+        old_step_seconds=old_seconds,
+        new_step_seconds=new_seconds,
+    )
