@@ -41,37 +41,31 @@ class Sample:
     value: float
 
 
-class Prometheus:
-    """A server on a free port of this machine that scrapes what `targets` files list."""
+def _write_config(path: Path, targets: Sequence[Path], rules: Sequence[Path]) -> None:
+    """Scrape what `targets` files list, every second."""
+    pause = f"{SCRAPE_SECONDS}s"
+    found = {"files": [str(path) for path in targets], "refresh_interval": "1s"}
+    content = {
+        "global": {"scrape_interval": pause, "evaluation_interval": pause},
+        "rule_files": [str(path) for path in rules],
+        "scrape_configs": [{"job_name": "hethub", "file_sd_configs": [found]}],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))  # JSON is YAML
 
-    def __init__(self, folder: Path, targets: Sequence[Path], rules: Sequence[Path] = ()) -> None:
+
+class Prometheus:
+    """A server on a free port of this machine, with its data and log in `folder`."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prometheus.yml").write_text(
-            json.dumps(  # JSON is YAML
-                {
-                    "global": {
-                        "scrape_interval": f"{SCRAPE_SECONDS}s",
-                        "evaluation_interval": f"{SCRAPE_SECONDS}s",
-                    },
-                    "rule_files": [str(path) for path in rules],
-                    "scrape_configs": [
-                        {
-                            "job_name": "hethub",
-                            "file_sd_configs": [
-                                {"files": [str(path) for path in targets], "refresh_interval": "1s"}
-                            ],
-                        }
-                    ],
-                }
-            )
-        )
         self.log = folder / "prometheus.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
                     "prometheus",
-                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--config.file={config}",
                     f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address={self.address}",
                     "--log.level=warn",
@@ -140,13 +134,11 @@ def until(met: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 @contextmanager
-def prometheus_running(
-    folder: Path, targets: Sequence[Path], rules: Sequence[Path] = ()
-) -> Iterator[Prometheus]:
+def prometheus_running(folder: Path, config: Path) -> Iterator[Prometheus]:
     """A server that answers; skips where the binary is missing."""
     if shutil.which("prometheus") is None:
         pytest.skip("no prometheus here (Debian package `prometheus`)")
-    server = Prometheus(folder, targets, rules)
+    server = Prometheus(folder, config)
     try:
         until(server.ready, _START_SECONDS, "Prometheus answers")
         yield server
@@ -231,7 +223,9 @@ def scraped(
     )
     _add_bounds(folder)
     targets = folder / "run" / "telemetry" / "targets.json"
-    with prometheus_running(folder / "prometheus", [targets], rules) as server:
+    config = folder / "prometheus" / "prometheus.yml"
+    _write_config(config, [targets], rules)
+    with prometheus_running(folder / "prometheus", config) as server:
         launch = Launch(folder)
         try:
 

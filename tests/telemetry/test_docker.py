@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.launch.small_job import edit, launched, write_job
+from tests.telemetry.prometheus import prometheus_running, until
 from tests.telemetry.promql import BOARDS, ROOT, needs_promtool, promtool
 
 DOCKER = ROOT / "docker"
@@ -117,6 +120,26 @@ def test_the_demo_runs_a_job_of_the_image(services):
 def test_prometheus_takes_its_configuration(tmp_path):
     answer = promtool("check", "config", DOCKER / "prometheus" / "prometheus.yml", folder=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_the_shipped_configuration_finds_a_run_of_the_checkout(tmp_path):
+    """As in the container: the checkout somewhere, a run under its runs/."""
+    shutil.copytree(DOCKER, tmp_path / "docker")
+    job = tmp_path / "jobs"
+    job.mkdir()
+    write_job(job)
+    edit(job / "job.yaml", ("output: run", "output: ../runs/first"), ("steps: 3", "steps: 100000"))
+    config = tmp_path / "docker" / "prometheus" / "prometheus.yml"
+    with prometheus_running(tmp_path / "prometheus", config) as server, launched(job):
+        until(
+            lambda: len(server.query('up{job="hethub"} == 1')) == 2,
+            120,
+            "the driver and an agent are scraped",
+        )
+        instances = {sample.labels["instance"] for sample in server.query("up")}
+        assert "first/driver" in instances and all(name.startswith("first/") for name in instances)
+        until(lambda: bool(server.query('hethub_run_info{run="first"}')), 60, "the run is known")
+        assert server.query('hethub_device_info{run="first"}')
 
 
 def test_boards_are_plain_json():

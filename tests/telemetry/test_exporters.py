@@ -7,7 +7,7 @@ import yaml
 from hethub.telemetry.metrics import METRICS
 from hethub.telemetry.rule_files import recording_file
 from hethub.telemetry.rules import Durations
-from tests.telemetry.promql import needs_promtool, promtool, rule_expressions
+from tests.telemetry.promql import needs_promtool, panel_expressions, promtool, rule_expressions
 
 INFO = 'hethub_device_info{run="r", node="a/0", device="%d", device_type="t", vendor="%s", pipeline="0", stage="0", rank="0", emulated="false", uuid="%s"}'  # noqa: E501
 KEPT = '{%srun="r", node="a/0", device="%d", device_type="t", vendor="%s", pipeline="0", stage="0"%s}'
@@ -40,27 +40,74 @@ READ = {
 VENDORS = (("nvidia", "dcgm-exporter"), ("amd", "amd-device-metrics-exporter"), ("huawei", "npu-exporter"))
 
 
-@needs_promtool
-def test_vendors_exporters_come_under_our_names_and_units(tmp_path):
-    own = "hethub_device_memory_used_bytes" + KEPT % ('job="hethub", ', 1, "amd", "")
-    tests = []
-    for name, values in READ.items():
-        expected = []
-        for index, ((vendor, source), value) in enumerate(zip(VENDORS, values, strict=True)):
-            told = "" if name.endswith("used_bytes") else f', source="{source}"'
-            # The run's own word on its memory is not joined by a second.
-            if value is not None and not (name.endswith("used_bytes") and vendor == "amd"):
-                expected.append({"labels": name + KEPT % ("", index, vendor, told), "value": value})
-        tests.append({"expr": f'{name}{{job=""}}', "eval_time": "10m", "exp_samples": expected})
-    (tmp_path / "recording.yaml").write_text(recording_file(Durations()))
-    series = [{"series": name, "values": values} for name, values in (EXPORTED | {own: "7x20"}).items()]
+def judged(folder, series, tests):
+    """What promtool says of (expression, {labels: value}) after ten minutes of these series, a sample a minute."""
+    (folder / "recording.yaml").write_text(recording_file(Durations()))
     document = {
         "rule_files": ["recording.yaml"],
         "evaluation_interval": "1m",
-        "tests": [{"interval": "1m", "input_series": series, "promql_expr_test": tests}],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": expression,
+                        "eval_time": "10m",
+                        "exp_samples": [
+                            {"labels": labels, "value": value} for labels, value in expected.items()
+                        ],
+                    }
+                    for expression, expected in tests
+                ],
+            }
+        ],
     }
-    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(document))
-    answer = promtool("test", "rules", "tests.yaml", folder=tmp_path)
+    (folder / "tests.yaml").write_text(yaml.safe_dump(document))
+    return promtool("test", "rules", "tests.yaml", folder=folder)
+
+
+def sensed(values):
+    """(number of the device, vendor, source, value) of those that have one."""
+    found = [(index, *VENDORS[index], value) for index, value in enumerate(values)]
+    return [each for each in found if each[-1] is not None]
+
+
+@needs_promtool
+def test_vendors_exporters_come_under_our_names_and_units(tmp_path):
+    used = "hethub_device_memory_used_bytes"
+    tests = []
+    for name, values in READ.items():
+        expected = {
+            name + KEPT % ("", index, vendor, "" if name == used else f', source="{source}"'): value
+            for index, vendor, source, value in sensed(values)
+            if not (name == used and vendor == "amd")  # the run's own word is not joined by a second
+        }
+        tests.append((f'{name}{{job=""}}', expected))
+    own = used + KEPT % ('job="hethub", ', 1, "amd", "")
+    answer = judged(tmp_path, EXPORTED | {own: "7x20"}, tests)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@needs_promtool
+def test_panels_of_sensors_show_samples_of_agents_and_exporters(tmp_path):
+    """Emulated devices have no sensors, so the running job of other tests leaves these panels empty."""
+    tests = []
+    series = dict(EXPORTED)
+    for name in ("hethub_device_power_watts", "hethub_device_temperature_celsius"):
+        (panel,) = [each for each in panel_expressions() if name in each.text]
+        series[name + KEPT % ('job="hethub", ', 4, "nvidia", ', source="nvml"')] = "77x20"
+        shown = {
+            f'{{node="a/0", device="{index}", device_type="t", source="{source}"}}': value
+            for index, _, source, value in [*sensed(READ[name]), (4, "nvidia", "nvml", 77)]
+        }
+        tests.append((panel.promql(run="r"), shown))
+    (panel,) = [each for each in panel_expressions() if each.title == "Power by device type"]
+    series['hethub_time_scale_ratio{run="r"}'] = "1x20"
+    watts = {"dcgm-exporter": 1 / 60, "amd-device-metrics-exporter": 0}  # 1000 mJ a minute, and none
+    shown = {f'{{device_type="t", source="{source}"}}': value for source, value in watts.items()}
+    tests.append((panel.promql(run="r", window="5m"), shown))
+    answer = judged(tmp_path, series, tests)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
