@@ -38,6 +38,11 @@ def test_the_shipped_files_are_what_the_command_writes(capsys, tmp_path):
     assert written == shipped
 
 
+def test_the_command_shows_an_example(capsys, tmp_path):
+    help_text = " ".join(hethub(capsys, tmp_path, "dashboards", "--help").out.split())
+    assert "Example: hethub dashboards --output" in help_text
+
+
 def test_a_board_is_the_same_text_each_time():
     assert [board_json(board) for board in BOARDS] == [board_json(board) for board in BOARDS]
 
