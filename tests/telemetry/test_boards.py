@@ -9,6 +9,9 @@ from itertools import combinations
 
 import promql_parser
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from hethub.telemetry.boards import BOARDS, board_json
 from hethub.telemetry.metrics import METRICS
@@ -70,6 +73,12 @@ def test_the_check_of_expressions_finds_what_is_not_registered(wrong):
 def test_the_check_of_expressions_finds_what_is_no_promql():
     with pytest.raises(ValueError):
         promql_parser.parse("sum by (run (hethub_loss)")
+
+
+def test_boards_fit_the_types_of_the_sdk(board):
+    """No Grafana is at hand to read them."""
+    register_default_plugins()
+    assert json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder)) == board
 
 
 def test_boards_have_names_of_their_own():

@@ -1,4 +1,8 @@
-"""A real Prometheus answers every expression of the boards and rules from a running emulated job."""
+"""A real Prometheus answers every expression of the boards and rules from a running emulated job.
+
+Seen to catch what no check of the text does: a quotient without group_left (the server refuses it), a misspelt value of
+a label (no data), shares of a step whose whole had evaluation in it (0.89 of their prediction).
+"""
 
 from __future__ import annotations
 
@@ -57,13 +61,13 @@ RANGE_OF_UNIT = {
 # Measured over predicted: near 1, with room for a machine that does other things too.
 RANGES = dict.fromkeys(
     (
-        "Busy share over its prediction, by stage",
         "Compute time over prediction, device by device",
         "Transfer time over prediction",
         "Peak memory over prediction",
     ),
     (0.5, 2.0),
 )
+RANGES["Busy share over its prediction, by stage"] = (0.7, 1.1)
 
 
 @pytest.mark.parametrize("expression", variable_expressions(), ids=lambda expression: expression.place)
@@ -73,13 +77,13 @@ def test_every_variable_has_values(scraped_run: ScrapedRun, expression: Expressi
 
 
 @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule.place)
-def test_every_recorded_series_is_there_and_is_what_its_expression_says(
-    scraped_run: ScrapedRun, rule
-) -> None:
+def test_every_recorded_series_is_there(scraped_run: ScrapedRun, rule) -> None:
     recorded = scraped_run.prometheus.query(rule.place)
     assert recorded
     for sample in recorded:
-        assert math.isfinite(sample.value) and 0 <= sample.value < 100, sample
+        # Seconds beyond what was predicted may be fewer.
+        least = -1.0 if "beyond" in rule.place else 0.0
+        assert math.isfinite(sample.value) and least <= sample.value < 100, sample
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule.place)
