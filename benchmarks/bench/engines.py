@@ -23,6 +23,7 @@ from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
+from hethub.launch.meter import ready_to_count
 from hethub.launch.worker import Task, Worker, WorkerSetup
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
@@ -138,8 +139,11 @@ class CrewEngine:
 class Ours(CrewEngine):
     """HetHub's own runtime: real worker processes that run a plan on real CPU devices, no Ray, no emulation."""
 
-    def __init__(self, plan: Plan, training: Training, timeout_seconds: float = 300.0) -> None:
-        self.training = training
+    def __init__(
+        self, plan: Plan, training: Training, timeout_seconds: float = 300.0, *, telemetry: Path | None = None
+    ) -> None:
+        """With the folder `telemetry` the workers count while they train, as in a run."""
+        self.training, self.telemetry = training, telemetry
         count = len(plan.cluster.devices())
         super().__init__(
             lambda port: [
@@ -175,6 +179,18 @@ class Ours(CrewEngine):
             total_steps=training.total_steps,
             tokens_file=training.tokens_file,
             held_out=training.held_out,
+            meter=None
+            if self.telemetry is None
+            else ready_to_count(
+                self.telemetry,
+                program,
+                compute.graph,
+                plan.workload,
+                run="bench",
+                time_scale=1.0,
+                peak_bytes=dict.fromkeys(program.layout.used, 0),
+                one_clock=True,
+            ),
         )
         self.crew.call("load", task)
         self.crew.call("start_clock", time.monotonic(), 1.0)

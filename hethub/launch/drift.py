@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hethub.simulate.pace import Pace
+from hethub.simulate.pace import MOVED, Pace
 
 __all__ = ["DriftWatch", "Moved"]
 
 WINDOW_STEPS = 5
 LEAST_STEPS = 3  # with fewer that show it, nothing is said
-MOVED = 1.25  # times as long (or short) as what was told last
 NORMAL = 1.1  # closer to its prediction, it is back to normal
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import threading
@@ -280,12 +279,12 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
     planned = time.monotonic()
     with (
         _importing_ahead(),
-        Telemetry(job, folder) as telemetry,
+        Telemetry(job, folder, say) as telemetry,
         Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew,
         patient(),
     ):
         if job.ray_address is None:
-            telemetry.start_agent("local", used_nodes(job.cluster.devices()), os.getpid())
+            telemetry.start_agent("local", used_nodes(job.cluster.devices()))
         session = Session(job, crew, folder, run.tokens, run.folder.lease, telemetry, say)
         session.start |= {"plan_seconds": planned - run.begin, "ray_seconds": time.monotonic() - planned}
 

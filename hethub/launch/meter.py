@@ -1,11 +1,14 @@
-"""Counts while the run goes on: once a step a worker adds up what its device did, for its node's agent to serve."""
+"""Counts while the run goes on: between steps a worker adds up what its device did, for its node's agent to serve."""
 
 from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +23,17 @@ from hethub.telemetry.activity import KINDS, Activity, own_compute_seconds
 from hethub.telemetry.counters import FIELDS, LINK_FIELDS, CountersFile
 from hethub.telemetry.describe import (
     counters_file,
+    describe,
     inbound_links,
     model_flops,
     node_of,
     predicted_compute_seconds,
+    write_nodes,
 )
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, STEP_BUCKETS_SECONDS
 from hethub.timeline.record import Kind
 
-__all__ = ["Meter", "MeterSettings"]
+__all__ = ["Meter", "MeterSettings", "ready_to_count"]
 
 Floats = npt.NDArray[np.float64]
 Records = npt.NDArray[np.void]
@@ -36,12 +41,10 @@ Records = npt.NDArray[np.void]
 _AT = {name: number for number, name in enumerate(FIELDS)}
 _SECONDS = slice(_AT[f"seconds.{KINDS[0]}"], _AT[f"seconds.{KINDS[-1]}"] + 1)
 _FIRST_BUCKET = _AT[f"step_bucket.{STEP_BUCKETS_SECONDS[0]}"]
-_WAITED_SHARE = (
-    0.1  # of its predicted time that a device must stand still for a message, to know when that came
-)
-_WAITED_SECONDS = (
-    2e-4  # and at least so long: a receive that finds its message there takes this long by itself
-)
+_COUNT_EVERY_SECONDS = 0.5  # short steps are counted several at once: that takes no longer than one
+# To know when a message came, a device must have stood still for it so long, of its predicted time and at least: a
+# receive that finds its message there takes a moment by itself.
+_WAITED_SHARE, _WAITED_SECONDS = 0.1, 2e-4
 _ON = {activity: np.array([ACTIVITY_OF_KIND[kind] == activity for kind in KINDS]) for activity in (
     "busy", "recompute", "exposed_communication", "evaluation"
 )}  # fmt: skip
@@ -55,6 +58,37 @@ class MeterSettings:
     folder: Path
     moments_file: Path
     one_clock: bool
+
+
+def ready_to_count(
+    folder: Path,
+    program: Program,
+    graph: CostGraph,
+    workload: Workload,
+    *,
+    run: str,
+    time_scale: float,
+    peak_bytes: Mapping[int, int],
+    predicted_seconds: Mapping[int, float] = MappingProxyType({}),
+    one_clock: bool,
+) -> MeterSettings:
+    """Make a run's telemetry folder ready for the workers of a plan.
+
+    `peak_bytes` is the predicted peak by device, `predicted_seconds` the modelled seconds from a message's sending to
+    its arrival; those that are not given are taken to cross an idle path.
+    """
+    nodes = describe(program, graph, workload, run=run, time_scale=time_scale, peak_bytes=peak_bytes)
+    write_nodes(folder, nodes)
+    moments = folder / "moments.bin"
+    transfers = [program.transfer(message) for message in range(len(program.messages))]
+    seconds = [
+        predicted_seconds[m]
+        if m in predicted_seconds
+        else graph.path(t.source, t.destination).seconds(t.bytes)
+        for m, t in enumerate(transfers)
+    ]
+    Moments.create(moments, np.array(seconds), len(graph.devices))
+    return MeterSettings(folder=folder, moments_file=moments, one_clock=one_clock)
 
 
 class Meter:
@@ -78,16 +112,23 @@ class Meter:
             self._link_of[source] = place
         self._links = self._numbers[len(FIELDS) :].reshape(len(links), len(LINK_FIELDS))
         self._links[:] = 0.0  # another plan may have other links
-        self._tells = np.array(
-            [settings.one_clock or node_of(other) == node_of(own) for other in graph.devices]
+        self._untold = frozenset(  # messages whose senders go by another clock
+            action.message
+            for action in program.devices[device]
+            if action.kind == Kind.RECEIVE and not settings.one_clock
+            if node_of(graph.devices[program.transfer(action.message).source]) != node_of(own)
         )
-        self._sources = [program.transfer(m).source for m in range(len(program.messages))]
         self._flops = model_flops(program.layout, workload, device)
         self._predicted_compute = predicted_compute_seconds(program, device)
         self._clock = Clock(time.monotonic())
         self._activity = Activity()
         self._counts = False  # whether a step of this attempt has been counted
         self._checkpoint_seconds = 0.0
+        self._ends_before: dict[
+            int, float
+        ] = {}  # of steps that have not been counted: when the one before ended
+        self._last_end = 0.0
+        self._counted_at = 0.0
 
     # -- asked by the executor ---------------------------------------------------------------------------------------
 
@@ -97,7 +138,7 @@ class Meter:
 
     def received(self, message: int) -> float:
         """When a message that has just come was sent; NaN where its sender's clock is another."""
-        return self._moments.sent(message) if self._tells[self._sources[message]] else math.nan
+        return math.nan if message in self._untold else self._moments.sent(message)
 
     # -- asked by the worker -----------------------------------------------------------------------------------------
 
@@ -117,27 +158,33 @@ class Meter:
         """The device stood still so many wall seconds after its last step."""
         self._checkpoint_seconds += seconds
 
-    def step(self, step: int, records: Records, memory: tuple[float, float]) -> None:
-        """Count a step that has ended, by its records; `memory` is what is in use and was at most, in bytes."""
-        numbers, scale = self._numbers, self._clock.time_scale
-        since = self._activity.until
-        seconds = self._activity.step(
-            records, self._moments.ended(step - 1), self._checkpoint_seconds / scale
-        )
-        end = self._activity.until
+    def step(self, step: int, end: float) -> bool:
+        """A step has ended here; returns whether it is time to `count`."""
+        self._ends_before[step] = self._moments.ended(step - 1)
         self._moments.end(step, self._device, end)
-        self._checkpoint_seconds, self._counts = 0.0, True
+        took = (end - self._last_end) * self._clock.time_scale
+        self._last_end = end
+        self._numbers[_AT["steps"]] += 1
+        self._numbers[_AT["step_seconds"]] += took
+        self._numbers[_FIRST_BUCKET + bisect_left(STEP_BUCKETS_SECONDS, took)] += 1
+        return time.monotonic() - self._counted_at >= _COUNT_EVERY_SECONDS
+
+    def count(self, records: Records, memory: tuple[float, float]) -> None:
+        """Count the steps that have ended since the last time, by their records; `memory` is what is in use and was at
+        most, in bytes."""
+        if not self._ends_before:
+            return
+        numbers, scale = self._numbers, self._clock.time_scale
+        seconds = self._activity.add(records, self._ends_before, self._checkpoint_seconds / scale)
+        steps, self._ends_before = len(self._ends_before), {}
+        self._checkpoint_seconds, self._counts, self._counted_at = 0.0, True, time.monotonic()
         self._add(seconds * scale)
-        numbers[_AT["compute_seconds"]] += own_compute_seconds(records, scale) * scale
-        numbers[_AT["predicted_compute_seconds"]] += self._predicted_compute * scale
-        numbers[_AT["flops"]] += self._flops
+        numbers[_AT["compute_seconds"]] += own_compute_seconds(seconds) * scale
+        numbers[_AT["predicted_compute_seconds"]] += steps * self._predicted_compute * scale
+        numbers[_AT["flops"]] += steps * self._flops
         self._count_links(records)
         numbers[_AT["memory_used_bytes"]], numbers[_AT["memory_peak_bytes"]] = memory
-        numbers[_AT["heartbeat_unix_seconds"]] = self._unix(end)
-        numbers[_AT["steps"]] += 1
-        took = (end - since) * scale
-        numbers[_AT["step_seconds"]] += took
-        numbers[_FIRST_BUCKET + sum(took > bound for bound in STEP_BUCKETS_SECONDS)] += 1
+        numbers[_AT["heartbeat_unix_seconds"]] = self._unix(self._activity.until)
         self._file.write(numbers)  # type: ignore[arg-type]
 
     def close(self) -> None:

@@ -35,9 +35,19 @@ class Recorder:
             self._known = self._actions(device)
         self._done.append((step, number, timing, sent))
 
+    @property
+    def last_end(self) -> float:
+        """When the last action ended, once its timing is known."""
+        return self._done[-1][2].end
+
     def fresh(self) -> Records:
-        """The records since this was asked last; they stay for `take`."""
-        done, self._done = self._done, []
+        """The records since this was asked last, between two steps; they stay for `take`."""
+        part = self._records(self._done)
+        self._parts.append(part)
+        self._done = []
+        return part
+
+    def _records(self, done: Sequence[tuple[int, int, Timing, float]]) -> Records:
         if not done or self._known is None:
             return np.empty(0, dtype=RECORD)
         steps, numbers, timings, sent = zip(*done, strict=True)
@@ -49,9 +59,7 @@ class Recorder:
         rows["real"] = [timing.real_seconds for timing in timings]
         rows["overrun"] = [timing.overrun_seconds for timing in timings]
         rows["sent"] = np.where(rows["kind"] == Kind.SEND, rows["start"], sent)
-        part = np.concatenate((rows, _collectives(rows, timings)))
-        self._parts.append(part)
-        return part
+        return np.concatenate((rows, _collectives(rows, timings)))
 
     def recent(self) -> Records:
         """The records of the last two steps that `fresh` was asked after; they stay here. May be asked while others

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import subprocess
-import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from hethub.cost.shapes import model_flops_per_token
 from hethub.errors import MachineError
 from hethub.launch.compiled import Compiled
-from hethub.launch.moments import Moments
+from hethub.launch.meter import MeterSettings, ready_to_count
 from hethub.specs.job import Job
 from hethub.telemetry.counters import FIELDS, CountersFile
-from hethub.telemetry.describe import counters_file, describe, write_nodes
+from hethub.telemetry.describe import counters_file
 from hethub.telemetry.folder import (
     AGENTS,
     TARGETS,
     TELEMETRY,
     address,
     agent_addresses,
+    agent_complaints,
+    start_agent,
     write_targets,
 )
 from hethub.telemetry.metrics import STEP_BUCKETS_SECONDS
@@ -36,7 +33,6 @@ from hethub.timeline.summary import DeviceSummary, summarize
 
 if TYPE_CHECKING:
     from hethub.launch.keeper import SaveCounts
-    from hethub.launch.meter import MeterSettings
     from hethub.telemetry.run import PlanFacts, RunMetrics, StageFacts
 
 __all__ = ["Telemetry"]
@@ -54,14 +50,15 @@ class Telemetry:
     Use as a context manager: leaving it ends the agents of this machine and takes the targets back.
     """
 
-    def __init__(self, job: Job, folder: Path) -> None:
-        """`folder` is the run folder. Raises MachineError where the job's address cannot be listened on."""
+    def __init__(self, job: Job, folder: Path, say: Callable[[str], None]) -> None:
+        """`folder` is the run folder; `say` takes lines for a person. Entering it raises MachineError where the job's
+        address cannot be listened on."""
         self._listen = job.telemetry_listen
         self._run = job.output.name
         self._folder = folder / TELEMETRY
-        self._logs = folder / "logs"
         self._target_files = [self._folder / TARGETS, folder.parent / ".targets" / f"{self._run}.json"]
-        self._job = job
+        self._job, self._say = job, say
+        self._complained: Mapping[str, str] = {}
         self._metrics: RunMetrics | None = None
         self._server: Any = None
         self._agents: list[subprocess.Popen[bytes]] = []
@@ -121,29 +118,20 @@ class Telemetry:
 
     # -- who serves --------------------------------------------------------------------------------------------------
 
-    def start_agent(self, name: str, nodes: Sequence[str], parent: int) -> None:
-        """Start an agent on this machine, for `nodes`, that ends with the process `parent`, its own."""
-        if self._listen is None:
-            return
-        with (self._logs / f"agent-{name}.log").open("ab") as log:
-            self._agents.append(
-                subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "hethub.telemetry.agent"),
-                        *("--folder", str(self._folder), "--nodes", ",".join(nodes), "--name", name),
-                        *("--listen", self._listen, "--parent", str(parent)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # the terminal's Ctrl-C is the driver's
-                )
-            )
+    def start_agent(self, name: str, nodes: Sequence[str]) -> None:
+        """Start an agent on this machine, for `nodes`."""
+        if self._listen is not None:
+            self._agents.append(start_agent(self._folder, nodes, name, self._listen))
 
     def tick(self) -> None:
-        """Tell Prometheus who serves now."""
+        """Tell Prometheus who serves now, and a person which agent does not."""
         if self._server is None or self._listen is None:
             return
+        complaints = agent_complaints(self._folder)
+        for name, words in complaints.items():
+            if self._complained.get(name) != words:
+                self._say(f"warning: agent {name}: {words}")
+        self._complained = complaints
         found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self._folder)}
         if found != self._told:
             write_targets(self._target_files, self._run, found)
@@ -155,19 +143,17 @@ class Telemetry:
         """An attempt begins: what its workers count, and where."""
         if self._metrics is None:
             return None
-        from hethub.launch.meter import MeterSettings
-
-        nodes = describe(
+        meter = ready_to_count(
+            self._folder,
             compiled.program,
             compiled.graph,
             compiled.plan.workload,
             run=self._run,
             time_scale=time_scale,
             peak_bytes=compiled.peak_bytes,
+            predicted_seconds=_predicted_transfers(compiled),
+            one_clock=job.ray_address is None or job.cluster.emulated_time_scale is not None,
         )
-        write_nodes(self._folder, nodes)
-        moments = self._folder / "moments.bin"
-        Moments.create(moments, _predicted_transfers(compiled), len(compiled.graph.devices))
         self._metrics.plan(_plan_facts(compiled, job), time_scale=time_scale, attempt=attempt)
         self._metrics.state("training")
         if self._root is not None:
@@ -175,9 +161,7 @@ class Telemetry:
         root = compiled.graph.devices[compiled.program.layout.used[0]]
         self._root = CountersFile(counters_file(self._folder, root))
         self._counted = self._root.read()
-        return MeterSettings(
-            folder=self._folder, moments_file=moments, one_clock=self._job.ray_address is None
-        )
+        return meter
 
     def steps(self, reports: Sequence[tuple[int, float, float]]) -> None:
         """Steps have ended: (step, loss, gradient norm) of each."""
@@ -234,19 +218,14 @@ class Telemetry:
             self._metrics.state(state)
 
 
-def _predicted_transfers(compiled: Compiled) -> npt.NDArray[np.float64]:
-    """Predicted modelled seconds of every message from its sending to its arrival; an idle path's where the prediction
-    has no receive of it."""
-    program, graph = compiled.program, compiled.graph
-    found = np.full(len(program.messages), math.nan)
-    for (device, action), seconds in compiled.action_seconds.items():
-        entry = program.devices[device][action]
-        if entry.kind == Kind.RECEIVE:
-            found[entry.message] = seconds
-    for message in np.flatnonzero(np.isnan(found)).tolist():
-        transfer = program.transfer(message)
-        found[message] = graph.path(transfer.source, transfer.destination).seconds(transfer.bytes)
-    return found
+def _predicted_transfers(compiled: Compiled) -> dict[int, float]:
+    """Predicted modelled seconds of messages from their sending to their arrival."""
+    devices = compiled.program.devices
+    return {
+        devices[device][action].message: seconds
+        for (device, action), seconds in compiled.action_seconds.items()
+        if devices[device][action].kind == Kind.RECEIVE
+    }
 
 
 def _plan_facts(compiled: Compiled, job: Job) -> PlanFacts:

@@ -206,7 +206,7 @@ class Worker:
         self.task = task
         self.training: Executor | None = None
         self.evaluating: Executor | None = None
-        self.recorder = Recorder(task.program)
+        self.recorder, self._done = Recorder(task.program), -1  # the last step that is done
         if self.history is not None:
             self.history.close()
         self.history = None
@@ -478,9 +478,9 @@ class Worker:
                 if self.history is not None:
                     rows = replace(rows, get=self.history.watching(rows.get))
                 results.append(self.training.run(step, rows))
-                records = self.recorder.fresh()
-                if self.meter is not None:
-                    self.meter.step(step, records, self._memory_bytes())
+                if self.meter is not None and self.meter.step(step, self.recorder.last_end):
+                    self.meter.count(self.recorder.fresh(), self._memory_bytes())
+                self._done = step
                 self._record(step, results[-1])
                 if report is not None:
                     report(step, results[-1])
@@ -494,6 +494,8 @@ class Worker:
                 if stops:
                     break
             self.training.settle()
+            if self.meter is not None:
+                self.meter.count(self.recorder.fresh(), self._memory_bytes())
         return results
 
     def stop(self) -> None:
@@ -548,7 +550,7 @@ class Worker:
 
     def recent_records(self) -> npt.NDArray[np.void]:
         """This device's records of the last two steps that it has done; may be asked while training."""
-        return self.recorder.recent()
+        return self.recorder.recent(self._done)
 
     def records(self) -> npt.NDArray[np.void]:
         """This device's timeline records of training so far."""

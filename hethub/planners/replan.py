@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
@@ -12,7 +12,7 @@ from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
 from hethub.planners.objective import best_plan
 from hethub.program.check import check_plan
-from hethub.simulate.pace import Expected, Pace, median_pace, paced_graph, paced_step_seconds
+from hethub.simulate.pace import MOVED, Expected, Pace, median_pace, paced_graph, paced_step_seconds
 from hethub.specs.constraints import FASTEST, FREE, Constraints, Objective
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline
@@ -41,13 +41,17 @@ class Replanned:
 def pace_of_run(
     plan: Plan, predicted: Timeline, measured: Timeline, steps: Sequence[int]
 ) -> tuple[Pace, list[int]]:
-    """The median pace of those of `steps` that were measured, and which they are. Raises InputError without any."""
+    """The median pace of those of `steps` that were measured, with what is left of the bandwidth of links that moved;
+    and which steps they are. Raises InputError without any."""
     chosen = [step for step in step_numbers(measured).tolist() if step in set(steps)]
     if not chosen:
         raise InputError("replan: no such step was measured. Choose others.")
     expected = Expected(predicted, CostGraph(plan.cluster))
-    records = measured.records
-    return median_pace([expected.pace(records, step, measured.info.time_scale) for step in chosen]), chosen
+    records, scale = measured.records, measured.info.time_scale
+    pace = median_pace([expected.pace(records, step, scale) for step in chosen])
+    moved = [link for link, ratio in pace.links.items() if ratio > MOVED]
+    shares = {link: expected.bandwidth_share(records, chosen, link) for link in moved}
+    return replace(pace, bandwidth=shares), chosen
 
 
 def replan(

@@ -10,7 +10,8 @@ alike networks are joined, for both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,27 +22,33 @@ from hethub.cost.graph import CostGraph, reserve
 from hethub.program.actions import Price, Program
 from hethub.program.compile import compile_program
 from hethub.simulate.engine import simulate
-from hethub.simulate.what_if import Change, changed_graph
+from hethub.simulate.what_if import Change, changed_graph, with_links
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Timeline
 from hethub.timeline.summary import is_kind, sent_seconds
 
-__all__ = ["Expected", "Pace", "at_pace", "median_pace", "paced_graph", "paced_step_seconds"]
+__all__ = ["MOVED", "Expected", "Pace", "at_pace", "median_pace", "paced_graph", "paced_step_seconds"]
 
 Records = npt.NDArray[np.void]
 Floats = npt.NDArray[np.float64]
 
+MOVED = 1.25
+"""Times as long (or short) as expected: less is not worth a word."""
+
 _WAITED = 0.05  # of a message's time: a shorter wait may have ended long after it arrived
 _LARGE = 0.5  # of the largest message over a link: smaller ones are mostly latency
 _LEAST_SHARE = 0.05  # of a link's bandwidth, however late its messages were
+_HALVINGS = 9  # of the interval in which a link's share of its bandwidth is looked for
+# By how much of the wall's time a message must be late to count: a host with more processes than cores wakes late.
+_LATE_SECONDS, _LATE_EMULATED_SECONDS = 0.001, 0.01
 _EXACT = 0.02  # a figure closer to its prediction is taken as predicted
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Measured over predicted seconds, by name; what a step did not show is left out. `bandwidth` is the measured share
-    of a link's predicted bandwidth."""
+    """Measured over predicted seconds, by name; what a step did not show is left out. `bandwidth` is what is left of
+    the bandwidth of links that moved, where that has been fitted."""
 
     devices: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, float] = field(default_factory=dict)
@@ -53,6 +60,7 @@ class Expected:
 
     def __init__(self, predicted: Timeline, graph: CostGraph) -> None:
         self._graph = graph
+        self._late = _LATE_EMULATED_SECONDS if predicted.info.emulated else _LATE_SECONDS
         self._names = predicted.info.devices
         self._slowest_links: dict[tuple[int, int], tuple[str, ...]] = {}
         records = predicted.records[predicted.records["step"] <= 0]
@@ -65,7 +73,8 @@ class Expected:
             for link in self._slowest(source, destination):
                 self._large[link] = max(self._large.get(link, 0.0), _LARGE * size)
         # Real links are shared, not queued for: what that makes of the prediction itself is no drift.
-        self._usual = {link: ratio for link, (ratio, _) in self._links(records, 0).items()}
+        self._usual: dict[str, float] = {}
+        self._usual = self._links(records, 0, graph)
 
     def pace(self, records: Records, step: int, time_scale: float = 1.0) -> Pace:
         """The pace of a measured step, by its records of all devices. Those of the step before, where they are given
@@ -80,23 +89,33 @@ class Expected:
         devices = {
             self._names[d]: float(measured[d] / expected[d]) for d in np.flatnonzero(expected > 0).tolist()
         }
-        near = records[(records["step"] == step) | (records["step"] == step - 1)]
-        links = self._links(near, step)
-        return Pace(
-            devices,
-            {link: ratio / self._usual.get(link, 1.0) for link, (ratio, _) in links.items()},
-            {link: share for link, (_, share) in links.items()},
-        )
+        late = self._late / time_scale
+        return Pace(devices, self._links(_near(records, step), step, self._graph, late))
 
-    def _links(self, records: Records, step: int) -> dict[str, tuple[float, float]]:
-        """Link -> (seconds of the large messages that arrived in a step over those expected of them, share of the
-        bandwidth); medians over messages."""
+    def bandwidth_share(self, records: Records, steps: Sequence[int], link: str) -> float:
+        """The share of its bandwidth at which a link's messages arrive as they were measured in these steps."""
+        low, high = _LEAST_SHARE, 1.0
+        for _ in range(_HALVINGS):
+            share = math.sqrt(low * high)
+            graph = CostGraph(with_links(self._graph.cluster, {link: share}))
+            found = [self._links(_near(records, step), step, graph).get(link) for step in steps]
+            ratios = [ratio for ratio in found if ratio is not None]
+            if ratios and float(np.median(ratios)) > 1.0:
+                high = share
+            else:
+                low = share
+        return math.sqrt(low * high)
+
+    def _links(
+        self, records: Records, step: int, graph: CostGraph, late_seconds: float = 0.0
+    ) -> dict[str, float]:
+        """Link -> seconds of the large messages that arrived in a step over those expected of them; the median."""
         sent = sent_seconds(records)
         waits = (records["kind"] == Kind.RECEIVE) & (records["step"] == step) & np.isfinite(sent)
         flight = records["end"] - sent
         waits &= records["end"] - records["start"] > _WAITED * flight
-        expected = self._played(records)
-        ratios: dict[str, list[tuple[float, float]]] = {}
+        expected = _played(records, graph)
+        ratios: dict[str, list[float]] = {}
         for source, destination, size, start, seconds in zip(
             records["peer"][waits].tolist(),
             records["device"][waits].tolist(),
@@ -108,34 +127,11 @@ class Expected:
             usual = expected.get((source, destination, start, size))
             if usual is None or seconds <= 0:
                 continue
-            latency = self._graph.path(source, destination).latency_seconds
-            share = (usual - latency) / max(seconds - latency, usual - latency)
+            ratio = 1.0 if 0 < seconds - usual < late_seconds else seconds / usual
             for link in self._slowest(source, destination):
                 if size >= self._large.get(link, np.inf):
-                    ratios.setdefault(link, []).append((seconds / usual, max(share, _LEAST_SHARE)))
-        return {
-            link: (float(np.median([r for r, _ in found])), float(np.median([s for _, s in found])))
-            for link, found in ratios.items()
-        }
-
-    def _played(self, records: Records) -> dict[tuple[int, int, float, int], float]:
-        """(source, destination, when sent, bytes) -> seconds that each message would take, by the times of sending."""
-        sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0)]
-        sends = sends[np.argsort(sends["start"], kind="stable")]
-        free_at = [0.0] * self._graph.cell_count
-        began = float(sends["start"][0]) if len(sends) else 0.0
-        found: dict[tuple[int, int, float, int], float] = {}
-        for source, destination, start, size in zip(
-            sends["device"].tolist(),
-            sends["peer"].tolist(),
-            sends["start"].tolist(),
-            sends["bytes"].tolist(),
-            strict=True,
-        ):
-            now = start - began
-            arrival = reserve(free_at, self._graph.path(source, destination), size, now)
-            found[source, destination, start, size] = arrival - now
-        return found
+                    ratios.setdefault(link, []).append(ratio / self._usual.get(link, 1.0))
+        return {link: float(np.median(found)) for link, found in ratios.items()}
 
     def _slowest(self, source: int, destination: int) -> tuple[str, ...]:
         key = (source, destination)
@@ -154,7 +150,6 @@ def median_pace(paces: list[Pace]) -> Pace:
     return Pace(
         medians([p.devices for p in paces]),
         medians([p.links for p in paces]),
-        medians([p.bandwidth for p in paces]),
     )
 
 
@@ -191,9 +186,7 @@ def paced_graph(graph: CostGraph, pace: Pace) -> CostGraph:
     for name, ratio in pace.devices.items():
         if abs(ratio - 1.0) > _EXACT:
             changes.append(Change("device", name, 1.0 / _rounded(ratio)))
-    for name, ratio in pace.links.items():
-        if ratio > 1.0 + _EXACT:
-            changes.append(Change("link", name, pace.bandwidth[name]))
+    changes += [Change("link", name, share) for name, share in pace.bandwidth.items()]
     return changed_graph(graph.cluster, changes)
 
 
@@ -218,6 +211,31 @@ def _modelled(step: Records, compute: Records, time_scale: float) -> Floats:
     grouped = np.isin(_key(compute), _key(step[step["kind"] == Kind.COLLECTIVE]))
     late = np.where(grouped, 0.0, compute["overrun"] / time_scale)
     return np.asarray(compute["busy"] - late, dtype=np.float64)
+
+
+def _near(records: Records, step: int) -> Records:
+    """Those of a step and of the one before it."""
+    return np.asarray(records[(records["step"] == step) | (records["step"] == step - 1)])
+
+
+def _played(records: Records, graph: CostGraph) -> dict[tuple[int, int, float, int], float]:
+    """(source, destination, when sent, bytes) -> seconds that each message would take, by the times of sending."""
+    sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0)]
+    sends = sends[np.argsort(sends["start"], kind="stable")]
+    free_at = [0.0] * graph.cell_count
+    began = float(sends["start"][0]) if len(sends) else 0.0
+    found: dict[tuple[int, int, float, int], float] = {}
+    for source, destination, start, size in zip(
+        sends["device"].tolist(),
+        sends["peer"].tolist(),
+        sends["start"].tolist(),
+        sends["bytes"].tolist(),
+        strict=True,
+    ):
+        now = start - began
+        arrival = reserve(free_at, graph.path(source, destination), size, now)
+        found[source, destination, start, size] = arrival - now
+    return found
 
 
 def _key(records: Records) -> npt.NDArray[np.int64]:

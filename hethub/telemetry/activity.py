@@ -6,6 +6,8 @@ counted twice, whatever the others do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -48,18 +50,19 @@ class Activity:
         self.until = since
         self._last: Records = np.empty(0, dtype=RECORD)  # the action that ended last
 
-    def step(self, records: Records, end_before: float, checkpoint_seconds: float = 0.0) -> Floats:
-        """Seconds by kind from `until` to the end of the step whose `records` these are (sub-events may be among them;
+    def add(
+        self, records: Records, ends_before: Mapping[int, float], checkpoint_seconds: float = 0.0
+    ) -> Floats:
+        """Seconds by kind from `until` to the end of the steps whose `records` these are (sub-events may be among them;
         receives say when their message was sent, or NaN). shape: (KINDS,)
 
-        `end_before` is when the step before ended everywhere; `checkpoint_seconds` of standing still for a checkpoint
-        lie somewhere between the two steps.
+        `ends_before` tells of each of these steps, in their order, when the step before it ended everywhere;
+        `checkpoint_seconds` of standing still for a checkpoint lie somewhere between steps.
         """
         actions = sorted_actions(np.concatenate((self._last, records)))
         actions["device"] = 0
-        step = int(records["step"].max())
         end = float(actions["end"].max())
-        clock = StepClock(np.array([step - 1]), np.array([end_before]), self.until)
+        clock = StepClock(np.array(list(ends_before)) - 1, np.array(list(ends_before.values())), self.until)
         window = (self.until, end)
         shares = action_seconds(actions, clock, window)
         idle, unaccounted = gap_seconds(actions, clock, window, 1)
@@ -89,8 +92,6 @@ def _move(seconds: Floats, size: float, sources: tuple[str, ...], target: str) -
         size -= part
 
 
-def own_compute_seconds(records: Records, time_scale: float) -> float:
-    """The device's own compute, real work past an emulated deadline included, in the records' time."""
-    compute = records[is_kind(records, COMPUTE_KINDS)]
-    longest = compute["end"] - compute["start"]
-    return float(np.minimum(longest, compute["busy"] + compute["overrun"] / time_scale).sum())
+def own_compute_seconds(seconds: Floats) -> float:
+    """The device's own compute among its seconds by kind: busy and recompute."""
+    return float(seconds[[*_BUSY_AT.values(), _AT["recompute"]]].sum())

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ __all__ = [
     "TELEMETRY",
     "address",
     "agent_addresses",
+    "agent_complaints",
     "agent_file",
     "node_file",
+    "start_agent",
     "write_json",
     "write_targets",
 ]
@@ -39,6 +43,24 @@ def node_file(folder: Path, node: str) -> Path:
 def agent_file(folder: Path, name: str) -> Path:
     """Where an agent says that it listens."""
     return folder / AGENTS / f"{name.replace('/', '-')}.json"
+
+
+def start_agent(folder: Path, nodes: Sequence[str], name: str, listen: str) -> subprocess.Popen[bytes]:
+    """Start an agent on this machine that serves `nodes` and ends with this process, its parent."""
+    log = agent_file(folder, name).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hethub.telemetry.agent"),
+                *("--folder", str(folder), "--nodes", ",".join(nodes), "--name", name),
+                *("--listen", listen, "--parent", str(os.getpid())),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,  # the terminal's Ctrl-C is the driver's
+        )
 
 
 def write_json(path: Path, content: object) -> None:
@@ -62,6 +84,17 @@ def agent_addresses(folder: Path) -> dict[str, str]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # it is just ending
             told: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             found[file.stem] = told["address"]
+    return found
+
+
+def agent_complaints(folder: Path) -> dict[str, str]:
+    """What agents of a telemetry folder had to say, by name: the last line of each that said something."""
+    found: dict[str, str] = {}
+    for file in sorted((folder / AGENTS).glob("*.log")):
+        with contextlib.suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            if lines[-1]:
+                found[file.stem] = lines[-1]
     return found
 
 

@@ -139,7 +139,7 @@ _DEVICES = (
     ),
     Metric(
         name="hethub_device_compute_seconds_total", kind="counter", scope=_DEVICE, unit="seconds",
-        help="The device's own compute (busy and recompute), real work past an emulated deadline included.",
+        help="The device's own compute: busy and recompute.",
     ),
     Metric(
         name="hethub_device_predicted_compute_seconds_total", kind="counter", scope=_DEVICE, unit="seconds",

@@ -22,8 +22,7 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.faults import plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
-from hethub.launch.meter import MeterSettings
-from hethub.launch.moments import Moments
+from hethub.launch.meter import ready_to_count
 from hethub.launch.saving import CheckpointSettings
 from hethub.launch.worker import Fetched, Task, WorkerSetup, assemble
 from hethub.program.actions import Program
@@ -33,7 +32,6 @@ from hethub.program.prove import prove
 from hethub.specs.job import Fault, OptimizerSettings
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
-from hethub.telemetry.describe import describe, write_nodes
 from hethub.timeline.record import Timeline, TimelineInfo
 from tests.launch.host_streams import PretendingWorker
 from tests.plan_strategies import VOCABULARY, compute_model
@@ -199,7 +197,17 @@ class Pool:
             peak_bytes={d: peak.total for d, peak in program_memory(program, compute).items()},
         )
         if telemetry is not None:
-            task = replace(task, meter=_counting(telemetry, task, time_scale or 1.0))
+            meter = ready_to_count(
+                telemetry,
+                program,
+                compute.graph,
+                plan.workload,
+                run="run",
+                time_scale=time_scale or 1.0,
+                peak_bytes=task.peak_bytes,
+                one_clock=True,
+            )
+            task = replace(task, meter=meter)
         if restore is not None:
             self.fetched = self.call("fetch", task)
             problem = next((answer.problem for answer in self.fetched if answer.problem), "")
@@ -230,18 +238,3 @@ class Pool:
             program=program,
             task=task,
         )
-
-
-def _counting(folder: Path, task: Task, time_scale: float) -> MeterSettings:
-    """What the driver makes ready for workers that count."""
-    program, graph = task.program, task.graph
-    nodes = describe(
-        program, graph, task.workload, run="run", time_scale=time_scale, peak_bytes=task.peak_bytes
-    )
-    write_nodes(folder, nodes)
-    seconds = [
-        graph.path(t.source, t.destination).seconds(t.bytes)
-        for t in (program.transfer(m) for m in range(len(program.messages)))
-    ]
-    Moments.create(folder / "moments.bin", np.array(seconds), len(graph.devices))
-    return MeterSettings(folder=folder, moments_file=folder / "moments.bin", one_clock=True)

@@ -52,10 +52,10 @@ def test_one_that_is_slower_than_others_and_as_predicted_is_not_named() -> None:
     assert "link desk-shelf: its messages take 4.00 x" in found[0].words
 
 
-STEPS, FROM, FOR = 200, 30, 90
+STEPS, FROM, FOR = 130, 15, 60
 FAULTS = {
     "a device twice as slow": ("device: b/0/0, action: compute, factor: 2", "device", "b/0/0", (1.9, 2.1)),
-    "a link at a quarter": ("link: desk-shelf, factor: 4", "link", "desk-shelf", (1.5, 4.2)),
+    "a link at a tenth": ("link: desk-shelf, factor: 10", "link", "desk-shelf", (2.0, 10.5)),
 }
 
 
@@ -70,7 +70,7 @@ def test_a_running_job_names_who_moved_and_that_it_is_back(tmp_path: Path, case:
         ("output: run", f"output: run\nfault: {{{words}, do: slow, step: {FROM}, steps: {FOR}}}"),
     )
     with launched(tmp_path) as launch:
-        result = launch.end()
+        result = launch.end(240.0)
     assert result.exit_code == 0, result.err
     events, problems = read_journal(tmp_path / "run")
     moved = [event for event in events if event.event == "moved"]
@@ -88,7 +88,7 @@ def named(event: Event) -> tuple[str, str]:
 
 def test_a_run_as_predicted_names_nobody(tmp_path: Path) -> None:
     write_job(tmp_path)
-    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100"))
+    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 60"))
     launch = Launch(tmp_path)
     try:
         assert launch.end().exit_code == 0

@@ -25,7 +25,7 @@ from hethub.timeline.summary import step_seconds
 from tests.chaos.three_types import CLUSTER, write_job
 from tests.launch.pool import Pool
 
-STEPS, WARM = 12, 3
+STEPS, WARM = 8, 2
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """The best plan for five emulated devices of three types, as long as all are as their figures say."""
     folder = tmp_path_factory.mktemp("cluster")
     write_job(folder)
-    (folder / "cluster.yaml").write_text(CLUSTER.replace("global_batch: 8", "global_batch: 24"))
+    (folder / "cluster.yaml").write_text(
+        CLUSTER.replace("global_batch: 8", "global_batch: 48").replace("mb_s: 20,", "mb_s: 5,")
+    )
     cluster, workload = load_cluster(folder / "cluster.yaml")
     assert workload is not None
     return FirstPlanner().plan(Problem.of(cluster, workload)).plan
@@ -52,7 +54,7 @@ def slow(**changes: Any) -> Fault:
 
 
 def seconds(pool: Pool, plan: Plan, fault: Fault) -> tuple[float, Timeline]:
-    trained = pool.train(plan, STEPS, held_out_rows=0, time_scale=5.0, faults=[fault])
+    trained = pool.train(plan, STEPS, held_out_rows=0, time_scale=20.0, faults=[fault])
     return float(np.median(step_seconds(trained.timeline)[WARM:])), trained.timeline
 
 

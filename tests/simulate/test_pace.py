@@ -13,14 +13,12 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.compile import compile_program
 from hethub.simulate.engine import simulate
-from hethub.simulate.pace import Expected, Pace, at_pace, median_pace, paced_graph, paced_step_seconds
+from hethub.simulate.pace import MOVED, Expected, Pace, at_pace, median_pace, paced_graph, paced_step_seconds
 from hethub.simulate.what_if import with_links
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind, Timeline
 from tests.plan_strategies import NAMED_PLANS, plans
-
-MOVED = 1.25
 
 
 def emulated(plan: Plan) -> Plan:
@@ -44,7 +42,7 @@ def pace(plan: Plan, devices: dict[int, float], links: dict[str, float]) -> Pace
     return expected.pace(measured.records, 0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_slow_device_has_its_factor_and_all_others_one(plan: Plan, data: st.DataObject) -> None:
     """Seen to catch: time from start to end in place of the device's own compute (members of a group that waited for
@@ -59,7 +57,7 @@ def test_a_slow_device_has_its_factor_and_all_others_one(plan: Plan, data: st.Da
     assert found.devices == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_slow_device_is_not_taken_for_a_slow_link(plan: Plan, data: st.DataObject) -> None:
     """Others wait at other times then, and for other messages. Seen to catch: the least delayed message of a step over
@@ -70,7 +68,7 @@ def test_a_slow_device_is_not_taken_for_a_slow_link(plan: Plan, data: st.DataObj
     assert all(ratio < MOVED for ratio in found.links.values()), found.links
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_link_of_a_quarter_of_its_bandwidth_is_named_with_its_share(
     plan: Plan, data: st.DataObject
@@ -81,8 +79,12 @@ def test_a_link_of_a_quarter_of_its_bandwidth_is_named_with_its_share(
     assume(known.links)
     link = data.draw(st.sampled_from(sorted(known.links)))
     found = pace(plan, {}, {link: 0.25})
-    if link in found.links:  # it is not where nobody waits for a large message
-        assert found.bandwidth[link] <= 0.3
+    expected = Expected(timeline(plan, {}, {}), CostGraph(plan.cluster))
+    measured = timeline(plan, {}, {link: 0.25})
+    if (
+        found.links.get(link, 1.0) > MOVED
+    ):  # it is not where nobody waits for a large message, or latency is all
+        assert expected.bandwidth_share(measured.records, [0], link) == pytest.approx(0.25, rel=0.1)
     graph = CostGraph(plan.cluster)
     used = lay_out(plan).used
     # A path shows that it is slow, and its slowest link is named: another that has become slower is not told apart.
@@ -111,8 +113,8 @@ def test_what_a_step_does_not_show_is_left_out() -> None:
 
 
 def test_medians_are_over_the_steps_that_show_a_figure() -> None:
-    paces = [Pace({"a": 1.0}, {"l": 2.0}, {"l": 0.5}), Pace({"a": 3.0}), Pace({"a": 2.0})]
-    assert median_pace(paces) == Pace({"a": 2.0}, {"l": 2.0}, {"l": 0.5})
+    paces = [Pace({"a": 1.0}, {"l": 2.0}), Pace({"a": 3.0}), Pace({"a": 2.0})]
+    assert median_pace(paces) == Pace({"a": 2.0}, {"l": 2.0})
 
 
 def test_a_pace_as_predicted_changes_nothing_and_a_slow_device_is_one_of_a_kind() -> None:

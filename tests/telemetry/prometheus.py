@@ -208,14 +208,20 @@ def _add_bounds(folder: Path) -> None:
 
 @contextmanager
 def scraped(
-    folder: Path, *, steps: int = 12, rules: Sequence[Path] = (), cluster: str | None = None, **job: Any
+    folder: Path,
+    *,
+    steps: int = 12,
+    last: int = 100_000,
+    rules: Sequence[Path] = (),
+    cluster: str | None = None,
+    **job: Any,
 ) -> Iterator[ScrapedRun]:
-    """A run that goes on, of which a Prometheus has seen at least `steps` steps."""
+    """A run of `last` steps, of which a Prometheus has seen at least `steps`; `job` are keys of its file."""
     write_job(
         folder,
         cluster_text=priced_cluster() if cluster is None else cluster,
         **{
-            "steps": 100_000,
+            "steps": last,
             "evaluate": {"every": 5, "rows": 8},
             "checkpoint": {"every": 3, "keep": 2},
             **job,
@@ -238,8 +244,9 @@ def scraped(
             until(seen, _RUN_SECONDS, f"{steps} steps are scraped")
             yield ScrapedRun(folder, launch, server)
         finally:
-            launch.process.send_signal(signal.SIGTERM)
             try:
-                launch.end(60)
+                if launch.process.poll() is None:
+                    launch.process.send_signal(signal.SIGTERM)
+                    launch.end(60)
             finally:
                 launch.close()

@@ -34,7 +34,7 @@ def account(timeline: Timeline, device: int) -> tuple[dict[str, float], float]:
     for step in clock.numbers:
         mine = records[(records["device"] == device) & (records["step"] == step)]
         mine["device"] = 0
-        total += activity.step(mine, float(clock.end_before(step)))
+        total += activity.add(mine, {int(step): float(clock.end_before(step))})
     return by_activity(total), activity.until
 
 
@@ -73,18 +73,32 @@ def test_so_it_does_for_any_plan(plan: Plan) -> None:
     assert_agree(simulated(plan, 2))
 
 
+@pytest.mark.parametrize("name", ["rows 3 + 1", "everything uneven at once"])
+def test_several_steps_at_once_are_each_by_itself(name: str) -> None:
+    timeline = simulated(NAMED_PLANS[name]("fp32"), 3)
+    records = timeline.records.copy()
+    records["sent"] = sent_seconds(records)
+    clock = StepClock.of(sorted_actions(records))
+    ends = {int(step): float(clock.end_before(step)) for step in clock.numbers}
+    for device in np.unique(records["device"]):
+        mine = records[records["device"] == device]
+        one_by_one, _ = account(timeline, int(device))
+        at_once = by_activity(Activity(clock.origin).add(mine, ends))
+        assert at_once == pytest.approx(one_by_one, abs=1e-12)
+
+
 def test_a_checkpoint_takes_its_seconds_from_the_gap_that_it_made() -> None:
     timeline = simulated(NAMED_PLANS["pipeline of 2"]("fp32"), 1)
     records = timeline.records[timeline.records["device"] == timeline.records["device"].min()].copy()
     records["device"] = 0
     first = Activity()
-    first.step(records, 0.0)
+    first.add(records, {0: 0.0})
     end = first.until
     later = records.copy()
     later["step"] += 1
     for column in ("start", "end", "sent"):
         later[column] += end + 2.0
-    seconds = by_activity(first.step(later, end, checkpoint_seconds=1.5))
+    seconds = by_activity(first.add(later, {1: end}, checkpoint_seconds=1.5))
     assert seconds["checkpoint"] == 1.5
     assert seconds["unaccounted"] == pytest.approx(0.5, abs=1e-9)
     assert sum(seconds.values()) == pytest.approx(first.until - end)
