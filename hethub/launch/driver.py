@@ -36,7 +36,6 @@ from hethub.launch.telemetry import Telemetry
 from hethub.specs.job import Job
 from hethub.specs.llama_config import config_of
 from hethub.specs.plan import save_plan
-from hethub.telemetry.describe import used_nodes
 
 __all__ = ["Finished", "launch"]
 
@@ -283,8 +282,8 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
         Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew,
         patient(),
     ):
-        if job.ray_address is None:
-            telemetry.start_agent("local", used_nodes(job.cluster.devices()))
+        if job.telemetry_listen is not None:
+            crew.serve(telemetry.folder, job.telemetry_listen)
         session = Session(job, crew, folder, run.tokens, run.folder.lease, telemetry, say)
         session.start |= {"plan_seconds": planned - run.begin, "ray_seconds": time.monotonic() - planned}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from hethub.telemetry.folder import (
     address,
     agent_addresses,
     agent_complaints,
-    start_agent,
     write_targets,
 )
 from hethub.telemetry.metrics import STEP_BUCKETS_SECONDS
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Telemetry"]
 
-_AGENT_LEAVES_SECONDS = 3.0
 _STEPS = FIELDS.index("steps")
 _STEP_SECONDS = FIELDS.index("step_seconds")
 _FIRST_BUCKET = FIELDS.index(f"step_bucket.{STEP_BUCKETS_SECONDS[0]}")
@@ -47,21 +44,22 @@ _SHARES = ("busy", "recompute", "exposed_communication", "bubble", "idle", "unac
 class Telemetry:
     """What a driver does for telemetry as its run goes on; nothing where the job turns it off.
 
-    Use as a context manager: leaving it ends the agents of this machine and takes the targets back.
+    Use as a context manager: leaving it takes the targets back, when the hosts' agents have ended.
     """
 
     def __init__(self, job: Job, folder: Path, say: Callable[[str], None]) -> None:
-        """`folder` is the run folder; `say` takes lines for a person. Entering it raises MachineError where the job's
-        address cannot be listened on."""
+        """`folder` is the run folder; the attribute is its telemetry folder. `say` takes lines for a person.
+
+        Entering it raises MachineError where the job's address cannot be listened on.
+        """
         self._listen = job.telemetry_listen
         self._run = job.output.name
-        self._folder = folder / TELEMETRY
-        self._target_files = [self._folder / TARGETS, folder.parent / ".targets" / f"{self._run}.json"]
+        self.folder = folder / TELEMETRY
+        self._target_files = [self.folder / TARGETS, folder.parent / ".targets" / f"{self._run}.json"]
         self._job, self._say = job, say
         self._complained: Mapping[str, str] = {}
         self._metrics: RunMetrics | None = None
         self._server: Any = None
-        self._agents: list[subprocess.Popen[bytes]] = []
         self._told: Mapping[str, str] = {}
         self._root: CountersFile | None = None
         self._counted: list[float] = []  # by the root, when it was read last
@@ -76,8 +74,8 @@ class Telemetry:
         from hethub.telemetry.families import registry_of
         from hethub.telemetry.run import RunMetrics
 
-        shutil.rmtree(self._folder, ignore_errors=True)  # an earlier driver's counters
-        (self._folder / AGENTS).mkdir(parents=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier driver's counters
+        (self.folder / AGENTS).mkdir(parents=True)
         policy = self._job.checkpoint
         self._metrics = RunMetrics(
             self._run,
@@ -98,41 +96,26 @@ class Telemetry:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for agent in self._agents:
-            agent.terminate()
-        for agent in self._agents:
-            try:
-                agent.wait(_AGENT_LEAVES_SECONDS)
-            except subprocess.TimeoutExpired:
-                agent.kill()
-                agent.wait()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
         if self._root is not None:
             self._root.close()
         self._target_files[-1].unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._target_files[-1].parent.rmdir()
-
-    # -- who serves --------------------------------------------------------------------------------------------------
-
-    def start_agent(self, name: str, nodes: Sequence[str]) -> None:
-        """Start an agent on this machine, for `nodes`."""
-        if self._listen is not None:
-            self._agents.append(start_agent(self._folder, nodes, name, self._listen))
 
     def tick(self) -> None:
         """Tell Prometheus who serves now, and a person which agent does not."""
         if self._server is None or self._listen is None:
             return
-        complaints = agent_complaints(self._folder)
+        complaints = agent_complaints(self.folder)
         for name, words in complaints.items():
             if self._complained.get(name) != words:
                 self._say(f"warning: agent {name}: {words}")
         self._complained = complaints
-        found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self._folder)}
+        found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self.folder)}
         if found != self._told:
             write_targets(self._target_files, self._run, found)
             self._told = found
@@ -144,7 +127,7 @@ class Telemetry:
         if self._metrics is None:
             return None
         meter = ready_to_count(
-            self._folder,
+            self.folder,
             compiled.program,
             compiled.graph,
             compiled.plan.workload,
@@ -159,7 +142,7 @@ class Telemetry:
         if self._root is not None:
             self._root.close()
         root = compiled.graph.devices[compiled.program.layout.used[0]]
-        self._root = CountersFile(counters_file(self._folder, root))
+        self._root = CountersFile(counters_file(self.folder, root))
         self._counted = self._root.read()
         return meter
 

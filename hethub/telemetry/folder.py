@@ -64,8 +64,7 @@ def start_agent(folder: Path, nodes: Sequence[str], name: str, listen: str) -> s
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -104,4 +103,5 @@ def write_targets(files: Sequence[Path], run: str, addresses: Mapping[str, str])
         {"targets": [where], "labels": {"instance": f"{run}/{name}"}} for name, where in addresses.items()
     ]
     for file in files:
+        file.parent.mkdir(exist_ok=True)
         write_json(file, entries)

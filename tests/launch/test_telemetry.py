@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import urllib.request
 from dataclasses import replace
@@ -16,6 +15,7 @@ from hethub.launch.compiled import choose_plans, compile_plan
 from hethub.launch.telemetry import Telemetry
 from hethub.specs.job import Job, load_job
 from hethub.telemetry.describe import used_nodes
+from hethub.telemetry.folder import start_agent
 from tests.launch.small_job import edit, listing, write_job
 from tests.telemetry.prometheus import until
 
@@ -45,7 +45,7 @@ def test_it_serves_on_this_machine_only_and_leaves_nothing(job: Job) -> None:
     before = listing(job.output.parent)
     compiled = compile_plan(choose_plans(job)[0])
     with Telemetry(job, job.output, unexpected) as telemetry:
-        telemetry.start_agent("local", used_nodes(job.cluster.devices()))
+        agent = start_agent(telemetry.folder, used_nodes(job.cluster.devices()), "local", "127.0.0.1")
         meter = telemetry.begin(compiled, 2.0, 1, job)
         assert meter is not None
 
@@ -61,11 +61,12 @@ def test_it_serves_on_this_machine_only_and_leaves_nothing(job: Job) -> None:
         assert 'hethub_time_scale_ratio{run="run"} 2.0' in scrape(found["run/driver"])
         counted = scrape(found["run/local"])
         assert counted.count("hethub_device_flops_total{") == len(compiled.program.layout.used)
-        mark = json.loads((job.output / "telemetry" / "agents" / "local.json").read_text())
+        agent.terminate()
+        assert agent.wait(20) == 0
+        telemetry.tick()
+        assert set(targets(job.output / "telemetry" / "targets.json")) == {"run/driver"}
     with pytest.raises(OSError, match="refused"):
         scrape(found["run/driver"])
-    with pytest.raises(ProcessLookupError):
-        os.kill(mark["process"], 0)
     after = listing(job.output.parent)
     assert after == before
 
@@ -76,7 +77,6 @@ def test_a_job_can_do_without(job: Job) -> None:
     assert off.telemetry_listen is None
     before = listing(off.output)
     with Telemetry(off, off.output, unexpected) as telemetry:
-        telemetry.start_agent("local", ["a/0"])
         assert telemetry.begin(compile_plan(choose_plans(off)[0]), 1.0, 1, off) is None
         telemetry.steps([(0, 1.0, 1.0)])
         telemetry.failed("worker", restarts=True)
@@ -90,7 +90,7 @@ def test_an_agent_that_does_not_start_is_told_and_training_goes_on(
     said: list[str] = []
     monkeypatch.setattr(sys, "executable", "/bin/sh")  # which takes no -m
     with Telemetry(job, job.output, said.append) as telemetry:
-        telemetry.start_agent("local", ["a/0"])
+        start_agent(telemetry.folder, ["a/0"], "local", "127.0.0.1").wait(20)
 
         def told() -> bool:
             telemetry.tick()
