@@ -61,11 +61,19 @@ class Recorder:
         rows["sent"] = np.where(rows["kind"] == Kind.SEND, rows["start"], sent)
         return np.concatenate((rows, _collectives(rows, timings)))
 
-    def recent(self) -> Records:
-        """The records of the last two steps that `fresh` was asked after; they stay here. May be asked while others
-        come."""
-        parts = self._parts[-2:]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=RECORD)
+    def recent(self, step: int) -> Records:
+        """The records of `step` and the one before it, both done; they stay here. May be asked while others come."""
+        wanted = (step - 1, step)
+        done = [
+            entry for entry in list(self._done) if entry[0] in wanted
+        ]  # first: they may move on meanwhile
+        here = {entry[0] for entry in done}
+        chosen = [self._records(done)]
+        for part in reversed(list(self._parts)):
+            if len(part) and part["step"].max() < step - 1:
+                break
+            chosen.append(part[np.isin(part["step"], [s for s in wanted if s not in here])])
+        return np.concatenate(chosen[::-1])
 
     def take(self) -> Records:
         """The records so far, which are then forgotten here."""
