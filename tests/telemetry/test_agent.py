@@ -154,9 +154,10 @@ def test_a_plan_with_other_links_keeps_the_devices_own_counters(tmp_path: Path) 
 # -- the process -----------------------------------------------------------------------------------------------------
 
 PARENT = """
-import os, subprocess, sys, time
-subprocess.Popen([sys.executable, "-m", "hethub.telemetry.agent", "--folder", sys.argv[1], "--nodes", "a/0",
-                  "--name", "here", "--parent", str(os.getpid())])
+import sys, time
+from pathlib import Path
+from hethub.telemetry.folder import start_agent
+start_agent(Path(sys.argv[1]), ["a/0"], "here", "127.0.0.1")
 time.sleep(600)
 """
 
