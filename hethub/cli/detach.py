@@ -7,6 +7,7 @@ whatever is wrong at the start still reaches the user, with its exit code.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -41,7 +42,7 @@ class Detached:
         self.log.unlink()
 
 
-def detach(output: Path, *, resume: bool) -> Detached:
+def detach(output: Path, *, resume: bool, as_json: bool) -> Detached:
     """Fork. Returns in the new process only; the old one ends itself when the run in `output` has begun to train
     (exit code 0) or the new one has ended (with its exit code)."""
     descriptor, name = tempfile.mkstemp(prefix="hethub-launch-", suffix=".log")
@@ -50,7 +51,7 @@ def detach(output: Path, *, resume: bool) -> Detached:
     before = target.stat().st_size if resume and target.exists() else 0
     child = os.fork()
     if child:
-        sys.exit(_wait(child, _Start(log, target, before), output, began_after))
+        sys.exit(_wait(child, _Start(log, target, before), output, began_after, as_json=as_json))
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -89,7 +90,7 @@ class _Start:
         sys.stderr.flush()
 
 
-def _wait(child: int, start: _Start, output: Path, began_after: float) -> int:
+def _wait(child: int, start: _Start, output: Path, began_after: float, *, as_json: bool) -> int:
     """Pass on what the launch says of its start. It has the terminal's signals no more, so Ctrl-C is passed on too."""
     try:
         while True:
@@ -100,9 +101,7 @@ def _wait(child: int, start: _Start, output: Path, began_after: float) -> int:
             if code:
                 return code
             if ended or begun:
-                typer.echo(f"run\t{output}\ndriver\tprocess {child}")
-                typer.echo(f"follow it\thethub logs {output} --follow")
-                typer.echo(f"its state\thethub status {output}")
+                _tell(output, child, as_json=as_json)
                 return 0
             time.sleep(_LOOK_SECONDS)
     except KeyboardInterrupt:
@@ -111,6 +110,15 @@ def _wait(child: int, start: _Start, output: Path, began_after: float) -> int:
         raise
     finally:
         start.log.unlink(missing_ok=True)
+
+
+def _tell(output: Path, process: int, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run": str(output), "process": process}))
+        return
+    typer.echo(f"run\t{output}\ndriver\tprocess {process}")
+    typer.echo(f"follow it\thethub logs {output} --follow")
+    typer.echo(f"its state\thethub status {output}")
 
 
 def _began(output: Path, after: float) -> bool:

@@ -57,7 +57,11 @@ def launch(
     if resume is not None:
         loaded = replace(loaded, output=resume.absolute())
     _require_packages()
-    opened = detach(loaded.output, resume=resume is not None).opened if detached else lambda folder: None
+    opened = (
+        detach(loaded.output, resume=resume is not None, as_json=as_json).opened
+        if detached
+        else lambda folder: None
+    )
     from hethub.launch.driver import launch as run
 
     # Ray prints on stdout that a worker died, which the run has told by then; `--json` promises one object there.

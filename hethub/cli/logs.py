@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,24 +24,25 @@ def logs(
         str | None, typer.Option(help="This device's alone (group/node/device), or `driver`.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
     """Show the logs of a run's driver and workers, each line after the name of who wrote it.
 
     Example: hethub logs runs/demo --device fast/0/1 --follow
     """
-    from hethub.launch.run_state import read_run
+    from hethub.launch.run_state import goes_on, read_run
 
-    read_run(run)
+    read_run(run)  # which refuses what is no run
     folder = run / "logs"
     chosen = None if device is None else _chosen(folder, device)
     readers: dict[Path, _Tail] = {}
     while True:
-        ended = not (follow and read_run(run).goes_on)  # asked before reading: what comes last is shown too
+        ended = not (follow and goes_on(run))  # asked before reading: what comes last is shown too
         for path in [chosen] if chosen is not None else sorted(folder.glob("*.log")):
             tail = readers.setdefault(path, _Tail(path))
             name = "" if chosen is not None else f"{path.stem}: "
             for line in tail.lines(last=ended):
-                typer.echo(f"{name}{line}")
+                typer.echo(json.dumps({"writer": path.stem, "line": line}) if as_json else f"{name}{line}")
         if ended:
             return
         time.sleep(_LOOK_SECONDS)

@@ -83,7 +83,8 @@ def _wishes(run: Path) -> tuple[Constraints, Objective]:
         job = None
     if job is None:
         typer.echo(
-            f"{file}: cannot be read; planned without its cluster file's constraints and objective", err=True
+            f"{run}: its job file cannot be read ({file}); planned without constraints and objective",
+            err=True,
         )
         return FREE, FASTEST
     return job.constraints, job.objective
@@ -91,14 +92,11 @@ def _wishes(run: Path) -> tuple[Constraints, Objective]:
 
 def _content(found: Replanned, measured_seconds: float, steps: list[int]) -> dict[str, Any]:
     pace = found.pace
-
-    def off(ratios: Any) -> dict[str, float]:
-        return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1.0) > _TOLD}
-
     return {
         "steps": [steps[0], steps[-1]],
-        "devices": off(pace.devices),
-        "links": off(pace.links),
+        "devices": {name: ratio for name, ratio in pace.devices.items() if abs(ratio - 1.0) > _TOLD},
+        "links": {name: pace.links[name] for name in pace.bandwidth},
+        "bandwidth_shares": dict(pace.bandwidth),
         "measured_step_seconds": measured_seconds,
         "calibrated_step_seconds": found.old_step_seconds,
         "new_step_seconds": found.new_step_seconds,
@@ -109,9 +107,11 @@ def _content(found: Replanned, measured_seconds: float, steps: list[int]) -> dic
 def _lines(content: dict[str, Any], run: Path) -> list[str]:
     first, last = content["steps"]
     lines = [f"calibrated from\tsteps {first} to {last}"]
-    for what, of in (("devices", "compute takes"), ("links", "messages take")):
-        for name, ratio in content[what].items():
-            lines.append(f"{what.removesuffix('s')}\t{name}: {of} {ratio:.2f} x as long as predicted")
+    for name, ratio in content["devices"].items():
+        lines.append(f"device\t{name}: compute takes {ratio:.2f} x as long as predicted")
+    for name, ratio in content["links"].items():
+        left = f"{content['bandwidth_shares'][name]:.0%} of its bandwidth is left"
+        lines.append(f"link\t{name}: messages take {ratio:.2f} x as long as predicted; {left}")
     if not content["devices"] and not content["links"]:
         lines.append("devices, links\tas predicted")
     lines.append(

@@ -110,9 +110,7 @@ def _how_it_stopped(before: RunState, after: RunState) -> str:
     if after.state != "stopped":
         return f"it came to its own end first: {after.state}" + (f", {after.why}" if after.why else "")
     if after.checkpoint_step is None:
-        return (
-            f"stopped after {after.steps_done} steps; it makes no checkpoints, so nothing can be gone on from"
-        )
+        return f"stopped after {after.steps_done} steps; there is no checkpoint to go on from"
     fresh = after.checkpoint_step != before.checkpoint_step and after.checkpoint_step >= after.steps_done
     saved = "with a checkpoint" if fresh else "without a new checkpoint; the newest is that of"
     where = f" after step {after.checkpoint_step}"

@@ -137,12 +137,12 @@ def _live(run: Path, before: Look, every: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from hethub.launch.run_state import read_run
+    from hethub.launch.run_state import goes_on
     from hethub.telemetry.view import view_of
 
     console = Console()
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while read_run(run).goes_on:
+        while goes_on(run):
             time.sleep(every)
             after = _look(run)
             live.update(_screen(view_of(before, after, _alerts(run)), console), refresh=True)

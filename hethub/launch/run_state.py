@@ -22,7 +22,7 @@ from hethub.launch.journal import Event, read_journal
 from hethub.launch.lease import Driver, driver_of
 from hethub.launch.run_folder import MARK, SUMMARY
 
-__all__ = ["RunState", "State", "list_runs", "read_run"]
+__all__ = ["RunState", "State", "goes_on", "list_runs", "read_run"]
 
 State = Literal["starting", "running", "recovering", "finishing", "finished", "stopped", "failed", "lost"]
 GOING_ON: frozenset[State] = frozenset(("starting", "running", "recovering", "finishing"))
@@ -111,6 +111,13 @@ def read_run(folder: Path) -> RunState:
         drift=_drift(events),
         exit_code=_exit_code(state, events),
     )
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether a driver is at work on a run: what is asked again and again, without all else that a state tells."""
+    events, _ = read_journal(folder)
+    state, _ = _state(events, driver_of(folder), finished=(folder / SUMMARY).is_file())
+    return state in GOING_ON
 
 
 def list_runs(root: Path) -> list[RunState]:

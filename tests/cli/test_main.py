@@ -12,7 +12,10 @@ import hethub as package
 from hethub.errors import HetHubError, InfeasibleError, InputError, MachineError, RunError
 from tests.launch.small_job import hethub
 
-COMMANDS = ("plan", "simulate", "launch", "timeline", "schema", "data build")
+COMMANDS = (
+    "plan", "simulate", "launch", "runs", "status", "logs", "stop", "top", "timeline", "report", "replan", "schema",
+    "data build",
+)  # fmt: skip
 
 
 def test_help_lists_every_command(capsys, tmp_path):

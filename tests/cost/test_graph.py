@@ -50,6 +50,25 @@ def test_the_slowest_cell_is_the_paths_own_speed(cluster: Cluster) -> None:
                 assert all(0 <= cell < graph.cell_count for cell, _ in path.cells)
 
 
+@settings(max_examples=50, deadline=None)
+@given(cluster=clusters())
+def test_the_slowest_links_are_as_slow_as_the_path(cluster: Cluster) -> None:
+    """Seen to catch: the first of two alike networks alone (a way back named the other one)."""
+    graph = CostGraph(cluster)
+    links, totals = cluster.named_links(), {cross.name: cross for cross in cluster.links}
+    count = len(cluster.devices())
+    for a in range(count):
+        for b in range(count):
+            if a == b:
+                continue
+            found = graph.slowest_links(a, b)
+            assert set(found) == set(graph.slowest_links(b, a))
+            for name in found:
+                total = totals[name].total_bandwidth_bytes_per_second if name in totals else None
+                speed = min(links[name].bandwidth_bytes_per_second, total or float("inf"))
+                assert speed == graph.path(a, b).bandwidth_bytes_per_second
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     cluster=clusters(),

@@ -167,11 +167,16 @@ class Launch:
 
     def left(self) -> list[str]:
         """Processes and files that it left behind."""
-        found = [
-            _content(Path(f"/proc/{process}/cmdline")).replace(b"\0", b" ").decode()
-            for process in marked(self.temporary)
-        ]
-        return found + [str(path) for path in self.temporary.glob("hethub-*")]
+        return left_behind(self.temporary)
+
+
+def left_behind(temporary: Path) -> list[str]:
+    """Processes whose temporary folder this is, and what HetHub left in it."""
+    found = [
+        _content(Path(f"/proc/{process}/cmdline")).replace(b"\0", b" ").decode()
+        for process in marked(temporary)
+    ]
+    return found + [str(path) for path in temporary.glob("hethub-*")]
 
 
 def marked(temporary: Path) -> list[int]:

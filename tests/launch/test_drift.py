@@ -55,7 +55,8 @@ def test_one_that_is_slower_than_others_and_as_predicted_is_not_named() -> None:
 STEPS, FROM, FOR = 130, 15, 60
 FAULTS = {
     "a device twice as slow": ("device: b/0/0, action: compute, factor: 2", "device", "b/0/0", (1.9, 2.1)),
-    "a link at a tenth": ("link: desk-shelf, factor: 10", "link", "desk-shelf", (2.0, 10.5)),
+    # Its messages are so small that a quarter would be lost in latency (`benchmarks/replan.py` has a quarter).
+    "a link at a thirtieth": ("link: desk-shelf, factor: 30", "link", "desk-shelf", (4.0, 16.0)),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.small_job import Launch, Result, edit, marked, write_job
+from tests.launch.small_job import Result, edit, left_behind, marked, write_job
 
 _WAIT_SECONDS = 90.0
 STEPS = 400
@@ -59,7 +59,7 @@ class Operator:
 
     def left(self) -> list[str]:
         """Processes of this operator's launches."""
-        return Launch.left(self)  # type: ignore[arg-type]
+        return left_behind(self.temporary)
 
     def close(self) -> None:
         for process in marked(self.temporary):
@@ -127,7 +127,7 @@ def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator)
     assert operator.do("launch", "job.yaml", "--detach").exit_code == 0
     operator.until("steps_done", 1)
     stopped = operator.do("stop", "run")
-    assert "it makes no checkpoints" in stopped.out
+    assert "there is no checkpoint to go on from" in stopped.out
     assert operator.left() == []
 
 

@@ -119,10 +119,3 @@ def test_in_a_terminal_it_fits_and_follows_its_size(operator: Operator) -> None:
         assert "mem" not in next(line for line in narrow if line.startswith("a/0/0"))
     finally:
         assert terminal.close() == 0
-
-
-def test_a_run_that_has_ended_shows_its_status(operator: Operator) -> None:
-    """The last test here: it stops the run."""
-    assert operator.do("stop", "run").exit_code == 0
-    done = operator.do("top", "run")
-    assert done.exit_code == 0 and "state\tstopped" in done.out

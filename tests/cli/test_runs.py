@@ -1,0 +1,99 @@
+"""`runs`, `status`, `logs`, `stop` and `report` on folders that no driver works on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hethub.launch.journal import Event, Journal
+from hethub.launch.run_folder import RunFolder
+from tests.launch.small_job import hethub
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that failed."""
+    held = RunFolder(tmp_path / "runs" / "one")
+    held.open({"hethub": "0", "cluster": "two", "steps": 9, "started_unix_seconds": 1.7e9, "emulated": True})
+    (held.path / "logs" / "a-0-0.log").write_text("first\nwithout an end")
+    (held.path / "logs" / "driver.log").write_text("said\n")
+    held.close()
+    journal = Journal(held.path)
+    journal.add(Event(event="began", attempt=1, step=0, plan="p", devices=("a/0/0",)))
+    journal.add(Event(event="gave_up", attempt=1, step=4, reason="rank 0 died", exit_code=1))
+    return held.path
+
+
+def test_a_failed_run_stands_in_the_list_with_why(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
+) -> None:
+    told = hethub(capsys, tmp_path, "runs")
+    header, row = (line.split("\t") for line in told.out.splitlines())
+    found = dict(zip(header, row, strict=True))
+    assert (found["run"], found["state"], found["steps"], found["why"]) == (
+        "one",
+        "failed",
+        "0/9",
+        "rank 0 died",
+    )
+    assert found["cluster"] == "two (emulated)"
+    (one,) = json.loads(hethub(capsys, tmp_path, "runs", "--json").out)["runs"]
+    assert one["exit_code"] == 1 and one["folder"] == "runs/one"
+
+
+def test_its_status_says_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path) -> None:
+    lines = hethub(capsys, tmp_path, "status", run).out.splitlines()
+    assert "state\tfailed: rank 0 died" in lines and "exit code\t1" in lines
+    assert any(line.startswith("devices\t1 of two (emulated): a/0/0") for line in lines)
+
+
+def test_logs_are_told_apart_and_a_last_line_without_an_end_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
+) -> None:
+    assert hethub(capsys, tmp_path, "logs", run).out.splitlines() == [
+        "a-0-0: first",
+        "a-0-0: without an end",
+        "driver: said",
+    ]
+    lines = hethub(capsys, tmp_path, "logs", run, "--json").out.splitlines()
+    assert json.loads(lines[-1]) == {"writer": "driver", "line": "said"}
+    alone = hethub(capsys, tmp_path, "logs", run, "--device", "a/0/0", "--follow")  # the run has ended
+    assert alone.out.splitlines() == ["first", "without an end"]
+
+
+def test_stopping_it_says_that_it_had_ended(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
+) -> None:
+    told = hethub(capsys, tmp_path, "stop", run)
+    assert told.exit_code == 0 and f"{run}: it had ended" in told.out and "state\tfailed" in told.out
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop", "top", "report", "replan"])
+def test_a_folder_that_is_no_run_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    told = hethub(capsys, tmp_path, command, tmp_path)
+    assert told.exit_code == 2 and str(tmp_path) in told.err and told.out == ""
+
+
+def test_none_of_them_loads_what_only_training_needs(tmp_path: Path, run: Path) -> None:
+    code = """
+import sys
+from hethub.cli.main import run
+for command in ("runs", "status", "logs", "report", "top"):
+    sys.argv = ["hethub", command, "runs" if command == "runs" else "runs/one"]
+    try:
+        run()
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+print([name for name in ("torch", "ray", "plotly", "scipy") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
