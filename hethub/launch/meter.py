@@ -126,7 +126,7 @@ class Meter:
         self._checkpoint_seconds = 0.0
         self._ends_before: dict[
             int, float
-        ] = {}  # of steps that have not been counted: when the one before ended
+        ] = {}  # by step that has not been counted: when the one before ended
         self._last_end = 0.0
         self._counted_at = 0.0
 
@@ -191,7 +191,7 @@ class Meter:
         """Let go of the counters, which stay."""
         self._file.close()
 
-    # -- ---------------------------------------------------------------------------------------------------------------
+    # -- adding up ---------------------------------------------------------------------------------------------------
 
     def _unix(self, moment: float) -> float:
         """Unix time of a modelled moment."""

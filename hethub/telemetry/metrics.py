@@ -29,7 +29,6 @@ __all__ = [
     "STEP_BUCKETS_SECONDS",
     "Metric",
     "Scope",
-    "metric",
 ]
 
 SERIES_PER_DEVICE = 32
@@ -388,8 +387,3 @@ _PROCESSES = (
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {entry.name: entry for entry in (*_DEVICES, *_LINKS, *_NODES, *_STAGES, *_RUNS, *_PROCESSES)}
 )
-
-
-def metric(name: str) -> Metric:
-    """The table's entry. Raises KeyError for a name that does not stand in it."""
-    return METRICS[name]

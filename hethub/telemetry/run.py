@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from prometheus_client.core import Metric as Family
 
@@ -259,13 +258,3 @@ class RunMetrics:
             for cause in METRICS["hethub_lost_seconds_total"].values["cause"]
         )
         return min(1.0, max(0.0, 1.0 - lost / elapsed)) if not math.isnan(lost) else 0.0
-
-    def figures(self) -> dict[str, Any]:
-        """Values of the run's series without further labels, by name."""
-        with self._lock:
-            return {
-                entry.name: value
-                for entry in METRICS.values()
-                if entry.scope == Scope.RUN and not entry.labels
-                if (value := self._series.get(entry.name, self._run)) is not None
-            }
