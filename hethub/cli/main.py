@@ -13,6 +13,7 @@ from hethub.cli.bound import bound
 from hethub.cli.calibrate import calibrate
 from hethub.cli.checkpoint import app as checkpoint_app
 from hethub.cli.compare import compare
+from hethub.cli.dashboards import dashboards
 from hethub.cli.data import app as data_app
 from hethub.cli.diff import diff
 from hethub.cli.launch import launch
@@ -57,6 +58,7 @@ app.command()(report)
 app.command()(replan)
 app.command()(validate)
 app.command()(calibrate)
+app.command()(dashboards)
 app.command()(schema)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -20,12 +20,15 @@ import pytest
 
 from hethub.planners.answer import answer
 from hethub.specs.cluster import load_cluster
+from hethub.telemetry.rule_files import alert_file, recording_file
+from hethub.telemetry.rules import Durations
 from tests.chaos.three_types import CLUSTER, write_job
 from tests.launch.small_job import Launch
 
-__all__ = ["Prometheus", "Sample", "ScrapedRun", "prometheus_running", "scraped", "until"]
+__all__ = ["Prometheus", "Sample", "ScrapedRun", "prometheus_running", "quick_rules", "scraped", "until"]
 
 SCRAPE_SECONDS = 1
+RULES_FACTOR = 1 / 30  # minutes of the rules are seconds here
 _START_SECONDS = 60.0
 _RUN_SECONDS = 150.0
 
@@ -38,37 +41,31 @@ class Sample:
     value: float
 
 
-class Prometheus:
-    """A server on a free port of this machine that scrapes what `targets` files list."""
+def _write_config(path: Path, targets: Sequence[Path], rules: Sequence[Path]) -> None:
+    """Scrape what `targets` files list, every second."""
+    pause = f"{SCRAPE_SECONDS}s"
+    found = {"files": [str(path) for path in targets], "refresh_interval": "1s"}
+    content = {
+        "global": {"scrape_interval": pause, "evaluation_interval": pause},
+        "rule_files": [str(path) for path in rules],
+        "scrape_configs": [{"job_name": "hethub", "file_sd_configs": [found]}],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))  # JSON is YAML
 
-    def __init__(self, folder: Path, targets: Sequence[Path], rules: Sequence[Path] = ()) -> None:
+
+class Prometheus:
+    """A server on a free port of this machine, with its data and log in `folder`."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prometheus.yml").write_text(
-            json.dumps(  # JSON is YAML
-                {
-                    "global": {
-                        "scrape_interval": f"{SCRAPE_SECONDS}s",
-                        "evaluation_interval": f"{SCRAPE_SECONDS}s",
-                    },
-                    "rule_files": [str(path) for path in rules],
-                    "scrape_configs": [
-                        {
-                            "job_name": "hethub",
-                            "file_sd_configs": [
-                                {"files": [str(path) for path in targets], "refresh_interval": "1s"}
-                            ],
-                        }
-                    ],
-                }
-            )
-        )
         self.log = folder / "prometheus.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
                     "prometheus",
-                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--config.file={config}",
                     f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address={self.address}",
                     "--log.level=warn",
@@ -137,18 +134,29 @@ def until(met: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 @contextmanager
-def prometheus_running(
-    folder: Path, targets: Sequence[Path], rules: Sequence[Path] = ()
-) -> Iterator[Prometheus]:
+def prometheus_running(folder: Path, config: Path) -> Iterator[Prometheus]:
     """A server that answers; skips where the binary is missing."""
     if shutil.which("prometheus") is None:
         pytest.skip("no prometheus here (Debian package `prometheus`)")
-    server = Prometheus(folder, targets, rules)
+    server = Prometheus(folder, config)
     try:
         until(server.ready, _START_SECONDS, "Prometheus answers")
         yield server
     finally:
         server.close()
+
+
+def quick_rules(folder: Path) -> list[Path]:
+    """The recording and alert rules, thirty times as quick as the shipped ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    durations = Durations(RULES_FACTOR)
+    files = {
+        folder / "recording.yaml": recording_file(durations),
+        folder / "alerts.yaml": alert_file(durations),
+    }
+    for path, text in files.items():
+        path.write_text(text)
+    return list(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,11 @@ class ScrapedRun:
     def run(self) -> Path:
         """The run folder."""
         return self.folder / "run"
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire."""
+        alerts = self.prometheus.alerts()
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
 
 # With power and price, so that there is energy and money to count; a larger time scale, so that a loaded machine's
@@ -216,7 +229,9 @@ def scraped(
     )
     _add_bounds(folder)
     targets = folder / "run" / "telemetry" / "targets.json"
-    with prometheus_running(folder / "prometheus", [targets], rules) as server:
+    config = folder / "prometheus" / "prometheus.yml"
+    _write_config(config, [targets], rules)
+    with prometheus_running(folder / "prometheus", config) as server:
         launch = Launch(folder)
         try:
 

@@ -1,0 +1,115 @@
+"""A real Prometheus answers every expression of the boards and rules from a running emulated job.
+
+Seen to catch what no check of the text does: a quotient without group_left (the server refuses it), a misspelt value of
+a label (no data), shares of a step whose whole had evaluation in it (0.89 of their prediction).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.telemetry.prometheus import ScrapedRun, until
+from tests.telemetry.promql import (
+    Expression,
+    panel_expressions,
+    rule_expressions,
+    selectors,
+    variable_expressions,
+)
+
+WINDOW = "20s"  # some of the run's steps
+PANELS = panel_expressions()
+RECORDED = [rule for name, rule in rule_expressions().items() if ":" in name]
+ALERTS = [rule for name, rule in rule_expressions().items() if ":" not in name and "hethub_" not in name]
+NO_SENSOR = ("hethub_device_power_watts", "hethub_device_temperature_celsius")  # on emulated devices
+
+
+def answer(run: ScrapedRun, expression: Expression) -> list[tuple[dict[str, str], float]]:
+    found = run.prometheus.query(expression.promql(run="run", window=WINDOW))
+    return [(sample.labels, sample.value) for sample in found]
+
+
+@pytest.mark.parametrize("expression", PANELS, ids=lambda expression: expression.place)
+def test_every_panel_has_data_in_a_sane_range(scraped_run: ScrapedRun, expression: Expression) -> None:
+    found = answer(scraped_run, expression)
+    if any(name in expression.text for name in NO_SENSOR):
+        assert not found  # test_exporters.py has samples of them
+        return
+    assert found
+    low, high = RANGES.get(expression.title, RANGE_OF_UNIT[expression.unit])
+    for labels, value in found:
+        assert expression.labels <= labels.keys()
+        assert math.isfinite(value) and low <= value <= high, (labels, value)
+
+
+RANGE_OF_UNIT = {
+    "percentunit": (0.0, 1.0),
+    "none": (0.0, 1e3),
+    "short": (0.0, 1e6),
+    "string": (1.0, 1.0),
+    "s": (0.0, 600.0),
+    "dtdurations": (0.0, 1e7),
+    "sci": (1e-8, 1.0),
+    "bytes": (1.0, 1e9),
+    "Bps": (0.0, 1e9),
+    "watt": (1.0, 1e4),
+    "joule": (1e-6, 1e6),
+    "currencyUSD": (1e-9, 1e3),
+}
+# Measured over predicted: near 1, with room for a machine that does other things too.
+RANGES = dict.fromkeys(
+    (
+        "Compute time over prediction, device by device",
+        "Peak memory over prediction",
+    ),
+    (0.5, 2.0),
+)
+RANGES["Transfer time over prediction"] = (0.0, 10.0)  # a busy host keeps a message of some bytes far longer
+RANGES["Busy share over its prediction, by stage"] = (0.7, 1.1)
+
+
+@pytest.mark.parametrize("expression", variable_expressions(), ids=lambda expression: expression.place)
+def test_every_variable_has_values(scraped_run: ScrapedRun, expression: Expression) -> None:
+    found = answer(scraped_run, expression)
+    assert found and all(expression.labels <= labels.keys() for labels, _ in found)
+
+
+@pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule.place)
+def test_every_recorded_series_is_there(scraped_run: ScrapedRun, rule) -> None:
+    recorded = scraped_run.prometheus.query(rule.place)
+    assert recorded
+    for sample in recorded:
+        # Seconds beyond what was predicted may be fewer.
+        least = -1.0 if "beyond" in rule.place else 0.0
+        assert math.isfinite(sample.value) and least <= sample.value < 100, sample
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule.place)
+def test_every_series_that_an_alert_watches_is_there(scraped_run: ScrapedRun, rule) -> None:
+    watched = selectors(rule.text)
+    assert watched
+    for selector in watched:
+        assert scraped_run.prometheus.query(selector), selector
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule.place)
+def test_every_alert_can_be_asked_and_is_silent_in_a_healthy_run(scraped_run: ScrapedRun, rule) -> None:
+    assert answer(scraped_run, rule) == []
+
+
+def test_alerts_are_loaded_and_none_fires(scraped_run: ScrapedRun) -> None:
+    groups = scraped_run.prometheus.get("rules")["groups"]
+    rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
+    assert {rule.place for rule in ALERTS} <= rules.keys()
+    assert all(rule["health"] != "err" for rule in rules.values()), rules
+    # The seconds in which agents start are minutes to rules that are so quick.
+    until(lambda: not scraped_run.firing(), 60, f"alerts end: {scraped_run.firing()}")
+
+
+@pytest.mark.parametrize("title", ["Where the time goes", "Busy and communication, by kind of action"])
+def test_shares_of_time_are_the_whole(scraped_run: ScrapedRun, title: str) -> None:
+    (panel,) = [each for each in PANELS if each.title == title]
+    total = sum(value for _, value in answer(scraped_run, panel))
+    assert total == pytest.approx(1.0, abs=0.01)
