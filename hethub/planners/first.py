@@ -3,7 +3,8 @@ simulator decides between the best few."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hethub.planners.candidate import Candidate
@@ -30,7 +31,8 @@ __all__ = ["Choice", "FirstPlanner"]
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
-_COMPARED, _COMPARED_ACTIONS = 2, 300_000  # of those, simulated whole; not with more actions
+_VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under further schedules
+_VARIED = 2  # else
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -69,8 +71,9 @@ class Choice:
 class FirstPlanner:
     """Searches the space of `space.py`. Prices are kept between calls with the same `ComputeModel`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._chains: Chains | None = None
+        self._clock = clock
 
     def plan(self, problem: Problem) -> Found:
         """Find a plan. Raises InfeasibleError when none fits."""
@@ -89,29 +92,51 @@ class FirstPlanner:
 
     def choose(self, problem: Problem) -> Choice | None:
         """Choose a plan; of a big one only a part is simulated. None when none fits."""
-        chains = self.chains(problem)
+        begin, chains = self._clock(), self.chains(problem)
         pools, batch = chains.costs.pools, problem.workload.global_batch
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = self._rank(problem, most)
         considered = ranking.considered
         affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
-        # The only finalist's simulation is the one that will be reported: keep its timeline.
-        alone = len(affordable) == 1
-        finalists = run_off(affordable, problem, pools, record=alone)
+        finalists = run_off(affordable, problem, pools)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if problem.finalists is None and not alone and finalists[0].modelled is not None:
-            # The simulator also says how deep the best one's stages should run ahead.
-            best = finalists[0].candidate
-            tried = [with_reach(chains, best, batch, reach) for reach in (0, 1, 2) if reach != best.reach]
-            others = list({other.key: other for other in tried if other is not None}.values())
+        late = self._clock() - begin >= problem.seconds
+        if finalists[0].modelled is not None and most > 1 and not late:
+            others = self._varied(finalists, problem)
             considered += len(others)
-            finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
-        if finalists[0].modelled is None and actions_of(finalists[0].candidate) <= _COMPARED_ACTIONS:
-            finalists = _compared(finalists, problem) or finalists
+            finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
+
+    def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
+        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, for all finalists where they are
+        small, else for the first two that have the memory; the list schedule, which takes longer to make, for the best
+        of these; and where 1F1B is best, how deep its stages run ahead."""
+        chains, batch = self.chains(problem), problem.workload.global_batch
+        small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
+        split: list[Finalist] = []
+        for finalist in finalists:
+            if not small and len(split) == _VARIED:
+                break
+            for reach in (2, 1, 0):
+                varied = _with(chains, finalist.candidate, batch, reach, "zb-h1")
+                done = run_off([varied], problem, chains.costs.pools)
+                if done:
+                    split += done
+                    break
+        split.sort(key=lambda f: f.step_seconds)
+        few = 1 if problem.finalists is not None else _VARIED
+        listed = [replace(f.candidate, schedule="list") for f in split[:few]]
+        found = [*split, *run_off(listed, problem, chains.costs.pools)]
+        best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
+        if best.schedule != "1f1b":  # which is as deep as fits
+            return found
+        known = {f.candidate.key for f in (*finalists, *found)}
+        deeper = (_with(chains, best, batch, reach, "1f1b") for reach in (0, 1, 2))
+        others = {other.key: other for other in deeper if other.key not in known}
+        return [*found, *run_off(others.values(), problem, chains.costs.pools)]
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
@@ -131,7 +156,7 @@ class FirstPlanner:
         if problem.available is not None:
             numbers = tuple(n for n in numbers if problem.available.get(n))
         space = space_of(chains.costs, numbers, batch, problem.constraints, problem.available)
-        return rank(chains, space, batch, most, seconds=problem.seconds)
+        return rank(chains, space, batch, most, seconds=problem.seconds, progress=problem.progress)
 
     def estimate(self, problem: Problem) -> tuple[float, dict[int, int]] | None:
         """(Seconds of a step by the closed form, devices in use of each pool) of the best candidate, or None."""
@@ -172,26 +197,6 @@ class FirstPlanner:
             known = Chains(SeatCosts(problem.compute, known.costs.pools, reserve))
         self._chains = known
         return known
-
-
-def _compared(finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-    """The first two that fit, simulated whole, the quicker one first; the others' seconds are scaled alike. Empty where
-    none fits."""
-    whole: list[Finalist] = []
-    left: list[Finalist] = []
-    scale = 1.0
-    for finalist in finalists:
-        modelled = None
-        if len(whole) < _COMPARED:
-            reserve = problem.constraints.memory_reserve_bytes
-            modelled = simulate_plan(finalist.plan, problem.compute, reserve_bytes=reserve)
-        if modelled is not None:
-            seconds = modelled.simulation.step_seconds
-            scale = seconds / finalist.step_seconds
-            whole.append(replace(finalist, step_seconds=seconds, modelled=modelled))
-        elif len(whole) == _COMPARED:
-            left.append(replace(finalist, step_seconds=finalist.step_seconds * scale))
-    return [*sorted(whole, key=lambda finalist: finalist.step_seconds), *left] if whole else []
 
 
 def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:
@@ -250,6 +255,12 @@ def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:
     if all(entry.micro_batches <= _FEW * len(entry.chain.stages) for entry in candidate.entries):
         return with_reach(chains, candidate, batch, 2) or candidate
     return candidate
+
+
+def _with(chains: Chains, candidate: Candidate, batch: int, reach: int, schedule: str) -> Candidate:
+    """The candidate with stages that run ahead otherwise, under another schedule."""
+    other = candidate if reach == candidate.reach else with_reach(chains, candidate, batch, reach)
+    return replace(other or candidate, schedule=schedule)
 
 
 def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:

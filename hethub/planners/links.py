@@ -86,9 +86,15 @@ class LinkCosts:
             drained += stage.backward_seconds(count)
             ends.append(drained)
         margins = self._margins(stages, ends, setting)
+        used: dict[int, int] = {}  # devices of each pool, of all alike pipelines
+        for stage in stages:
+            for cost in stage.staff.costs[:1]:
+                count = setting.copies * stage.replicas * cost.degree
+                used[cost.pool] = used.get(cost.pool, 0) + count
         for stage, count, margin in zip(stages, decoders, margins, strict=True):
             for cost in stage.staff.costs:
-                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting)
+                together = used.get(cost.pool, math.inf) <= self.costs.pools[cost.pool].node_size
+                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting, together=together)
                 elements = stage.elements(cost, count)
                 gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
                 update = max(update, rates.latency + rates.update * elements)
@@ -110,17 +116,17 @@ class LinkCosts:
         return [latest[node] for node in nodes]
 
     def least_rates(
-        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool
+        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
     ) -> tuple[float, float]:
         """Least (update, gradients) seconds of a decoder of a slot in one of `copies` pipelines: all alike, or unlike
-        ones on `pools`."""
+        ones on `pools`, of which all `must` work."""
         holders = copies * sum(seat.replicas for seat in slot) if alike else copies
         worst = (0.0, 0.0)
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             found = [
                 self._tail_rate(seat.pool, seat.degree, holders, setting)
-                for setting in _surroundings(seat.pool, copies, pools, alike)
+                for setting in _surroundings(seat.pool, copies, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
             worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
@@ -152,15 +158,21 @@ class LinkCosts:
                     best = Hop(min(best.seconds, hop.seconds), min(best.load, hop.load))
         return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
-    def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
+    def _tail_rate(
+        self, pool: int, degree: int, holders: int, setting: Setting, *, together: bool = False
+    ) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
-        update itself, gradients in the accumulators' width and weights in their own."""
-        key = (pool, degree, holders, setting.copies, setting.others, setting.pools, setting.stage_major)
+        update itself, gradients in the accumulators' width and weights in their own. All of the pool's devices in use
+        may stand `together` on one node."""
+        around = (setting.copies, setting.others, setting.pools, setting.stage_major)
+        key = (pool, degree, holders, *around, together)
         if key not in self._tail_rates:
-            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting)
+            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, together)
         return self._tail_rates[key]
 
-    def _find_tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
+    def _find_tail_rate(
+        self, pool: int, degree: int, holders: int, setting: Setting, together: bool
+    ) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
         owned, moved = 1.0 / holders, 1.0 - 1.0 / holders
@@ -174,7 +186,8 @@ class LinkCosts:
         if holders == 1:
             return _Rates(0.0, update, 0.0)
         size = pools[pool].node_size
-        inside = setting.stage_major and not setting.others and setting.copies * degree <= size
+        near = setting.stage_major and setting.copies * degree <= size
+        inside = not setting.others and (near or together or len(pools[pool].nodes) == 1)
         paths = [pools.path(pool, pool, within_node=inside)]
         if setting.others:
             paths += [pools.path(pool, other) for other in setting.pools if other != pool]
@@ -187,10 +200,14 @@ class LinkCosts:
         return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)
 
 
-def _surroundings(pool: int, copies: int, pools: Sequence[int], alike: bool) -> list[Setting]:
-    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on one other pool (the
-    slowest path counts, so that more pools are never quicker)."""
+def _surroundings(
+    pool: int, copies: int, pools: Sequence[int], alike: bool, must: Sequence[int]
+) -> list[Setting]:
+    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on the pools that must
+    work, else on one other pool (the slowest path counts, so that more pools are never quicker)."""
     if alike:
         return [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
+    if set(must) - {pool}:
+        return [Setting(1, copies - 1, tuple(sorted({pool, *must})), 1)]
     beside: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
     return [Setting(1, copies - 1, pair, 1) for pair in beside]
