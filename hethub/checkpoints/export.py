@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hethub.checkpoints.manifest import Manifest
 from hethub.checkpoints.reshard import Need, Reader
 from hethub.checkpoints.store import open_checkpoint
 from hethub.errors import InputError
+from hethub.files import whole_file
 from hethub.specs.llama_config import config_of
 from hethub.specs.workload import Model
 
@@ -56,9 +56,8 @@ def export_checkpoint(folder: Path, output: Path) -> Manifest:
     weights = whole_weights(folder, manifest)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = output / "model.safetensors.tmp"
-        save_file(weights, str(temporary), metadata={"format": "pt"})
-        os.replace(temporary, output / "model.safetensors")
+        with whole_file(output / "model.safetensors") as temporary:
+            save_file(weights, str(temporary), metadata={"format": "pt"})
         config = hugging_face_config(model, manifest.training.sequence_length, manifest.dtype)
         (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,11 +43,10 @@ def dashboards(
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises InputError where it cannot be written."""
     from hethub.errors import InputError
+    from hethub.files import write_whole
 
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}). Give another folder.") from error

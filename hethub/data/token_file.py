@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hethub.data.tokenizers import Tokenizer
 from hethub.errors import InputError
+from hethub.files import whole_file
 
 __all__ = [
     "Source",
@@ -166,19 +167,13 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 @contextmanager
 def _written_whole(output: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `output` that takes its name when all went well, else is deleted."""
-    # Two processes may build the same file at once, so each has a temporary file of its own.
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         if output.is_dir():
             raise InputError(f"{output}: is a folder. Give the path of a file.")
-        with temporary.open("w+b") as stream:
+        with whole_file(output) as temporary, temporary.open("w+b") as stream:
             yield stream
-        os.replace(temporary, output)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}). Give another path.") from error
-    finally:
-        with suppress(OSError):  # it is gone when all went well, and was never made in a folder that is none
-            temporary.unlink()
 
 
 def _write(stream: BinaryIO, sources: Sequence[Path], tokenizer: Tokenizer) -> None:

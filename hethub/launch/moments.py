@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from hethub.files import whole_file
 
 __all__ = ["Moments"]
 
@@ -32,9 +33,8 @@ class Moments:
     def create(file: Path, predicted_seconds: npt.NDArray[np.float64], devices: int) -> None:
         """Make the file for messages that are predicted to take so long; nothing has been sent, no step has ended."""
         nothing = np.full(len(predicted_seconds), math.nan)
-        temporary = file.with_name(file.name + ".tmp")
-        np.concatenate((nothing, predicted_seconds, np.zeros(2 * devices))).tofile(temporary)
-        os.replace(temporary, file)  # a worker of the attempt before may still map the old one
+        with whole_file(file) as temporary:  # a worker of the attempt before may still map the old one
+            np.concatenate((nothing, predicted_seconds, np.zeros(2 * devices))).tofile(temporary)
 
     def send(self, message: int, now: float) -> None:
         """Called before a message leaves."""

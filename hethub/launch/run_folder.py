@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
 from hethub.errors import InputError
+from hethub.files import write_whole
 from hethub.launch.lease import LEASE, Lease
 
 __all__ = ["MARK", "SUMMARY", "RunFolder", "write_json"]
@@ -21,9 +21,7 @@ SUMMARY = "summary.json"  # written last: says that the run is whole
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class RunFolder:

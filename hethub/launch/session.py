@@ -16,6 +16,7 @@ from hethub.checkpoints.store import Store
 from hethub.cost.graph import CostGraph
 from hethub.data.token_file import TokenFile
 from hethub.errors import RunError
+from hethub.files import whole_file
 from hethub.interruption import terminated
 from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
@@ -401,9 +402,8 @@ class Session:
 
         owned = self.crew.call("owned_weights")
         whole = assemble(compiled.program, [owned[device] for device in sorted(owned)])
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(whole, str(temporary), metadata={"format": "pt"})
-        temporary.rename(path)
+        with whole_file(path) as temporary:
+            save_file(whole, str(temporary), metadata={"format": "pt"})
 
 
 class _Segments:

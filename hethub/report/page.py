@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from hethub import __version__
+from hethub.files import write_whole
 from hethub.report.data import RunData
 from hethub.report.markup import Html, element, joined
 from hethub.report.sections import SECTIONS
@@ -76,9 +76,4 @@ def report_page(runs: Sequence[RunData]) -> Html:
 
 def write_report(path: Path, runs: Sequence[RunData]) -> None:
     """Write the page, whole or not at all. Raises OSError when it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(report_page(runs), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, report_page(runs))

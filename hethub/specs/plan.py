@@ -12,12 +12,12 @@ never stored.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from hethub.files import write_whole
 from hethub.specs.base import Spec, validate_document
 from hethub.specs.cluster import Cluster, ClusterSpec, cluster_to_spec, resolve_cluster
 from hethub.specs.document import Document, dump_yaml, load_document
@@ -165,6 +165,4 @@ def plan_to_spec(plan: Plan) -> dict[str, Any]:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write the plan file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dump_yaml(plan_to_spec(plan)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, dump_yaml(plan_to_spec(plan)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+from hethub.files import write_whole
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, STEP_BUCKETS_SECONDS
 
 __all__ = ["FIELDS", "LINK_FIELDS", "CountersFile", "create_counters", "size_of"]
@@ -55,9 +56,7 @@ def create_counters(file: Path, links: int) -> None:
     memoryview(memory).cast("d")[0] = _MAGIC
     if len(before) >= own:
         memory[8 * _HEAD : own] = before[8 * _HEAD : own]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(memory)
-    os.replace(temporary, file)
+    write_whole(file, bytes(memory))
 
 
 def _floats(numbers: memoryview[float]) -> list[float]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hethub.files import write_whole
+
 __all__ = [
     "AGENTS",
     "COUNTERS",
@@ -65,9 +67,7 @@ def start_agent(folder: Path, nodes: Sequence[str], name: str, listen: str) -> s
 
 def write_json(path: Path, content: object) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def address(listen: str, port: int) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import html
-import os
 from pathlib import Path
 from typing import Any
 
 from hethub.errors import MachineError
+from hethub.files import write_whole
 from hethub.timeline.panels import (
     COLOURS,
     Bars,
@@ -50,12 +50,7 @@ def write_gantt(path: Path, predicted: Timeline, measured: Timeline | None, step
         ) from error
     figure = go.Figure(gantt_figure(predicted, measured, step, title)).to_json()
     page = _page(title, figure.replace("<", "\\u003c"), get_plotlyjs())
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page)
 
 
 def gantt_figure(predicted: Timeline, measured: Timeline | None, step: int, title: str) -> Figure:

@@ -9,7 +9,6 @@ time divided by its `time_scale`; a real run's wall time), counted from the star
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hethub.errors import InputError
+from hethub.files import whole_file
 
 __all__ = ["COMPUTE_KINDS", "RECORD", "USEFUL_KINDS", "Kind", "Lane", "Timeline", "TimelineInfo"]
 
@@ -113,14 +113,12 @@ class Timeline:
 
     def save(self, path: Path) -> None:
         """Write one compressed file, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as stream:
+        with whole_file(path) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(
                 stream,
                 info=np.frombuffer(json.dumps(asdict(self.info)).encode(), dtype=np.uint8),
                 records=self.records,
             )
-        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> Timeline:

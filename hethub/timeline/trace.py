@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hethub.files import whole_file
 from hethub.timeline.record import RECORD, Kind, Lane, Timeline
 
 __all__ = ["kind_label", "write_chrome_trace"]
@@ -35,19 +35,14 @@ def write_chrome_trace(path: Path, timelines: list[Timeline], steps: Collection[
     A timeline's own first action is at 0, so that a predicted step lies beside a measured one. A prediction
     is of every step: its step 0 is shown. Raises OSError when the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            separator = "\n"
-            for process, timeline in enumerate(timelines, start=1):
-                for event in _events(process, timeline, steps):
-                    stream.write(separator + json.dumps(event, allow_nan=False))
-                    separator = ",\n"
-            stream.write("\n]}\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        separator = "\n"
+        for process, timeline in enumerate(timelines, start=1):
+            for event in _events(process, timeline, steps):
+                stream.write(separator + json.dumps(event, allow_nan=False))
+                separator = ",\n"
+        stream.write("\n]}\n")
 
 
 def _events(process: int, timeline: Timeline, steps: Collection[int]) -> Iterator[Event]:

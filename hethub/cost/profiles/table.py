@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hethub.errors import InputError
+from hethub.files import whole_file
 
 __all__ = ["UNITS", "VERSION", "Column", "Row", "read_table", "write_table"]
 
@@ -158,8 +158,7 @@ def write_table(
     path: Path, table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, object]]
 ) -> None:
     """Write a profile file whole or not at all: times in ms, sizes in bytes, ten digits."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         stream.write(f"# hethub profile {table} {VERSION}\n")
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(
@@ -168,7 +167,6 @@ def write_table(
         )
         for row in rows:
             writer.writerow(_written(column, row[column.field]) for column in columns)
-    os.replace(temporary, path)
 
 
 def _written(column: Column, value: object) -> str:

@@ -1,0 +1,36 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["whole_file", "write_whole"]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file's path beside `path`, to be written inside; at the end it takes that name, after an error it is
+    removed. A device, a pipe and whatever else is no regular file is not replaced: it is written itself.
+
+    Raises OSError where the file cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    # Two processes may write one file at once, so each has a temporary file of its own.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # it is gone when all went well, and was never made in a folder that is none
+            temporary.unlink()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; text in UTF-8. Raises OSError where it cannot be written."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
