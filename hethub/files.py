@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["whole_file", "write_whole"]
+__all__ = ["whole_file", "write_json", "write_whole"]
 
 
 @contextmanager
@@ -34,3 +35,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all; text in UTF-8. Raises OSError where it cannot be written."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all. Raises ValueError for a number that JSON lacks, and OSError."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -20,6 +20,7 @@ from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
 from hethub.data.unigram import unigram_loss
 from hethub.errors import HetHubError, InputError
+from hethub.files import write_json
 from hethub.interruption import patient
 from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
@@ -30,7 +31,7 @@ from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, committed_steps
 from hethub.launch.journal import Event, Journal, read_journal
 from hethub.launch.outcome import RunOutcome, draw, summary_of, write_metrics
-from hethub.launch.run_folder import RunFolder, write_json
+from hethub.launch.run_folder import RunFolder
 from hethub.launch.session import Session
 from hethub.launch.telemetry import Telemetry
 from hethub.specs.job import Job

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
 from hethub.errors import InputError
-from hethub.files import write_whole
+from hethub.files import write_json
 from hethub.launch.lease import LEASE, Lease
 
-__all__ = ["MARK", "SUMMARY", "RunFolder", "write_json"]
+__all__ = ["MARK", "SUMMARY", "RunFolder"]
 
 MARK = "run.json"  # written first: says that this folder is a run of ours
 _LOCK = "run.lock"
 SUMMARY = "summary.json"  # written last: says that the run is whole
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class RunFolder:

@@ -25,9 +25,10 @@ from prometheus_client import start_http_server
 from prometheus_client.core import Metric as Family
 
 from hethub import __version__
+from hethub.files import write_json
 from hethub.telemetry.counters import FIELDS, LINK_FIELDS, CountersFile
 from hethub.telemetry.families import Series, registry_of
-from hethub.telemetry.folder import COUNTERS, address, agent_file, node_file, write_json
+from hethub.telemetry.folder import COUNTERS, address, agent_file, node_file
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND
 from hethub.telemetry.sensors import Reading, Sensors
 

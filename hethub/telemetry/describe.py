@@ -14,12 +14,13 @@ from typing import Any
 from hethub.cost.graph import CostGraph
 from hethub.cost.memory import usable_bytes
 from hethub.cost.shapes import BYTES, Work, layer_kind, layer_segments
+from hethub.files import write_json
 from hethub.program.actions import Program
 from hethub.specs.cluster import Device
 from hethub.specs.layout import Layout, Share
 from hethub.specs.workload import Model, Workload
 from hethub.telemetry.counters import create_counters
-from hethub.telemetry.folder import COUNTERS, NODES, node_file, write_json
+from hethub.telemetry.folder import COUNTERS, NODES, node_file
 from hethub.timeline.record import COMPUTE_KINDS, Kind
 
 __all__ = [

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hethub.files import write_whole
+from hethub.files import write_json
 
 __all__ = [
     "AGENTS",
@@ -26,7 +26,6 @@ __all__ = [
     "agent_file",
     "node_file",
     "start_agent",
-    "write_json",
     "write_targets",
 ]
 
@@ -63,11 +62,6 @@ def start_agent(folder: Path, nodes: Sequence[str], name: str, listen: str) -> s
             stderr=stream,
             start_new_session=True,  # the terminal's Ctrl-C is the driver's
         )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file whole or not at all."""
-    write_whole(path, json.dumps(content) + "\n")
 
 
 def address(listen: str, port: int) -> str:

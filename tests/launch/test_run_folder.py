@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hethub.errors import InputError
-from hethub.launch.run_folder import RunFolder, write_json
+from hethub.files import write_json
+from hethub.launch.run_folder import RunFolder
 from tests.launch.small_job import listing
 
 

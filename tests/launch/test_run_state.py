@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from hethub.errors import InputError
+from hethub.files import write_json
 from hethub.launch import lease as lease_module
 from hethub.launch.beacon import Beacon
 from hethub.launch.history import HISTORY, Entry, history_file
 from hethub.launch.journal import Event, Journal
 from hethub.launch.lease import LEASE, Lease
-from hethub.launch.run_folder import SUMMARY, RunFolder, write_json
+from hethub.launch.run_folder import SUMMARY, RunFolder
 from hethub.launch.run_state import list_runs, read_run
 
 DEVICES = ("a/0/0", "b/0/0")
