@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hethub.errors import MachineError
 from hethub.launch.groups import ExchangeGroup
 from hethub.launch.profiler import Spread, repeated
+from hethub.launch.sockets import open_store
 
 __all__ = ["OPERATIONS", "Exchange", "measure_exchanges"]
 
@@ -40,7 +41,7 @@ class Exchange(NamedTuple):
 def measure_exchanges(wanted: list[Exchange], budget_seconds: float) -> list[Spread]:
     """Seconds of each: of a message one way, half a round trip; of `send_work` and `receive_work` CPU seconds of all
     threads of that end. Raises MachineError when the processes do not answer."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store("127.0.0.1")
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(_PROCESSES)]
     processes = [

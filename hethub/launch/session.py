@@ -29,6 +29,7 @@ from hethub.launch.lease import Lease
 from hethub.launch.links import LinkTable
 from hethub.launch.outcome import RunOutcome, median_step_seconds
 from hethub.launch.progress import Progress
+from hethub.launch.sockets import open_store
 from hethub.launch.stall import StallWatch, where
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
@@ -126,14 +127,12 @@ class Session:
 
     def join(self, faults: Sequence[Fault]) -> None:
         """Start the one store and let every worker join it. Raises RunError naming those that do not."""
-        import torch.distributed as dist
-
         from hethub.launch.worker import WorkerSetup
 
         on_join = join_faults(faults)
         rank_of = {device: rank for rank, device in enumerate(self.crew.devices)}
         host = self.crew.host()
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = open_store(host)
         setups = {
             device: (
                 WorkerSetup(

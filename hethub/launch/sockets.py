@@ -1,4 +1,4 @@
-"""The connections of a process group, and a way to cut them.
+"""The job's store, on one address only; the connections of a process group, and a way to cut them.
 
 Neither `destroy_process_group` nor `abort` of torch 2.13's gloo closes a connection while a receive is posted on it,
 and a worker that fails has many. Its peers would wait for it until their time-out, minutes, although it has left. A
@@ -12,8 +12,23 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Connections"]
+if TYPE_CHECKING:  # the driver imports torch beside other work
+    from torch.distributed import TCPStore
+
+__all__ = ["Connections", "open_store"]
+
+
+def open_store(host: str) -> TCPStore:
+    """The job's store, listening on `host` alone and a free port: torch's own listens on every interface, and whoever
+    reaches a store can write into it. Raises OSError where that is no address of this machine."""
+    from torch.distributed import TCPStore
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class Connections:

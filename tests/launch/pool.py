@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
@@ -24,6 +23,7 @@ from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
 from hethub.launch.meter import ready_to_count
 from hethub.launch.saving import CheckpointSettings
+from hethub.launch.sockets import open_store
 from hethub.launch.worker import Fetched, Task, WorkerSetup, assemble
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
@@ -99,7 +99,7 @@ class Pool:
         self.fetched: list[Fetched] = []  # what each device read of the last checkpoint
         self.folder = Path(tempfile.mkdtemp(prefix="hethub-test-"))
         context = multiprocessing.get_context("spawn")
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = open_store("127.0.0.1")
         self.connections: list[Connection] = []
         self.processes = []
         for device in range(size):

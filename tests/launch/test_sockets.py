@@ -1,11 +1,20 @@
-"""Connections that are cut end for both sides; those of others stay."""
+"""Connections that are cut end for both sides; those of others stay. Nobody listens where a network reaches it."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
+from pathlib import Path
 
-from hethub.launch.sockets import Connections
+import pytest
+import torch.distributed as dist
+
+from hethub.launch.sockets import Connections, open_store
+from tests.launch.small_job import Launch, edit, marked, write_job
+
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 
 
 def pair(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
@@ -34,3 +43,56 @@ def test_what_was_opened_in_between_is_cut_and_nothing_else() -> None:
         for sockets in (before, ours, after, gone):
             for one in sockets:
                 one.close()
+
+
+def listeners() -> dict[str, tuple[str, int]]:
+    """inode -> (address, port) of every TCP socket of this machine that listens."""
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A":
+                address, _, port = local.partition(":")
+                found[inode] = (address, int(port, 16))
+    return found
+
+
+def content(process: int, name: str) -> bytes:
+    return Path(f"/proc/{process}", name).read_bytes()
+
+
+def sockets_of(process: int) -> set[str]:
+    """inodes."""
+    links = [os.readlink(entry) for entry in Path(f"/proc/{process}/fd").iterdir()]
+    return {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
+
+
+def test_the_store_of_a_job_listens_on_one_address_and_serves_there() -> None:
+    """Seen to catch: torch's own choice, which is every interface."""
+    store = open_store("127.0.0.1")
+    assert [address for address, port in listeners().values() if port == store.port] == ["0100007F"]
+    store.set("key", "value")
+    assert dist.TCPStore("127.0.0.1", store.port, is_master=False).get("key") == b"value"
+    with pytest.raises(OSError, match="assign"):
+        open_store("192.0.2.77")
+
+
+def test_workers_and_the_agent_of_a_run_listen_on_loopback_only(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
+    launch = Launch(tmp_path)
+    try:
+        launch.training()
+        ours = [
+            number
+            for number in marked(launch.temporary)
+            if re.search(rb"hethub\.(launch\.fork_server|telemetry\.agent)", content(number, "cmdline"))
+        ]
+        table = listeners()
+        found = {table[inode] for number in ours for inode in sockets_of(number) if inode in table}
+        assert len(ours) >= 4  # what workers are forked from, two workers, the agent
+        assert found and all(address in LOOPBACK for address, _ in found), found
+        launch.process.send_signal(signal.SIGINT)
+        launch.end()
+    finally:
+        launch.close()
