@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
+
 if TYPE_CHECKING:
     from hethub.planners.diff import PlanDiff
     from hethub.specs.plan import Plan
@@ -21,15 +23,21 @@ _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 def diff(
     old: Annotated[Path, typer.Argument(help="A plan file, as `hethub plan` writes it.")],
     new: Annotated[Path, typer.Argument(help="The plan file to compare it with, of the same model.")],
+    profiles: ProfilesOption = None,
+    strict: StrictOption = False,
+    calibration: CalibrationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say what changes between two plans: devices, layers moved, bytes to move, the predicted step.
 
     Example: hethub diff plan.yaml other.yaml
     """
+    from hethub.cli.measured import read_measured
     from hethub.planners.diff import diff_plans
 
-    found = diff_plans(_load(old), _load(new))
+    one, other = _load(old), _load(new)
+    measured = read_measured(other.cluster, other.workload, profiles, calibration, strict=strict)
+    found = diff_plans(one, other, measured)
     typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(_lines(found)))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
+from hethub.cli.searching import shown_progress
 from hethub.cli.uncollected import uncollected
 
 if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
@@ -73,14 +74,16 @@ def _plan(
     if target is not None and not target.parent.is_dir():
         raise InputError(f"{target}: its folder does not exist. Create it, or give another --output.")
     measured = read_measured(told.cluster, told.workload, profiles, calibration, strict=strict)
-    found = answer(
-        told.cluster,
-        told.workload,
-        measured,
-        constraints=told.constraints,
-        objective=told.objective,
-        time_limit_seconds=time_limit,
-    )
+    with shown_progress(sys.stderr) as progress:
+        found = answer(
+            told.cluster,
+            told.workload,
+            measured,
+            constraints=told.constraints,
+            objective=told.objective,
+            time_limit_seconds=time_limit,
+            progress=progress,
+        )
     if target is not None:
         try:
             save_plan(found.plan, target)

@@ -113,6 +113,10 @@ class ComputeModel:
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
 
+    def on(self, graph: CostGraph) -> ComputeModel:
+        """The same workload on another cluster, under what was measured."""
+        return ComputeModel(graph, self.workload, self.profile, slow_down=self.slow_down)
+
     def _rate(self, device_type: DeviceType) -> tuple[float, float, int]:
         """Achievable flop/s and bytes/s, and bytes per element, of a device type in this job's precision."""
         rate = self._rates.get(device_type.name)

@@ -15,7 +15,7 @@ from hethub.errors import InfeasibleError
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
-from hethub.planners.interface import Found, Problem
+from hethub.planners.interface import Found, Problem, Progress
 from hethub.program.check import check_plan
 from hethub.simulate.modelled import Modelled
 from hethub.simulate.report import figures
@@ -47,9 +47,10 @@ def answer(
     constraints: Constraints = FREE,
     objective: Objective = FASTEST,
     time_limit_seconds: float = math.inf,
+    progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Answer:
-    """Plan, and hold the plan against both bounds and the best even split.
+    """Plan, and hold the plan against both bounds and the best even split; `progress` is told how far the search is.
 
     Raises InfeasibleError when no plan fits, or none within the objective's limits, and InputError when a needed figure
     of a device is not known or the constraints contradict each other.
@@ -57,15 +58,16 @@ def answer(
     begin = clock()
     problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     planner = FirstPlanner()
-    found = _planned(planner, problem, objective)
+    found = _planned(planner, replace(problem, progress=progress), objective)
     seconds = clock() - begin
     wrong = check_plan(found.plan)
     if wrong:
         raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
     physical = physical_bound(problem.compute)
-    # bounds are of the cluster, whatever the user fixes of the plan
-    homogeneous = homogeneous_bound(planner, replace(problem, constraints=FREE), physical, whole=found)
-    even = EvenPlanner().search(problem)
+    # bounds and baseline are of the cluster, whatever the user fixes of the plan
+    free = replace(problem, constraints=FREE)
+    homogeneous = homogeneous_bound(planner, free, physical, whole=found)
+    even = EvenPlanner().search(free)
     tokens = workload.global_batch * workload.sequence_length
     gap, by = found.proven_gap, "the closed form over the plan space"
     if gap is None:

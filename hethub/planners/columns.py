@@ -104,13 +104,12 @@ class Columns:
 
     def refined(self, *, compiled: bool = False) -> Columns:
         """With periods that count memory too, infinite where the model does not fit."""
-        period, others = np.empty(len(self)), np.empty(len(self))
-        given = (self.table, self.places, self.counts, self.period)
+        given = (self.table, self.places, self.counts, self.period, self.layers)
         if compiled:
-            compiled_periods()(*given, self.layers, period, others)
+            period, others = np.empty(len(self)), np.empty(len(self))
+            compiled_periods()(*given, period, others)
         else:
-            table, places, counts, low = (array.tolist() for array in given)
-            least_periods(table, places, counts, low, self.layers, period, others)
+            period, others = least_periods(*given)
         return replace(self, period=period, first=np.maximum(0.0, self.layers - others))
 
     def tails(self, update: Floats, gradients: Floats) -> Tails:

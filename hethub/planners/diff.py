@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 
-from hethub.cost.compute import ComputeModel, state_bytes
+from hethub.cost.compute import state_bytes
 from hethub.cost.graph import CostGraph
+from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.cost.shapes import BYTES, layer_parameters, parameter_span
 from hethub.errors import InputError
 from hethub.program.ownership import Ownership
@@ -36,8 +37,9 @@ class PlanDiff:
     step_seconds: tuple[float | None, float | None]
 
 
-def diff_plans(old: Plan, new: Plan) -> PlanDiff:
-    """Compare two plans. Raises InputError where they are not of one model and precision."""
+def diff_plans(old: Plan, new: Plan, measured: Measured = NOT_MEASURED) -> PlanDiff:
+    """Compare two plans; who updates what goes by the devices' speed, as `measured`. Raises InputError where they are
+    not of one model and precision."""
     if old.workload.model != new.workload.model or old.workload.precision != new.workload.precision:
         raise InputError(
             f"the plans are of {old.workload.model.name} in {old.workload.precision} and of "
@@ -55,7 +57,7 @@ def diff_plans(old: Plan, new: Plan) -> PlanDiff:
         changed_devices=sum(held[0].get(name) != found for name, found in held[1].items()),
         moved_layers=moved,
         weight_bytes=weights,
-        state_bytes=_moved_state((old, new), layouts),
+        state_bytes=_moved_state((old, new), layouts, measured),
         step_seconds=(_predicted(old), _predicted(new)),
     )
 
@@ -103,11 +105,11 @@ def _overlap(one: Span, other: Span) -> int:
     return max(0, min(one[1], other[1]) - max(one[0], other[0]))
 
 
-def _moved_state(plans: tuple[Plan, Plan], layouts: tuple[Layout, Layout]) -> int:
+def _moved_state(plans: tuple[Plan, Plan], layouts: tuple[Layout, Layout], measured: Measured) -> int:
     """Bytes of masters and moments of elements that another device updates."""
     owners = []
     for plan, layout in zip(plans, layouts, strict=True):
-        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
+        compute = measured.compute(CostGraph(plan.cluster), plan.workload)
         names = [device.name for device in plan.cluster.devices()]
         owners.append(_updaters(own_by_strength(layout, compute), names))
     moved = 0

@@ -7,7 +7,8 @@ embedding in the first stage, head in the last), equal tensor-parallel shares, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from hethub.errors import InfeasibleError
 from hethub.planners.candidate import divisors
 from hethub.planners.finalists import simulate_plan
 from hethub.planners.interface import Found, Problem
+from hethub.planners.kept import broken_constraints
 from hethub.planners.placement import name_ranks
 from hethub.planners.shares import even_shares, rank_entries
 from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace
@@ -54,7 +56,10 @@ class _Split(NamedTuple):
 
 
 class EvenPlanner:
-    """The best even split over all devices, degrees and micro-batch sizes."""
+    """The best even split over all devices, degrees and micro-batch sizes, of those that keep the constraints."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
 
     def plan(self, problem: Problem) -> Found:
         """Find it. Raises InfeasibleError when no even split fits."""
@@ -68,15 +73,21 @@ class EvenPlanner:
 
     def search(self, problem: Problem) -> Found | None:
         """Find it, or None when no even split fits."""
+        end = self._clock() + problem.seconds
         pricing = _Pricing(problem)
         splits = sorted(pricing.splits(), key=lambda split: split.seconds)
         best: Found | None = None
         simulated = 0
         for split in splits:
+            if best is not None and self._clock() >= end:
+                break
             if not pricing.may_fit(split):
                 continue
             plan = pricing.plan(split)
-            done = simulate_plan(plan, problem.compute)
+            if broken_constraints(plan, problem.compute.graph, problem.constraints):
+                continue
+            reserve = problem.constraints.memory_reserve_bytes
+            done = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
             if done is None:
                 continue
             simulated += 1

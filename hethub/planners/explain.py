@@ -87,7 +87,7 @@ def _type_limits(problem: Problem, saved: _Saved, fastest_link: float) -> Iterat
         wider = replace(device_type, memory_bytes=int(device_type.memory_bytes * _MORE))
         memory = saved(_with_cluster(problem, _with_type(cluster, name, wider)))
         quicker = changed_graph(cluster, [Change("type", name, _MORE)])
-        speed = saved(replace(problem, compute=_priced(problem, quicker)))
+        speed = saved(replace(problem, compute=problem.compute.on(quicker)))
         group = next(i for i, group in enumerate(cluster.node_groups) if group.device_type == name)
         groups = list(cluster.node_groups)
         groups[group] = replace(groups[group], nodes=groups[group].nodes + 1)
@@ -110,18 +110,12 @@ def _link_worth(problem: Problem, saved: _Saved) -> Iterator[LinkWorth]:
     names |= {cross.link.name for cross in cluster.links}
     for name in sorted(names):
         graph = changed_graph(cluster, [Change("link", name, _FASTER)])
-        changed = replace(problem, compute=_priced(problem, graph))
+        changed = replace(problem, compute=problem.compute.on(graph))
         yield LinkWorth(link=name, faster=saved(changed))
 
 
-def _priced(problem: Problem, graph: CostGraph) -> ComputeModel:
-    """Prices on a changed graph, under what was measured."""
-    compute = problem.compute
-    return ComputeModel(graph, problem.workload, compute.profile, slow_down=compute.slow_down)
-
-
 def _with_cluster(problem: Problem, cluster: Cluster) -> Problem:
-    return replace(problem, cluster=cluster, compute=_priced(problem, CostGraph(cluster)))
+    return replace(problem, cluster=cluster, compute=problem.compute.on(CostGraph(cluster)))
 
 
 def _with_type(cluster: Cluster, name: str, device_type: DeviceType) -> Cluster:

@@ -131,7 +131,7 @@ class FirstPlanner:
         if problem.available is not None:
             numbers = tuple(n for n in numbers if problem.available.get(n))
         space = space_of(chains.costs, numbers, batch, problem.constraints, problem.available)
-        return rank(chains, space, batch, most, seconds=problem.seconds)
+        return rank(chains, space, batch, most, seconds=problem.seconds, progress=problem.progress)
 
     def estimate(self, problem: Problem) -> tuple[float, dict[int, int]] | None:
         """(Seconds of a step by the closed form, devices in use of each pool) of the best candidate, or None."""

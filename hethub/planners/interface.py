@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,14 +16,25 @@ from hethub.specs.constraints import FREE, Constraints
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 
-__all__ = ["Found", "Planner", "Problem", "RunnerUp"]
+__all__ = ["Found", "Planner", "Problem", "Progress", "RunnerUp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a search is: pipelines bounded and plans priced, the best step so far by the closed form (None: none
+    yet), and what no plan can have (0 until all bounds are known)."""
+
+    considered: int
+    best_seconds: float | None
+    lower_bound_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates
     the simulator decides between (None: the planner's own choice). `constraints` are what the user fixes, and a planner
-    has about `seconds` for its search. `available` limits the devices in use of each pool (None: all).
+    has about `seconds` for its search. `available` limits the devices in use of each pool (None: all). `progress` is
+    told now and then how far the search is.
 
     `workload` may differ from `compute.workload` in its global batch only, so that prices are shared between
     problems.
@@ -37,6 +48,7 @@ class Problem:
     constraints: Constraints = FREE
     seconds: float = math.inf
     available: Mapping[int, int] | None = None
+    progress: Callable[[Progress], None] | None = None
 
     @classmethod
     def of(

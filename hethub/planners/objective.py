@@ -21,15 +21,15 @@ from hethub.specs.constraints import Objective
 from hethub.specs.layout import Share
 from hethub.specs.resolved import DeviceType
 
-__all__ = ["best_plan"]
+__all__ = ["ObjectiveFigures", "best_plan", "objective_figures"]
 
 _PARTS = (1, 2, 4, 8)  # of the devices: all, a half, ...
 _SIMULATED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Figures:
-    """What an objective looks at; None where a price or power is not known."""
+class ObjectiveFigures:
+    """What an objective looks at, of one plan; None where a price or power is not known."""
 
     step_seconds: float
     tokens: int
@@ -49,7 +49,7 @@ class _Figures:
         return found
 
     def job(self, objective: Objective) -> dict[str, tuple[float, float]]:
-        """(limit, figure) of each limit of the whole job."""
+        """(limit, figure) of each limit of the whole job, by its key."""
         found: dict[str, tuple[float, float]] = {}
         speed = self.tokens / self.step_seconds
         job = job_of(objective.tokens or 0.0, speed, self.joules_per_token, self.usd_per_million_tokens)
@@ -58,6 +58,10 @@ class _Figures:
         if objective.budget_usd is not None and job.usd is not None:
             found["budget_usd"] = (objective.budget_usd, job.usd)
         return found
+
+    def missed(self, objective: Objective) -> dict[str, tuple[float, float]]:
+        """(limit, figure) of each limit of the whole job that is not kept."""
+        return {name: pair for name, pair in self.job(objective).items() if pair[1] > pair[0]}
 
     def excess(self, objective: Objective) -> float:
         """By how much the worst limit is missed, as a share of it; 0 where all hold."""
@@ -83,11 +87,11 @@ def best_plan(planner: FirstPlanner, problem: Problem, objective: Objective) -> 
     if not estimated:
         return planner.plan(problem)  # which says what is short
     ranked = sorted(range(len(estimated)), key=lambda i: (estimated[i][:2], i))
-    found: list[tuple[float, float, int, Found, _Figures]] = []
+    found: list[tuple[float, float, int, Found, ObjectiveFigures]] = []
     for place in ranked[:_SIMULATED]:
         plan = planner.search(estimated[place][2])
         if plan is not None:
-            figures = _measured(plan, problem)
+            figures = objective_figures(plan, problem)
             found.append((max(0.0, figures.excess(objective)), figures.of(objective), place, plan, figures))
     if not found:
         return planner.plan(problem)
@@ -97,8 +101,8 @@ def best_plan(planner: FirstPlanner, problem: Problem, objective: Objective) -> 
     return plan
 
 
-def _unmet(figures: _Figures, objective: Objective) -> str:
-    missed = {name: pair for name, pair in figures.job(objective).items() if pair[1] > pair[0]}
+def _unmet(figures: ObjectiveFigures, objective: Objective) -> str:
+    missed = figures.missed(objective)
     limits = " and ".join(f"objective.{name}: {limit:,.6g}" for name, (limit, _) in missed.items())
     nearest = " and ".join(f"{figure:,.6g} {name.split('_')[1]}" for name, (_, figure) in missed.items())
     return (
@@ -153,12 +157,12 @@ def _row_price(compute: ComputeModel, device_type: DeviceType, objective: Object
     return seconds * (1.0 if each is None else each)
 
 
-def _estimated(problem: Problem, pools: Pools, seconds: float, used: dict[int, int]) -> _Figures:
+def _estimated(problem: Problem, pools: Pools, seconds: float, used: dict[int, int]) -> ObjectiveFigures:
     """By the closed form, every device in use at full power."""
     tokens = problem.workload.global_batch * problem.workload.sequence_length
     usd = [_times(pools[n].type.usd_per_hour, count) for n, count in used.items()]
     watts = [_times(pools[n].type.power_watts, count) for n, count in used.items()]
-    return _Figures(
+    return ObjectiveFigures(
         step_seconds=seconds,
         tokens=tokens,
         usd_per_million_tokens=_times(_sum(usd), seconds / 3600 / tokens * 1e6),
@@ -166,11 +170,11 @@ def _estimated(problem: Problem, pools: Pools, seconds: float, used: dict[int, i
     )
 
 
-def _measured(found: Found, problem: Problem) -> _Figures:
-    """By the simulation."""
+def objective_figures(found: Found, problem: Problem) -> ObjectiveFigures:
+    """Of a plan, by its simulation."""
     tokens = problem.workload.global_batch * problem.workload.sequence_length
     modelled, missing = found.modelled.recorded(), dict[str, str]()
-    return _Figures(
+    return ObjectiveFigures(
         step_seconds=found.step_seconds,
         tokens=tokens,
         usd_per_million_tokens=usd_per_million_tokens(modelled, found.step_seconds, tokens, missing),

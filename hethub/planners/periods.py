@@ -1,15 +1,16 @@
 """The least period of a pipeline by time and memory: what its stages can hold together, one after the other.
 
-The functions run as they stand, over lists, and compiled by numba over arrays where there are very many pipelines
-(`compiled_periods`; loading it takes a third of a second). So they keep to what both understand: a *line* is a row of a
-table, its fields are the constants below; seconds, and bytes on the most loaded rank.
+`held` is one formula for one pipeline, compiled by numba where there are very many of them (`compiled_periods`; loading
+that takes a third of a second), and for all pipelines at once over arrays (`least_periods`). So it keeps to what both
+understand: a *line* has the fields below, each a number or an array over pipelines; seconds, and bytes on the most
+loaded rank.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -30,94 +31,113 @@ _HALVINGS = 12
 _EPS = 1e-9
 
 Floats = npt.NDArray[np.float64]
-Line = Sequence[float]
+Ints = npt.NDArray[np.int64]
 
 
-def stage_decoders(line: Line, last: bool, period: float, behind: float) -> int:
+def stage_decoders(line: Any, last: bool, period: Any, behind: Any) -> Any:
     """The most decoders of a stage: as many as it does in `period`, and as fit with the micro-batches in flight that
     `behind` seconds of decoders behind it, and its own, ask for."""
     shift = LAST if last else 0
     room, own = line[ROOM + shift], line[OWN + shift]
-    head = line[HEAD] if last else 0.0
-    again = line[AGAIN]
-    head_again = line[HEAD_AGAIN] if last else 0.0
+    ends = 1.0 if last else 0.0
+    head, head_again = ends * line[HEAD], ends * line[HEAD_AGAIN]
     decoder, each, kept = line[DECODER], line[EACH], line[KEPT]
     one = each + kept
     # n (each + kept k) + own k <= room with k = (behind + n decoder) / period micro-batches in flight
     a = kept * decoder / period
     b = each + (kept * behind + own * decoder) / period
     c = own * behind / period - room
-    deep = 0.0 if c > 0 or room < own else (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
-    none = min((period - head) / decoder, (room - own) / one, deep)
-    entries = line[ENTRY] * max(behind / period - 1, 0.0)
-    full = min((period - head - head_again) / (decoder + again), (room - own - entries) / one)
+    deep = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
+    none = np.minimum(np.minimum((period - head) / decoder, (room - own) / one), deep)
+    entries = line[ENTRY] * np.maximum(behind / period - 1, 0.0)
+    full = np.minimum((period - head - head_again) / (decoder + line[AGAIN]), (room - own - entries) / one)
     exchange = line[EXCHANGE_ROOM + shift] / (one + line[EXCHANGED])
-    most: int = math.floor(max(0.0, min(max(none, full), exchange)) + _EPS)
-    return most
+    return np.floor(np.maximum(0.0, np.minimum(np.maximum(none, full), exchange)) + _EPS)
 
 
-def held(
-    table: Sequence[Line], lines: Sequence[int], counts: Sequence[int], quick: float, period: float, less: int
-) -> int:
-    """Decoders that all stages but the first `less` hold; `lines` and `counts` are of the runs, the last one first."""
-    total = -less
-    for count in counts:
-        total += count
-    found = place = 0
-    for run in range(len(counts)):
-        for _ in range(counts[run]):
-            if place < total:
-                found += stage_decoders(table[lines[run]], place == 0, period, found * quick)
-                place += 1
+def held(lines: Any, counts: Any, most: Any, total: Any, quick: Any, period: Any) -> Any:
+    """Decoders that all stages hold but the first ones, up to `total` stages from the last on; `lines`, `counts` and
+    `most` (the largest count) are of the runs, the last one first."""
+    found, place = 0.0 * period, 0 * total
+    for run in range(len(most)):
+        for number in range(most[run]):
+            working = (number < counts[run]) * (place < total)
+            last = run == 0 and number == 0
+            found = found + working * stage_decoders(lines[run], last, period, found * quick)
+            place = place + working
     return found
 
 
-def least_periods(
-    table: Sequence[Line],
-    lines: Sequence[Sequence[int]],
-    counts: Sequence[Sequence[int]],
-    low: Sequence[float],
-    layers: int,
-    period: Floats,
-    others: Floats,
+def single_periods(
+    table: Floats, places: Ints, counts: Ints, low: Floats, layers: int, period: Floats, others: Floats
 ) -> None:
-    """Fill in, for each pipeline, the least period (never too long; infinite where the model does not fit) and the
-    decoders that all stages but the first can hold then. `low` is a period that is not too long."""
-    for i in range(len(lines)):
+    """`least_periods`, pipeline by pipeline; fills in `period` and `others`."""
+    for i in range(len(places)):
+        lines, own = table[places[i]], counts[i]
+        total = own.sum()
         quick, high = np.inf, 0.0
-        for run in range(len(counts[i])):
-            if counts[i][run]:
-                line = table[lines[i][run]]
-                quick = min(quick, line[DECODER])
-                slow = (line[DECODER] + line[AGAIN]) * layers
-                high = max(high, slow + line[HEAD] + line[HEAD_AGAIN])
+        for run in range(len(own)):
+            if own[run]:
+                quick = min(quick, lines[run, DECODER])
+                slow = (lines[run, DECODER] + lines[run, AGAIN]) * layers
+                high = max(high, slow + lines[run, HEAD] + lines[run, HEAD_AGAIN])
         high *= 1 + _EPS
-        if held(table, lines[i], counts[i], quick, high, 0) < layers:
+        if held(lines, own, own, total, quick, high) < layers:
             period[i] = np.inf
             others[i] = 0.0
             continue
         near = low[i]
-        if held(table, lines[i], counts[i], quick, near * (1 + _EPS), 0) < layers:
+        if held(lines, own, own, total, quick, near * (1 + _EPS)) < layers:
             for _ in range(_HALVINGS):
                 middle = math.sqrt(near * high)
-                if held(table, lines[i], counts[i], quick, middle, 0) >= layers:
+                if held(lines, own, own, total, quick, middle) >= layers:
                     high = middle
                 else:
                     near = middle
         period[i] = near
-        others[i] = held(table, lines[i], counts[i], quick, near, 1)
+        others[i] = held(lines, own, own, total - 1, quick, near)
+
+
+def least_periods(
+    table: Floats, places: Ints, counts: Ints, low: Floats, layers: int
+) -> tuple[Floats, Floats]:
+    """For each pipeline the least period (never too long; infinite where the model does not fit) and the decoders that
+    all stages but the first can hold then. `low` is a period that is not too long; `places` are rows of `table`."""
+    if not len(places):
+        return np.zeros(0), np.zeros(0)
+    # [runs, fields, pipelines]; a run that a pipeline lacks counts nothing, whatever its line
+    lines = np.ascontiguousarray(table[np.where(counts > 0, places, places[:, :1])].transpose(1, 2, 0))
+    own, total = counts.T, counts.sum(axis=1)
+    most = own.max(axis=1).tolist()
+    used = own > 0
+    quick = np.where(used, lines[:, DECODER], np.inf).min(axis=0)
+    slow = (lines[:, DECODER] + lines[:, AGAIN]) * layers + lines[:, HEAD] + lines[:, HEAD_AGAIN]
+    high = np.where(used, slow, 0.0).max(axis=0) * (1 + _EPS)
+
+    def enough(period: Floats) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = held(lines, own, most, total, quick, period) >= layers
+        return found
+
+    fits, near = enough(high), low.copy()
+    high = np.where(enough(near * (1 + _EPS)), near, high)
+    for _ in range(_HALVINGS):
+        middle = np.sqrt(near * high)
+        good = enough(middle)
+        high, near = np.where(good, middle, high), np.where(good, near, middle)
+    others = held(lines, own, most, total - 1, quick, near)
+    return np.where(fits, near, np.inf), np.where(fits, others, 0.0)
 
 
 @cache
 def compiled_periods() -> Callable[..., None]:
-    """`least_periods`, compiled; kept on disk until this file changes."""
+    """`single_periods`, compiled; kept on disk until this file changes."""
     import numba
 
     own = sys.modules[__name__]
     space: dict[str, Any] = dict(vars(own))
-    for name in ("stage_decoders", "held", "least_periods"):
+    for name in ("stage_decoders", "held", "single_periods"):
         function: FunctionType = getattr(own, name)
         alike = FunctionType(function.__code__, space, name)
-        space[name] = numba.njit(error_model="numpy", cache=name == "least_periods")(alike)
-    found: Callable[..., None] = space["least_periods"]
+        space[name] = numba.njit(error_model="numpy", cache=name == "single_periods")(alike)
+    found: Callable[..., None] = space["single_periods"]
     return found

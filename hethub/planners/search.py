@@ -27,6 +27,7 @@ import numpy.typing as npt
 from hethub.planners.candidate import Candidate, Part, chains_of, price
 from hethub.planners.chain import Chains
 from hethub.planners.columns import Columns, Tails, columns_of
+from hethub.planners.interface import Progress
 from hethub.planners.master import Taken, most_rows, relax
 from hethub.planners.space import Space
 
@@ -77,8 +78,17 @@ class _Best:
 
 
 class _Search:
-    def __init__(self, chains: Chains, space: Space, batch: int, most: int, late: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        chains: Chains,
+        space: Space,
+        batch: int,
+        most: int,
+        late: Callable[[], bool],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
         self.chains, self.space, self.batch, self.late = chains, space, batch, late
+        self.progress, self.lower = progress, 0.0
         self.columns = columns_of(chains, space)
         self.available = np.array(space.available, dtype=np.int64)
         self.best = _Best(most)
@@ -93,6 +103,20 @@ class _Search:
                 candidate = price(self.chains, parts, self.batch, stage_major=stage_major)
                 if candidate is not None and (not self.space.use_all or self._uses_all(taken)):
                     self.best.offer(candidate)
+        self.tell()
+
+    def tell(self) -> None:
+        """How far the search is."""
+        if self.progress is not None:
+            best = self.best.seconds if self.best.kept else None
+            self.progress(
+                Progress(considered=self.considered, best_seconds=best, lower_bound_seconds=self.lower)
+            )
+
+    @property
+    def considered(self) -> int:
+        """Pipelines bounded and plans priced."""
+        return len(self.columns) + len(self.tried)
 
     def _uses_all(self, taken: Taken) -> bool:
         used = sum(self.columns.usage[c] * n for c, n in taken)
@@ -374,17 +398,20 @@ def rank(
     most: int,
     *,
     seconds: float = math.inf,
+    progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Ranking:
-    """Find the `most` best distinct candidates for a batch of `batch` rows, within about `seconds`."""
+    """Find the `most` best distinct candidates for a batch of `batch` rows, within about `seconds`; `progress` is told
+    at every plan that is priced."""
     end = clock() + seconds
-    search = _Search(chains, space, batch, most, lambda: clock() >= end)
+    search = _Search(chains, space, batch, most, lambda: clock() >= end, progress)
     lower, loose = _price_alike(search), "alike pipelines"
     bounds: list[tuple[float, str, _Unlike]] = []
     worth: dict[int, float] = {}
     for name, plans in _unlike(search):
         limit = search.best.seconds if search.best.kept else _ever(search)
         bounds.append((plans.lower_bound(limit), name, plans))
+    search.lower = min([lower, *(bound for bound, _, _ in bounds)])
     for bound, name, plans in sorted(bounds, key=lambda entry: entry[0]):
         if bound < search.best.seconds:
             plans.raise_from(bound)
@@ -395,7 +422,7 @@ def rank(
         lower, loose = search.best.seconds, "none"
     return Ranking(
         candidates=search.best.ascending(),
-        considered=len(search.columns) + len(search.tried),
+        considered=search.considered,
         lower_bound_seconds=lower,
         loose=loose,
         worth=worth,

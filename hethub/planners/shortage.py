@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.errors import InfeasibleError
 from hethub.planners.chain import Chains
@@ -158,10 +157,9 @@ def _more_devices(
 
 
 def _found_with(problem: Problem, search: Callable[[Problem], Found | None], number: int, nodes: int) -> bool:
-    enlarged = Problem.of(
-        _enlarged(problem.cluster, number, nodes), problem.workload, constraints=problem.constraints
-    )
-    return search(replace(enlarged, types=problem.types, finalists=1)) is not None
+    cluster = _enlarged(problem.cluster, number, nodes)
+    compute = problem.compute.on(CostGraph(cluster))
+    return search(replace(problem, cluster=cluster, compute=compute, finalists=1)) is not None
 
 
 def _fewest_nodes(problem: Problem, number: int) -> int | None:
@@ -182,9 +180,9 @@ def _fewest_nodes(problem: Problem, number: int) -> int | None:
 
 
 def _fits_with(problem: Problem, number: int, nodes: int) -> bool:
-    cluster = _enlarged(problem.cluster, number, nodes)
-    graph = CostGraph(cluster)
-    chains = Chains(SeatCosts(ComputeModel(graph, problem.workload), Pools(graph)))
+    graph = CostGraph(_enlarged(problem.cluster, number, nodes))
+    reserve = problem.constraints.memory_reserve_bytes
+    chains = Chains(SeatCosts(problem.compute.on(graph), Pools(graph), reserve))
     return fits_at_all(chains, chains.costs.pools.of_types(problem.types), problem.workload.global_batch)
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from hethub.apportion import apportion
-from hethub.planners.baselines.prices import Floats, Prices, price_split, split_fits
+from hethub.planners.baselines.prices import Floats, Late, Prices, never, price_split, split_fits
 from hethub.planners.baselines.split import Band, Group, Side, Split
 from hethub.planners.candidate import divisors
 
@@ -22,11 +22,13 @@ _HALVINGS = 14  # of the bisection for the slowest stage's seconds
 Ranked = list[tuple[float, Split]]
 
 
-def data_parallel_by_speed(prices: Prices, keep: int = 1) -> Ranked:
+def data_parallel_by_speed(prices: Prices, keep: int = 1, late: Late = never) -> Ranked:
     """Every replica holds the whole model, on the least degree that fits, and takes rows by its speed."""
     whole = (0, prices.decoders + 2)
     splits = []
     for micro_batches in divisors(prices.batch):
+        if late():
+            break
         rows = prices.batch // micro_batches
         for most in prices.priced_rows:
             groups = [_least(prices, number, most, whole) for number in range(len(prices.kinds))]
@@ -43,11 +45,13 @@ def _least(prices: Prices, kind: int, rows: int, layers: tuple[int, int]) -> Gro
     return next((group for group in groups if prices.fits(group, rows, layers, 0)), None)
 
 
-def pipeline_by_speed(prices: Prices, keep: int = 1) -> Ranked:
+def pipeline_by_speed(prices: Prices, keep: int = 1, late: Late = never) -> Ranked:
     """Every stage is a node of one kind, with layers by its speed; alike pipelines, as many as divide all nodes."""
     nodes = [kind.count // kind.node_size for kind in prices.kinds]
     splits = []
     for repeat in divisors(reduce(math.gcd, nodes)):
+        if late():
+            break
         each = [count // repeat for count in nodes]
         for rows in prices.priced_rows:
             split = _layers_by_speed(prices, each, rows, repeat)

@@ -1,9 +1,12 @@
-"""Our planner and the baselines on one problem, judged by one simulator."""
+"""Our planner and the baselines on one problem, judged by one simulator, within the user's constraints.
+
+An objective is ours to plan for; the others know speed only, and their plans are held against it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hethub.errors import InfeasibleError
@@ -14,6 +17,9 @@ from hethub.planners.baselines.sailor_like import sailor_like
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Found, Planner, Problem
+from hethub.planners.kept import excess_watts
+from hethub.planners.objective import ObjectiveFigures, best_plan, objective_figures
+from hethub.specs.constraints import FASTEST, Objective
 from hethub.specs.layout import Share
 
 __all__ = ["OURS", "Contender", "Result", "compare", "contenders"]
@@ -33,7 +39,8 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a contender found and how long it searched, or in `failure` why it found nothing."""
+    """What a contender found and how long it searched, or in `failure` why it found nothing. `figures` are the plan's,
+    `missed` the objective's limits that it does not keep, as (limit, figure)."""
 
     name: str
     note: str
@@ -41,11 +48,23 @@ class Result:
     tokens_per_second: float
     search_seconds: float
     failure: str | None
+    figures: ObjectiveFigures | None
+    missed: Mapping[str, tuple[float, float]]
 
 
-def contenders(problem: Problem) -> Iterator[Contender]:
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """The planner of `hethub plan`, for an objective."""
+
+    objective: Objective
+
+    def plan(self, problem: Problem) -> Found:
+        return best_plan(FirstPlanner(), problem, self.objective)
+
+
+def contenders(problem: Problem, objective: Objective = FASTEST) -> Iterator[Contender]:
     """Ours first, then the baselines of the literature, then the simple rules."""
-    yield Contender(OURS, "the planner of hethub plan", FirstPlanner())
+    yield Contender(OURS, "the planner of hethub plan", _Ours(objective))
     yield Contender(
         "Sailor-like", "stage by stage, equal layers and rows", SplitPlanner("sailor-like", sailor_like)
     )
@@ -84,14 +103,16 @@ def _vendors(problem: Problem) -> dict[str, frozenset[str]]:
     }
 
 
-def compare(problem: Problem, *, clock: Callable[[], float] = time.perf_counter) -> list[Result]:
-    """Run every contender; the results in their order.
+def compare(
+    problem: Problem, objective: Objective = FASTEST, *, clock: Callable[[], float] = time.perf_counter
+) -> list[Result]:
+    """Run every contender, each for about `problem.seconds`; the results in their order.
 
-    Raises InfeasibleError when not even ours fits.
+    Raises InfeasibleError when not even ours fits, or keeps the objective's limits.
     """
     tokens = problem.workload.global_batch * problem.workload.sequence_length
     results = []
-    for contender in contenders(problem):
+    for contender in contenders(problem, objective):
         begin = clock()
         found: Found | None = None
         failure = None
@@ -101,14 +122,23 @@ def compare(problem: Problem, *, clock: Callable[[], float] = time.perf_counter)
             if contender.name == OURS:
                 raise
             failure = error.message.splitlines()[0]
+        seconds = clock() - begin
+        figures = None if found is None else objective_figures(found, problem)
         results.append(
             Result(
                 name=contender.name,
                 note=contender.note,
                 found=found,
                 tokens_per_second=0.0 if found is None else tokens / found.step_seconds,
-                search_seconds=clock() - begin,
+                search_seconds=seconds,
                 failure=failure,
+                figures=figures,
+                missed={} if found is None or figures is None else _missed(found, figures, objective),
             )
         )
     return results
+
+
+def _missed(found: Found, figures: ObjectiveFigures, objective: Objective) -> dict[str, tuple[float, float]]:
+    modelled = found.modelled
+    return figures.missed(objective) | excess_watts(modelled.layout, modelled.compute.graph, objective)

@@ -27,14 +27,15 @@ _MOST_ROWS = 16
 
 class OwnPrices:
     """Implements `Prices` for a planning problem; kinds are its pools. No recomputation: the published searches know
-    none. A gradient ring runs over the slowest path among its kinds."""
+    none. A gradient ring runs over the slowest path among its kinds. Degrees and memory keep the user's constraints."""
 
     def __init__(self, problem: Problem) -> None:
         compute = problem.compute
         self.problem = problem
         self.pools = Pools(compute.graph)
-        self._numbers = self.pools.of_types(problem.types)
-        self.kinds = tuple(self._kind(number) for number in self._numbers)
+        known = {number: self._kind(number) for number in self.pools.of_types(problem.types)}
+        self._numbers = tuple(number for number, kind in known.items() if kind.degrees)
+        self.kinds = tuple(known[number] for number in self._numbers)
         self.decoders = problem.workload.model.layers
         self.batch = problem.workload.global_batch
         self.priced_rows = tuple(
@@ -50,13 +51,18 @@ class OwnPrices:
         zone = next(g.zone for g in self.problem.cluster.node_groups if g.name == device.group)
         size = min(len(node) for node in pool.nodes)
         degrees = (1 << power for power in range(size.bit_length()))
+        allowed = self.problem.constraints.tensor_parallel.get(pool.type.name)
         return Kind(
             name=pool.type.name,
             device_type=pool.type.name,
             region=zone,
             count=pool.unit_count(1),
             node_size=size,
-            degrees=tuple(d for d in degrees if model.kv_heads % d == 0 and model.ffn_size % d == 0),
+            degrees=tuple(
+                d
+                for d in degrees
+                if model.kv_heads % d == 0 and model.ffn_size % d == 0 and (allowed is None or d in allowed)
+            ),
         )
 
     def layer_seconds(self, group: Group, rows: int) -> Floats:
@@ -126,7 +132,9 @@ class OwnPrices:
         """Decoders that fit beside the embedding (first of `ends`) and the head; -1 where not even those do."""
         ranks = self._ranks(group)
         device = ranks[0].device
-        usable = usable_bytes(self._compute.graph.devices[device].type)
+        device_type = self._compute.graph.devices[device].type
+        reserve = self.problem.constraints.memory_reserve_bytes.get(device_type.name, 0)
+        usable = usable_bytes(device_type) - reserve
 
         def fit(decoders: int) -> bool:
             first = 0 if ends[0] else self.decoders + 1 - decoders

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hethub.errors import InfeasibleError
 from hethub.planners.baselines.own_prices import OwnPrices
-from hethub.planners.baselines.prices import Prices
+from hethub.planners.baselines.prices import Late, Prices
 from hethub.planners.baselines.split import Band, Group, Side, Split
 from hethub.planners.finalists import simulate_plan
 from hethub.planners.interface import Found, Problem
+from hethub.planners.kept import broken_constraints
 from hethub.planners.placement import name_ranks
 from hethub.planners.shares import rank_entries
 from hethub.specs.plan import Pipeline, Plan, Replica, Stage
@@ -19,28 +21,36 @@ __all__ = ["SplitPlanner", "whole_batch"]
 
 _PROPOSED = 24  # of the search's best, from which those that fit exactly are simulated
 _SIMULATED = 3
-Search = Callable[[Prices, int], list[tuple[float, Split]]]
+Search = Callable[[Prices, int, Late], list[tuple[float, Split]]]
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPlanner:
-    """Runs `search` under our cost model; the simulator chooses among its best."""
+    """Runs `search` under our cost model; the simulator chooses among its best that keep the user's constraints, of
+    which the searches know tensor-parallel degrees and memory only."""
 
     name: str
     search: Search
+    clock: Callable[[], float] = time.monotonic
 
     def plan(self, problem: Problem) -> Found:
         """Find a plan. Raises InfeasibleError when the search finds none that fits."""
-        prices = OwnPrices(problem)
-        ranked = self.search(prices, _PROPOSED)
+        prices, end = OwnPrices(problem), self.clock() + problem.seconds
+        ranked = self.search(prices, _PROPOSED, lambda: self.clock() >= end) if prices.kinds else []
         best: Found | None = None
         simulated = 0
+        broken: dict[str, None] = {}
         for _, split in ranked:
             exact = whole_batch(split, problem.workload.global_batch)
             if exact is None:
                 continue
             plan = _plan(self.name, exact, prices)
-            modelled = simulate_plan(plan, problem.compute)
+            breaks = broken_constraints(plan, problem.compute.graph, problem.constraints)
+            broken |= dict.fromkeys(breaks)
+            if breaks:
+                continue
+            reserve = problem.constraints.memory_reserve_bytes
+            modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
             if modelled is None:
                 continue
             found = Found(plan=plan, modelled=modelled, considered=len(ranked), runners_up=())
@@ -50,9 +60,10 @@ class SplitPlanner:
             if simulated == _SIMULATED:
                 break
         if best is None:
+            and_keeps = f" and keeps {', '.join(broken)}" if broken else ""
             raise InfeasibleError(
                 f"{self.name}: none of its {len(ranked)} splits of {problem.workload.model.name} fits "
-                f"{problem.cluster.name}. Use the planner of hethub plan."
+                f"{problem.cluster.name}{and_keeps}. Use the planner of hethub plan."
             )
         return best
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -12,9 +12,15 @@ import numpy.typing as npt
 from hethub.planners.baselines.split import Band, Group, Kind, Side, Split
 from hethub.simulate.sailor import chain_seconds, moving_seconds
 
-__all__ = ["Floats", "Prices", "SplitPrice", "meetings", "price_split", "split_fits"]
+__all__ = ["Floats", "Late", "Prices", "SplitPrice", "meetings", "never", "price_split", "split_fits"]
 
 Floats = npt.NDArray[np.float64]
+Late = Callable[[], bool]  # whether a search is to end with what it has
+
+
+def never() -> bool:
+    """No time limit."""
+    return False
 
 
 class Prices(Protocol):

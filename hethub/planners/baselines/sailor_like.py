@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import NamedTuple
 
-from hethub.planners.baselines.prices import Prices, price_split
+from hethub.planners.baselines.prices import Late, Prices, never, price_split
 from hethub.planners.baselines.split import Band, Group, Side, Split
 
 __all__ = ["equal_layers", "sailor_like"]
@@ -44,14 +44,14 @@ class _Partial(NamedTuple):
     reduce: float
 
 
-def sailor_like(prices: Prices, keep: int = 1) -> list[tuple[float, Split]]:
+def sailor_like(prices: Prices, keep: int = 1, late: Late = never) -> list[tuple[float, Split]]:
     """The best few splits with their estimated seconds, best first."""
     found: dict[Split, float] = {}
     for stages in range(1, min(_MOST_STAGES, prices.decoders) + 1):
         bounds = equal_layers(prices.decoders + 2, stages)
         for rows, widening in product(prices.priced_rows, _widenings(prices)):
             menus = [_menu(prices, bounds, stage, rows, widening) for stage in range(stages)]
-            if not all(menus):
+            if not all(menus) or late():
                 continue
             worse, best = 0, math.inf
             for replicas in _degrees(prices, menus, rows):
@@ -61,7 +61,7 @@ def sailor_like(prices: Prices, keep: int = 1) -> list[tuple[float, Split]]:
                 seconds = price_split(prices, split).step_seconds
                 found[split] = seconds
                 worse, best = (0, seconds) if seconds < best else (worse + 1, best)
-                if worse == _PATIENCE:
+                if worse == _PATIENCE or late():
                     break
     ranked = sorted(((seconds, split) for split, seconds in found.items()), key=lambda entry: entry[0])
     return ranked[:keep]
