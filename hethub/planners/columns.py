@@ -125,12 +125,18 @@ class Columns:
             enough=exchange * self.relief + self.hidden,
         )
 
-    def rows_within(self, seconds: float, tails: Tails) -> Ints:
-        """Rows that each pipeline can have done within `seconds`, at most."""
-        left = seconds * (1 + _EPS) - tails.update - self.fill
-        few = np.minimum(_done(left, self.period), np.ceil(tails.enough))
-        many = _done(left - tails.gradients, self.period)
-        return np.maximum(few, many).astype(np.int64) * self.rows
+    def rows_within(
+        self, seconds: float, tails: Tails, least_tail: float = 0.0, most_tail: float = np.inf
+    ) -> Ints:
+        """Rows that each pipeline can do within `seconds`, at most, where the longest tail of all that stand side
+        by side is at least `least_tail` and at most `most_tail`."""
+        left = seconds * (1 + _EPS) - self.fill
+        found = []
+        for tail in (tails.update, tails.update + tails.gradients):
+            done = _done(left - np.maximum(tail, least_tail), self.period)
+            found.append(np.where(tail <= most_tail * (1 + _EPS), done, 0.0))
+        few = np.minimum(found[0], np.ceil(tails.enough))
+        return np.maximum(few, found[1]).astype(np.int64) * self.rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""

@@ -110,17 +110,17 @@ class LinkCosts:
         return [latest[node] for node in nodes]
 
     def least_rates(
-        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool
+        self, slot: Slot, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
     ) -> tuple[float, float]:
         """Least (update, gradients) seconds of a decoder of a slot in one of `copies` pipelines: all alike, or unlike
-        ones on `pools`."""
+        ones on `pools`, of which all `must` work."""
         holders = copies * sum(seat.replicas for seat in slot) if alike else copies
         worst = (0.0, 0.0)
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             found = [
                 self._tail_rate(seat.pool, seat.degree, holders, setting)
-                for setting in _surroundings(seat.pool, copies, pools, alike)
+                for setting in _surroundings(seat.pool, copies, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
             worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
@@ -187,10 +187,14 @@ class LinkCosts:
         return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)
 
 
-def _surroundings(pool: int, copies: int, pools: Sequence[int], alike: bool) -> list[Setting]:
-    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on one other pool (the
-    slowest path counts, so that more pools are never quicker)."""
+def _surroundings(
+    pool: int, copies: int, pools: Sequence[int], alike: bool, must: Sequence[int]
+) -> list[Setting]:
+    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on the pools that must
+    work, else on one other pool (the slowest path counts, so that more pools are never quicker)."""
     if alike:
         return [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
+    if set(must) - {pool}:
+        return [Setting(1, copies - 1, tuple(sorted({pool, *must})), 1)]
     beside: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
     return [Setting(1, copies - 1, pair, 1) for pair in beside]

@@ -1,0 +1,101 @@
+"""What a search knows: pipelines with their bounds, the best candidates so far, and how to price a choice of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hethub.planners.candidate import Candidate, Part, price
+from hethub.planners.chain import Chains
+from hethub.planners.columns import columns_of
+from hethub.planners.interface import Progress
+from hethub.planners.master import Taken
+from hethub.planners.space import Space
+
+__all__ = ["Best", "Search"]
+
+Floats = npt.NDArray[np.float64]
+
+
+class Best:
+    """The `most` best distinct candidates so far."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.kept: dict[tuple[object, ...], Candidate] = {}
+        self.seconds = math.inf
+
+    def offer(self, candidate: Candidate) -> None:
+        """Keep it, where it is among the best."""
+        self.kept.setdefault(candidate.key, candidate)
+        self.seconds = min(self.seconds, candidate.seconds)
+        if len(self.kept) > self.most:
+            del self.kept[max(self.kept, key=lambda key: self.kept[key].seconds)]
+
+    def ascending(self) -> tuple[Candidate, ...]:
+        """Best first."""
+        return tuple(sorted(self.kept.values(), key=lambda candidate: candidate.seconds))
+
+
+class Search:
+    """The state of one search, which ends with the best so far when `late`."""
+
+    def __init__(
+        self,
+        chains: Chains,
+        space: Space,
+        batch: int,
+        most: int,
+        late: Callable[[], bool],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.chains, self.space, self.batch, self.late = chains, space, batch, late
+        self.progress, self.lower = progress, 0.0
+        self.columns = columns_of(chains, space)
+        self.available = np.array(space.available, dtype=np.int64)
+        self.best = Best(most)
+        self.tried: set[tuple[Taken, bool]] = set()
+
+    def offer(self, taken: Taken) -> None:
+        """Price a choice of columns, its groups dealt out in both ways."""
+        parts = self.parts(taken)
+        for stage_major in (False, True):
+            if (taken, stage_major) not in self.tried:
+                self.tried.add((taken, stage_major))
+                candidate = price(self.chains, parts, self.batch, stage_major=stage_major)
+                if candidate is not None and (not self.space.use_all or self._uses_all(taken)):
+                    self.best.offer(candidate)
+        self.tell()
+
+    def tell(self) -> None:
+        """How far the search is."""
+        if self.progress is not None:
+            best = self.best.seconds if self.best.kept else None
+            self.progress(
+                Progress(considered=self.considered, best_seconds=best, lower_bound_seconds=self.lower)
+            )
+
+    @property
+    def considered(self) -> int:
+        """Pipelines bounded and plans priced."""
+        return len(self.columns) + len(self.tried)
+
+    def _uses_all(self, taken: Taken) -> bool:
+        used = sum(self.columns.usage[c] * n for c, n in taken)
+        return bool((used == self.available).all())
+
+    def parts(self, taken: Taken) -> list[Part]:
+        """The choice as `candidate.price` takes it."""
+        columns = self.columns
+        return [Part(columns.crew(c), int(columns.rows[c]), number) for c, number in taken]
+
+    def rates(
+        self, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
+    ) -> tuple[Floats, Floats]:
+        """(Update, gradients) seconds of a decoder on every slot, at least; see `LinkCosts.least_rates`."""
+        least = self.chains.links.least_rates
+        found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
+        return np.array([f[0] for f in found]), np.array([f[1] for f in found])

@@ -1,0 +1,296 @@
+"""Plans that stand different pipelines side by side, on one pool or on several: bounds, and choices near them.
+
+A *branch* is a set of such plans: those on some pools, certainly on some of them, whose longest tail lies in a range.
+Within T seconds a pipeline does at most so many rows, and the most rows that all devices can do (`master.py`) bound the
+branch. Which pools work settles which links all gradients cross, and the longest tail is what every pipeline waits for:
+so a branch is split by these two until its bound is no better than the best plan, or is dear enough to be left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import sub
+
+import numpy as np
+import numpy.typing as npt
+
+from hethub.planners.candidate import chains_of
+from hethub.planners.columns import Columns, Tails
+from hethub.planners.master import Taken, most_rows, relax
+from hethub.planners.priced import Search
+
+__all__ = ["NEAR", "Branch", "roots"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+NEAR = 1e-4  # how near a lower bound's bisection comes
+_STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
+_PRICED = 2  # choices at each time
+_CHOICES = 40  # priced to close a branch on small clusters
+_LOOKED = 1_500  # partial choices looked at for that
+_APART = 0.004  # of the bound: longest tails nearer to each other are not worth a split
+_SHORT = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limits:
+    """Pools (numbers) that a branch's plans may use and those that each of them uses, and where the longest tail lies,
+    seconds."""
+
+    may: tuple[int, ...]
+    must: tuple[int, ...] = ()
+    least_tail: float = 0.0
+    most_tail: float = np.inf
+
+
+class Branch:
+    """Some plans; `numbers` are their pipelines among the search's columns, `columns` those with their bounds."""
+
+    def __init__(self, search: Search, name: str, limits: _Limits, numbers: Ints, columns: Columns) -> None:
+        self.search, self.name, self.limits = search, name, limits
+        self.numbers, self.columns = numbers, columns
+        self.bound = 0.0
+        self._tails: dict[int, Tails] = {}
+
+    # -- bounds ---------------------------------------------------------------------------------------------------
+
+    def tails(self, pipelines: int) -> Tails:
+        """Of columns among at least so many pipelines."""
+        if pipelines not in self._tails:
+            limits, most = self.limits, max(pipelines, int(self.search.available.sum()))
+            ends = [
+                self.search.rates(n, limits.may, alike=False, must=limits.must) for n in (pipelines, most)
+            ]
+            update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
+            self._tails[pipelines] = self.columns.tails(update, gradients)
+        return self._tails[pipelines]
+
+    def _rows(self, columns: Columns, seconds: float, tails: Tails) -> Ints:
+        return columns.rows_within(seconds, tails, self.limits.least_tail, self.limits.most_tail)
+
+    def rows_within(self, seconds: float) -> Ints:
+        """Rows of each pipeline, at most: there are at least as many as the most rows of one ask for."""
+        rows = self._rows(self.columns, seconds, self.tails(2))
+        pipelines = max(2, -(-self.search.batch // max(1, int(rows.max(initial=1)))))
+        pipelines = 1 << (pipelines.bit_length() - 1)  # few different ones, so that tails are used again
+        return rows if pipelines == 2 else self._rows(self.columns, seconds, self.tails(pipelines))
+
+    def may_be_done(self, seconds: float) -> bool:
+        """Whether the bounds allow the batch within these seconds."""
+        search, rows = self.search, self.rows_within(seconds)
+        if relax(self.columns.usage, rows, search.available).rows < search.batch * (1 - _SHORT):
+            return False
+        if not search.space.small:
+            return True
+        found = most_rows(self.columns.usage, rows, search.available)
+        return found is not None and found[0] >= search.batch
+
+    def find_bound(self, low: float, most: float) -> float:
+        """The least seconds, at least `low`, or `most` where they are not less; kept in `bound`."""
+        if not len(self.columns) or not self.may_be_done(most):
+            self.bound = most
+            return most
+        high = most
+        while high - low > NEAR * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.may_be_done(middle) else (middle, high)
+        self.bound = low
+        return low
+
+    def worth(self, seconds: float) -> dict[int, float]:
+        """What share of the rows one more device of each pool would add."""
+        relaxed = relax(self.columns.usage, self.rows_within(seconds), self.search.available)
+        shares = relaxed.prices / max(1.0, relaxed.rows)
+        return {pool: float(share) for pool, share in zip(self.search.space.pools, shares, strict=True)}
+
+    # -- splitting ------------------------------------------------------------------------------------------------
+
+    def split(self) -> list[Branch]:
+        """Branches that hold all of this one's plans between them, none where splitting would do nothing."""
+        limits = self.limits
+        seconds = max(self.bound, 1e-300) * (1 + 2 * NEAR)
+        rows = self.rows_within(seconds)
+        relaxed = relax(self.columns.usage, rows, self.search.available)
+        undecided = [pool for pool in limits.may if pool not in limits.must]
+        if undecided and len(limits.may) > 1:
+            use = relaxed.fractions @ self.columns.usage[relaxed.columns] if len(relaxed.columns) else 0
+            share = dict(
+                zip(self.search.space.pools, np.broadcast_to(use, len(self.search.space.pools)), strict=True)
+            )
+            pool = max(undecided, key=lambda p: (float(share[p]), -p))
+            others = tuple(p for p in limits.may if p != pool)
+            found = [self._limited(replace(limits, must=(*limits.must, pool)))]
+            if len(others) > 1:
+                found.append(self._limited(replace(limits, may=others)))
+            return found
+        tails = self.tails(2)
+        longest = (tails.update + tails.gradients)[relaxed.columns]
+        if not len(longest):
+            return []
+        low, high = max(limits.least_tail, float(longest.min())), min(limits.most_tail, float(longest.max()))
+        if high - low < _APART * self.bound:
+            return []
+        middle = (low + high) / 2
+        return [
+            self._limited(replace(limits, most_tail=middle)),
+            self._limited(replace(limits, least_tail=middle)),
+        ]
+
+    def _limited(self, limits: _Limits) -> Branch:
+        left_out = [k for k, pool in enumerate(self.search.space.pools) if pool not in limits.may]
+        kept = ~self.columns.usage[:, left_out].any(axis=1)
+        return Branch(self.search, self.name, limits, self.numbers[kept], self.columns.taken(kept))
+
+    # -- plans ----------------------------------------------------------------------------------------------------
+
+    def raise_from(self, lower: float) -> None:
+        """Price choices at ever longer times, until they are as long as the best candidate's."""
+        search = self.search
+        refined = replace(self.columns, period=self.columns.period.copy(), fill=self.columns.fill.copy())
+        bounds = self.tails(2)
+        tails = Tails(
+            update=bounds.update.copy(), gradients=bounds.gradients.copy(), enough=bounds.enough.copy()
+        )
+        exact = np.zeros(len(refined), dtype=bool)
+        for step in _STEPS:
+            seconds = lower * (1 + step)
+            if seconds >= search.best.seconds or search.late():
+                break
+            for _ in range(_PRICED):
+                rows = self._rows(refined, seconds, tails)
+                relaxed = None if search.space.small else relax(refined.usage, rows, search.available)
+                if relaxed is not None and relaxed.rows < search.batch * (1 - _SHORT):
+                    break
+                found = most_rows(
+                    refined.usage, rows, search.available, use_all=search.space.use_all, relaxed=relaxed
+                )
+                if found is None or found[0] < search.batch:
+                    break
+                search.offer(tuple((int(self.numbers[c]), n) for c, n in found[1]))
+                if not self._refine(refined, tails, exact, found[1]) or seconds >= search.best.seconds:
+                    break
+
+    def _refine(self, refined: Columns, tails: Tails, exact: npt.NDArray[np.bool_], taken: Taken) -> bool:
+        """Put prices in place of the bounds of these columns; False where all are priced already."""
+        search = self.search
+        fresh = [(place, c) for place, (c, _) in enumerate(taken) if not exact[c]]
+        parts = search.parts(tuple((int(self.numbers[c]), n) for c, n in taken))
+        ways = [
+            chains_of(search.chains, parts, search.batch, stage_major=stage_major, reach=1)
+            for stage_major in (False, True)
+        ]
+        for place, c in fresh:
+            exact[c] = True
+            fitting = [chain for chain in (way[place] for way in ways) if chain is not None]
+            if not fitting:
+                refined.fill[c] = np.inf
+                continue
+            chain = min(fitting, key=lambda one: one.period_seconds + one.tail_seconds / search.batch)
+            refined.period[c], refined.fill[c] = chain.period_seconds, chain.fill_seconds
+            tails.update[c], tails.gradients[c] = chain.tail_seconds, 0.0
+        return bool(fresh)
+
+    def close(self) -> bool:
+        """Price every choice that its bounds allow to be quicker than the best candidate; True where none is left."""
+        search, priced, better = self.search, 0, True
+        while better:
+            better, before = False, search.best.seconds
+            looked = [0]
+            for taken in self._quicker(looked):
+                if taken is None:
+                    return False
+                if all((taken, way) in search.tried for way in (False, True)):
+                    continue
+                priced += 1
+                if priced > _CHOICES or search.late():
+                    return False
+                search.offer(taken)
+                if search.best.seconds < before:  # fewer are left now
+                    better = True
+                    break
+        return True
+
+    def _quicker(self, looked: list[int]) -> Iterator[Taken | None]:
+        """All choices of pipelines whose bounds are below the best candidate's seconds, each once; None where too
+        many would have to be looked at."""
+        search, columns = self.search, self.columns
+        rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
+        order = np.flatnonzero(rows > 0)
+        most = most_of_the_rest(columns.usage[order], rows[order], search.available)
+        # Plain numbers: these vectors are too short for numpy.
+        needs, own = [tuple(need) for need in columns.usage[order].tolist()], rows[order].tolist()
+
+        def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
+            if missing <= 0:
+                yield ()
+            for place in range(start, len(order)):
+                need, number = needs[place], 1
+                after, still = tuple(map(sub, left, need)), missing - own[place]
+                while min(after) >= 0:
+                    looked[0] += 1
+                    if looked[0] > _LOOKED:
+                        yield None
+                        return
+                    if still <= most[after]:
+                        for rest in further(place + 1, after, still):
+                            if rest is None:
+                                yield None
+                                return
+                            yield ((int(self.numbers[order[place]]), number), *rest)
+                    after, still, number = tuple(map(sub, after, need)), still - own[place], number + 1
+
+        yield from further(0, tuple(search.available.tolist()), search.batch)
+
+
+def most_of_the_rest(usage: Ints, rows: Ints, available: Ints) -> Ints:
+    """Most rows that so many devices of each pool can do, for all counts."""
+    most = np.zeros(tuple(available + 1), dtype=np.int64)
+    best: dict[tuple[int, ...], int] = {}
+    for need, own in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
+        best[need] = max(own, best.get(need, 0))
+    for need, own in best.items():
+        number = 1
+        while all(n * number <= a for n, a in zip(need, available, strict=True)):
+            into = tuple(slice(n * number, None) for n in need)
+            source = tuple(slice(None, int(a) + 1 - n * number) for n, a in zip(need, available, strict=True))
+            most[into] = np.maximum(most[into], most[source] + own * number)
+            number *= 2
+    return most
+
+
+def roots(search: Search) -> Iterator[Branch]:
+    """Plans on each pool alone, and plans on several pools."""
+    usage, pools = search.columns.usage, search.space.pools
+    for k, pool in enumerate(pools):
+        own = np.flatnonzero((usage > 0).sum(axis=1) * (usage[:, k] > 0) == 1)
+        name = f"unlike pipelines on {search.chains.costs.pools[pool].type.name}"
+        yield _root(search, name, _Limits(may=(pool,), must=(pool,)), own)
+    if len(pools) > 1:
+        everything = np.arange(len(search.columns))
+        yield _root(search, "unlike pipelines on several device types", _Limits(may=pools), everything)
+
+
+def _root(search: Search, name: str, limits: _Limits, numbers: Ints) -> Branch:
+    branch = Branch(search, name, limits, numbers, search.columns.taken(numbers))
+    if not search.space.small:
+        return branch
+    # periods that count memory, of those that may matter
+    kept = _useful(branch)
+    refined = branch.columns.taken(kept).refined()
+    fitting = np.isfinite(refined.period)
+    branch = Branch(search, name, limits, numbers[kept][fitting], refined.taken(fitting))
+    kept = _useful(branch)
+    return Branch(search, name, limits, branch.numbers[kept], branch.columns.taken(kept))
+
+
+def _useful(branch: Branch) -> Ints:
+    """Columns that stand in some choice which the bounds allow to be quicker than the best candidate."""
+    search, usage = branch.search, branch.columns.usage
+    if not search.best.kept or not len(usage):
+        return np.arange(len(usage))
+    rows = np.minimum(branch.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
+    most = most_of_the_rest(usage, rows, search.available)
+    rest = most[tuple((search.available - usage).T)]
+    return np.flatnonzero((rows > 0) & (rows + rest >= search.batch))
