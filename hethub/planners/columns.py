@@ -1,20 +1,22 @@
 """All pipelines of a plan space at once, as arrays, with bounds of their speed.
 
-A column is a pipeline in counts: runs of slots, and the rows of a micro-batch. With M micro-batches it takes at least
+A column is a pipeline in counts: runs of slots, and the rows of a micro-batch. Its period may be the least one or any
+longer one, which lies in one of a few segments. In each of them it takes with M micro-batches at least
 `fill + (M - 1) * period + tail` seconds, whatever surrounds it, where
 
 - the period is the least p at which the stages together can hold all decoders: a stage holds as many as it does in p
   seconds and as its memory takes. From a forward to its backward a stage waits for all stages behind it, so that it has
   at least (their seconds) / p micro-batches in flight, without which a step at p is not possible; the stages are
   filled from the last one on, each with as many decoders as it takes, which leaves the least to the others;
-- the fill is every decoder once, on the quickest devices that have the memory, and every hop over an idle link;
-- the tail is the update and the new weights of the stage that has least to do there, and before that the first stage's
-  gradients: it has at least the decoders that the others cannot hold at the period, and what hides its exchange is at
-  most the last backwards of the stages on its node. A longer period would leave it fewer, but costs more than that
-  from a number of micro-batches on (`enough`); with fewer of them its gradients count nothing.
+- the fill is every decoder once, on the quickest devices, a stage at most as many as the segment's longest period and
+  its memory take; and every hop over an idle link;
+- the tail is the update and the new weights of the stage that has most to do there, decoders going where they are
+  updated soonest, again as many as the longest period takes; and before that the first stage's gradients: it has at
+  least the decoders that the others cannot hold at the longest period, and what hides its exchange is at most the last
+  backwards of the stages on its node.
 
-Left out, and so the looseness of the bound: links that hops share, memory of the embedding, recomputation in the fill,
-and stages that wait for each other though each alone is quick enough.
+Left out, and so the looseness of the bound: links that hops share, the embedding, recomputation in the fill, and stages
+that wait for each other though each alone is quick enough.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 _Made = tuple[tuple[int, ...], Ints, Ints]  # slots from the last stage on, counts, rows
 
+SEGMENTS = (1.0, 1.01, 1.04, 1.12, 1.4, np.inf)  # of periods, in least periods
+_COUNT = len(SEGMENTS) - 1
 _HALVINGS = 20  # of the range of periods
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
@@ -64,11 +68,10 @@ _LAST, _INNER = (False, True), (False, False)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tails:
-    """Of every column, seconds of update and new weights, and of gradients where there are `enough` micro-batches."""
+    """Of every column in every segment, seconds [segments, columns] of update and new weights, and of gradients."""
 
     update: Floats
     gradients: Floats
-    enough: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,8 +79,9 @@ class Columns:
     """Pipelines, one an entry: `runs[i]` are slot numbers from the last stage to the first (-1: none), `counts[i]` how
     many stages each has; `usage[i]` devices of each pool of the space. Seconds as above.
 
-    The first stage has at least `first` decoders, `relief` fewer for each second that the period is longer; `hidden`
-    are the periods that may hide its gradients. `places` are rows of `table` (see `periods.py`), by run.
+    A period is in segment k where it is SEGMENTS[k] to SEGMENTS[k + 1] times the least `period`. The first stage then
+    has at least `first[k]` decoders, and the `fill[k]` is at least so long; `hidden` are the periods that may hide the
+    first stage's gradients. `places` are rows of `table` (see `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
@@ -88,11 +92,11 @@ class Columns:
     places: Ints
     rows: Ints
     usage: Ints
+    hops: Floats
     period: Floats
+    hidden: Floats
     fill: Floats
     first: Floats
-    relief: Floats
-    hidden: Floats
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,56 +109,80 @@ class Columns:
     def refined(self, *, compiled: bool = False) -> Columns:
         """With periods that count memory too, infinite where the model does not fit."""
         given = (self.table, self.places, self.counts, self.period, self.layers)
+        ends = np.array(SEGMENTS[1:-1])
         if compiled:
-            period, others = np.empty(len(self)), np.empty(len(self))
-            compiled_periods()(*given, period, others)
+            period, others = np.empty(len(self)), np.empty((len(ends), len(self)))
+            compiled_periods()(*given, ends, period, others)
         else:
-            period, others = least_periods(*given)
-        return replace(self, period=period, first=np.maximum(0.0, self.layers - others))
+            period, others = least_periods(*given, ends)
+        first = np.zeros((_COUNT, len(self)))
+        first[:-1] = np.maximum(0.0, self.layers - others)
+        known = np.where(np.isfinite(period), period, 1.0)
+        fill = _fills(self.table, self.places, self.counts, self.layers, known) + self.hops
+        return replace(self, period=period, first=first, fill=fill)
 
     def tails(self, update: Floats, gradients: Floats) -> Tails:
         """From the seconds that a decoder's update and its gradients take on each slot."""
         used = self.counts > 0
-        each = np.where(used, update[self.runs], 1.0)
-        spread = np.where(used, self.counts / np.maximum(each, 1e-300), 0.0).sum(axis=1)
         front = self.runs[np.arange(len(self)), used.sum(axis=1) - 1]
-        exchange = gradients[front]
+        late = np.zeros((_COUNT, len(self)))
+        for k, end in enumerate(SEGMENTS[1:-1]):
+            late[k] = gradients[front] * self.first[k] - self.hidden * self.period * end
         return Tails(
-            update=self.layers / spread,
-            gradients=np.maximum(0.0, exchange * self.first - self.hidden * self.period),
-            enough=exchange * self.relief + self.hidden,
+            update=self._updates(np.where(used, update[self.runs], 1.0)), gradients=np.maximum(0.0, late)
         )
+
+    def _updates(self, each: Floats) -> Floats:
+        """Seconds [segments, columns] of the longest update, `each` of a decoder on every run."""
+        found = np.empty((_COUNT, len(self)))
+        each = np.maximum(each, 1e-300)
+        for k, end in enumerate(SEGMENTS[1:]):
+            room = _room(self.table, self.places, self.counts, self.period * end)
+            full = np.zeros(each.shape, dtype=bool)
+            for _ in range(
+                each.shape[1]
+            ):  # runs with all that they can hold before the others have as long to do
+                held = np.where(full, self.counts * room, 0.0).sum(axis=1)
+                speed = np.where(full, 0.0, self.counts / each).sum(axis=1)
+                found[k] = np.maximum(0.0, self.layers - held) / np.maximum(speed, 1e-300)
+                more = (room * each < found[k][:, None]) & (self.counts > 0) & ~full
+                if not more.any() or (more | full | (self.counts == 0)).all(axis=1).any():
+                    break
+                full |= more
+        return found
 
     def rows_within(
         self, seconds: float, tails: Tails, least_tail: float = 0.0, most_tail: float = np.inf
     ) -> Ints:
         """Rows that each pipeline can do within `seconds`, at most, where the longest tail of all that stand side
         by side is at least `least_tail` and at most `most_tail`."""
-        left = seconds * (1 + _EPS) - self.fill
-        found = []
-        for tail in (tails.update, tails.update + tails.gradients):
-            done = _done(left - np.maximum(tail, least_tail), self.period)
-            found.append(np.where(tail <= most_tail * (1 + _EPS), done, 0.0))
-        few = np.minimum(found[0], np.ceil(tails.enough))
-        return np.maximum(few, found[1]).astype(np.int64) * self.rows
+        most = np.zeros(len(self))
+        for k, start in enumerate(SEGMENTS[:-1]):
+            tail = tails.update[k] + tails.gradients[k]
+            left = seconds * (1 + _EPS) - self.fill[k] - np.maximum(tail, least_tail)
+            done = np.minimum(np.floor(np.maximum(left, 0.0) / (self.period * start) + 1 + _EPS), _MOST)
+            most = np.maximum(most, np.where((left >= 0) & (tail <= most_tail * (1 + _EPS)), done, 0.0))
+        return most.astype(np.int64) * self.rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        further = micro_batches - 1
-        late = np.where(further >= tails.enough, tails.gradients, 0.0)
-        return self.fill + further * self.period + tails.update + late
+        found = [
+            self.fill[k] + (micro_batches - 1) * self.period * start + tails.update[k] + tails.gradients[k]
+            for k, start in enumerate(SEGMENTS[:-1])
+        ]
+        return np.minimum.reduce(found)
 
     def taken(self, chosen: npt.NDArray[np.bool_] | Ints) -> Columns:
         """Some of them."""
-        return replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+        return replace(
+            self,
+            **{name: getattr(self, name)[..., chosen] for name in _BY_SEGMENT},
+            **{name: getattr(self, name)[chosen] for name in _ARRAYS},
+        )
 
 
-_ARRAYS = tuple(f.name for f in fields(Columns) if f.name not in ("slots", "table", "layers"))
-
-
-def _done(left: Floats, period: Floats) -> Floats:
-    """Micro-batches that `left` seconds behind the fill allow."""
-    return np.where(left >= 0, np.minimum(np.floor(np.maximum(left, 0.0) / period + 1 + _EPS), _MOST), 0.0)
+_BY_SEGMENT = ("fill", "first")  # [segments, columns]
+_ARRAYS = tuple(f.name for f in fields(Columns) if f.name not in ("slots", "table", "layers", *_BY_SEGMENT))
 
 
 class _Lines:
@@ -218,6 +246,7 @@ def columns_of(chains: Chains, space: Space) -> Columns:
         made = chain(made, _through(chains, space, lines))
     parts = [single, _evaluated(chains, space, lines, made)]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    joined |= {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in _BY_SEGMENT}
     return Columns(slots=space.slots, table=lines.table, layers=chains.layers, **joined)
 
 
@@ -326,10 +355,6 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
     places = np.where(counts > 0, runs * lines.width + np.searchsorted(space.rows, rows)[:, None], 0)
     hops, load = _hops(chains, space, runs, counts, rows)
     period = np.maximum(_time_periods(lines.table, places, counts, chains.layers), load)
-    front, hidden = _front(chains, space, lines, runs, counts, places)
-    decoder = lines.table[places, DECODER]
-    each = np.where(counts > 0, np.floor(period[:, None] / decoder + _EPS), 0.0)
-    others = (each * counts).sum(axis=1) - np.floor(period / lines.table[front, DECODER] + _EPS)
     columns = Columns(
         slots=space.slots,
         table=lines.table,
@@ -339,11 +364,11 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
         places=places,
         rows=rows,
         usage=usage,
+        hops=hops,
         period=period,
-        fill=_fills(lines.table, places, counts, chains.layers) + hops,
-        first=np.maximum(0.0, chains.layers - others),
-        relief=np.where(counts > 0, counts / decoder, 0.0).sum(axis=1) - 1.0 / lines.table[front, DECODER],
-        hidden=hidden,
+        hidden=_hidden(chains, space, lines, runs, counts, places),
+        fill=_fills(lines.table, places, counts, chains.layers, period) + hops,
+        first=_firsts(lines.table, places, counts, chains.layers, period),
     )
     if space.small:
         return columns
@@ -381,34 +406,52 @@ def _time_periods(table: Floats, places: Ints, counts: Ints, layers: int) -> Flo
     return found
 
 
-def _front(
-    chains: Chains, space: Space, lines: _Lines, runs: Ints, counts: Ints, places: Ints
-) -> tuple[Ints, Floats]:
-    """(Place in the lines of each column's first stage, periods that may hide its gradients: the backwards of as many
-    stages as stand on its node)."""
-    last = (counts > 0).sum(axis=1) - 1
-    at = np.arange(len(runs)), last
+def _hidden(chains: Chains, space: Space, lines: _Lines, runs: Ints, counts: Ints, places: Ints) -> Floats:
+    """Periods that may hide the gradients of each column's first stage: the backwards of as many stages as stand on its
+    node."""
+    at = np.arange(len(runs)), (counts > 0).sum(axis=1) - 1
     front = places[at]
     near = np.array(
         [max(max(1, chains.costs.pools[s.pool].node_size // s.degree) for s in slot) for slot in space.slots]
     )
     share = lines.table[front, BACKWARD] / lines.table[front, DECODER]
-    return front, np.minimum(near[runs[at]], counts[at]) * share
-
-
-def _fills(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
-    """Every decoder once, on the quickest run as far as memory goes, then on the next."""
-    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
-    room = np.where(counts > 0, table[places, MOST] * counts, 0.0)
-    order = np.argsort(decoder, axis=1, kind="stable")
-    left, total = np.full(len(places), float(layers)), np.zeros(len(places))
-    for j in range(places.shape[1]):
-        run = order[:, [j]]
-        done = np.minimum(left, np.take_along_axis(room, run, axis=1)[:, 0])
-        total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
-        left -= done
-    found: Floats = total + table[places[:, 0], HEAD]
+    found: Floats = np.minimum(near[runs[at]], counts[at]) * share
     return found
+
+
+def _room(table: Floats, places: Ints, counts: Ints, period: Floats) -> Floats:
+    """Decoders that a stage of each run has at most [columns, runs]: by its memory, and within `period`."""
+    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
+    by_time = np.minimum(np.floor(period[:, None] / decoder + _EPS), _MOST)
+    return np.where(counts > 0, np.minimum(table[places, MOST], by_time), 0.0)
+
+
+def _firsts(table: Floats, places: Ints, counts: Ints, layers: int, period: Floats) -> Floats:
+    """Decoders [segments, columns] that the other stages cannot hold, as if memory were plenty."""
+    found = np.zeros((_COUNT, len(places)))
+    last = np.arange(len(places)), (counts > 0).sum(axis=1) - 1
+    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
+    for k, end in enumerate(SEGMENTS[1:-1]):
+        each = np.floor(period[:, None] * end / decoder + _EPS)
+        found[k] = np.maximum(0.0, layers - ((each * counts).sum(axis=1) - each[last]))
+    return found
+
+
+def _fills(table: Floats, places: Ints, counts: Ints, layers: int, period: Floats) -> Floats:
+    """Seconds [segments, columns] of every decoder once, on the quickest run as far as it goes, then on the next."""
+    found = np.empty((_COUNT, len(places)))
+    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
+    order = np.argsort(decoder, axis=1, kind="stable")
+    for k, end in enumerate(SEGMENTS[1:]):
+        room = _room(table, places, counts, period * end) * counts
+        left, total = np.full(len(places), float(layers)), np.zeros(len(places))
+        for j in range(places.shape[1]):
+            run = order[:, [j]]
+            done = np.minimum(left, np.take_along_axis(room, run, axis=1)[:, 0])
+            total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
+            left -= done
+        found[k] = total
+    return found + table[places[:, 0], HEAD]
 
 
 def _hops(chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints) -> tuple[Floats, Floats]:

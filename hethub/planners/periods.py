@@ -69,7 +69,14 @@ def held(lines: Any, counts: Any, most: Any, total: Any, quick: Any, period: Any
 
 
 def single_periods(
-    table: Floats, places: Ints, counts: Ints, low: Floats, layers: int, period: Floats, others: Floats
+    table: Floats,
+    places: Ints,
+    counts: Ints,
+    low: Floats,
+    layers: int,
+    ends: Floats,
+    period: Floats,
+    others: Floats,
 ) -> None:
     """`least_periods`, pipeline by pipeline; fills in `period` and `others`."""
     for i in range(len(places)):
@@ -84,7 +91,8 @@ def single_periods(
         high *= 1 + _EPS
         if held(lines, own, own, total, quick, high) < layers:
             period[i] = np.inf
-            others[i] = 0.0
+            for k in range(len(ends)):
+                others[k, i] = 0.0
             continue
         near = low[i]
         if held(lines, own, own, total, quick, near * (1 + _EPS)) < layers:
@@ -95,16 +103,18 @@ def single_periods(
                 else:
                     near = middle
         period[i] = near
-        others[i] = held(lines, own, own, total - 1, quick, near)
+        for k in range(len(ends)):
+            others[k, i] = held(lines, own, own, total - 1, quick, near * ends[k])
 
 
 def least_periods(
-    table: Floats, places: Ints, counts: Ints, low: Floats, layers: int
+    table: Floats, places: Ints, counts: Ints, low: Floats, layers: int, ends: Floats
 ) -> tuple[Floats, Floats]:
-    """For each pipeline the least period (never too long; infinite where the model does not fit) and the decoders that
-    all stages but the first can hold then. `low` is a period that is not too long; `places` are rows of `table`."""
+    """For each pipeline the least period (never too long; infinite where the model does not fit) and the decoders
+    [ends, pipelines] that all stages but the first can hold in `ends` times that. `low` is a period that is not too
+    long; `places` are rows of `table`."""
     if not len(places):
-        return np.zeros(0), np.zeros(0)
+        return np.zeros(0), np.zeros((len(ends), 0))
     # [runs, fields, pipelines]; a run that a pipeline lacks counts nothing, whatever its line
     lines = np.ascontiguousarray(table[np.where(counts > 0, places, places[:, :1])].transpose(1, 2, 0))
     own, total = counts.T, counts.sum(axis=1)
@@ -124,7 +134,7 @@ def least_periods(
         middle = np.sqrt(near * high)
         good = enough(middle)
         high, near = np.where(good, middle, high), np.where(good, near, middle)
-    others = held(lines, own, most, total - 1, quick, near)
+    others = np.array([held(lines, own, most, total - 1, quick, near * end) for end in ends])
     return np.where(fits, near, np.inf), np.where(fits, others, 0.0)
 
 

@@ -175,7 +175,7 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
 def _ever(search: Search) -> float:
     """Longer than any plan that fits needs."""
     columns = search.columns
-    return 1e3 * float((columns.fill + columns.period * search.batch).max(initial=0.0))
+    return 1e3 * float((columns.fill[0] + columns.period * search.batch).max(initial=0.0))
 
 
 def with_reach(chains: Chains, candidate: Candidate, batch: int, reach: int) -> Candidate | None:

@@ -126,7 +126,7 @@ class Branch:
                 found.append(self._limited(replace(limits, may=others)))
             return found
         tails = self.tails(2)
-        longest = (tails.update + tails.gradients)[relaxed.columns]
+        longest = (tails.update + tails.gradients)[0, relaxed.columns]
         if not len(longest):
             return []
         low, high = max(limits.least_tail, float(longest.min())), min(limits.most_tail, float(longest.max()))
@@ -150,9 +150,7 @@ class Branch:
         search = self.search
         refined = replace(self.columns, period=self.columns.period.copy(), fill=self.columns.fill.copy())
         bounds = self.tails(2)
-        tails = Tails(
-            update=bounds.update.copy(), gradients=bounds.gradients.copy(), enough=bounds.enough.copy()
-        )
+        tails = Tails(update=bounds.update.copy(), gradients=bounds.gradients.copy())
         exact = np.zeros(len(refined), dtype=bool)
         for step in _STEPS:
             seconds = lower * (1 + step)
@@ -185,11 +183,11 @@ class Branch:
             exact[c] = True
             fitting = [chain for chain in (way[place] for way in ways) if chain is not None]
             if not fitting:
-                refined.fill[c] = np.inf
+                refined.fill[:, c] = np.inf
                 continue
             chain = min(fitting, key=lambda one: one.period_seconds + one.tail_seconds / search.batch)
-            refined.period[c], refined.fill[c] = chain.period_seconds, chain.fill_seconds
-            tails.update[c], tails.gradients[c] = chain.tail_seconds, 0.0
+            refined.period[c], refined.fill[:, c] = chain.period_seconds, chain.fill_seconds
+            tails.update[:, c], tails.gradients[:, c] = chain.tail_seconds, 0.0
         return bool(fresh)
 
     def close(self) -> bool:
