@@ -33,19 +33,22 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A whole split in counts of devices. `seconds` is the closed form's step time."""
+    """A whole split in counts of devices. `seconds` is the closed form's step time, which is that of 1F1B whatever the
+    `schedule`."""
 
     parts: tuple[Part, ...]
     entries: tuple[Entry, ...]
     stage_major: bool
     reach: int
     seconds: float
+    schedule: str = "1f1b"
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for candidates that are the same plan."""
         return (
             self.stage_major,
+            self.schedule,
             tuple((e.chain.stages, e.chain.rows, e.micro_batches, e.repeat) for e in self.entries),
         )
 

@@ -148,7 +148,8 @@ def describe(candidate: Candidate, pools: Pools) -> str:
         parts.append(
             f"{entry.repeat} x ({' | '.join(shown)}), {entry.micro_batches} x {entry.chain.rows} rows"
         )
-    return "; ".join(parts)
+    schedule = [] if candidate.schedule == "1f1b" else [f"schedule {candidate.schedule}"]
+    return "; ".join([*parts, *schedule])
 
 
 def _fold(stages: list[str]) -> list[str]:

@@ -31,6 +31,9 @@ _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _COMPARED, _COMPARED_ACTIONS = 2, 300_000  # of those, simulated whole; not with more actions
+_VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under two schedules
+_VARIED = 2  # else
+_LIST = "list"
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -95,23 +98,43 @@ class FirstPlanner:
         ranking = self._rank(problem, most)
         considered = ranking.considered
         affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
-        # The only finalist's simulation is the one that will be reported: keep its timeline.
-        alone = len(affordable) == 1
-        finalists = run_off(affordable, problem, pools, record=alone)
+        finalists = run_off(affordable, problem, pools)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if problem.finalists is None and not alone and finalists[0].modelled is not None:
-            # The simulator also says how deep the best one's stages should run ahead.
-            best = finalists[0].candidate
-            tried = [with_reach(chains, best, batch, reach) for reach in (0, 1, 2) if reach != best.reach]
-            others = list({other.key: other for other in tried if other is not None}.values())
+        if finalists[0].modelled is not None:
+            others = self._varied(finalists, problem)
             considered += len(others)
-            finalists = sorted([*finalists, *run_off(others, problem, pools)], key=lambda f: f.step_seconds)
+            finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)
         if finalists[0].modelled is None and actions_of(finalists[0].candidate) <= _COMPARED_ACTIONS:
             finalists = _compared(finalists, problem) or finalists
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
+
+    def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
+        """What the closed form does not tell apart, simulated: the list schedule, of all finalists where they are
+        small, else of the first two that fit; and how deep the best one's stages run ahead, under both schedules."""
+        chains, batch = self.chains(problem), problem.workload.global_batch
+        small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
+        found: list[Finalist] = []
+        for finalist in finalists:
+            if not small and len(found) == _VARIED:
+                break
+            for reach in (2, 1, 0):  # the deepest that fits
+                varied = _with(chains, finalist.candidate, batch, reach, _LIST)
+                done = run_off([varied], problem, self.chains(problem).costs.pools)
+                if done:
+                    found += done
+                    break
+        best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
+        known = {f.candidate.key for f in (*finalists, *found)}
+        others = {
+            other.key: other
+            for schedule in ("1f1b", _LIST)
+            for other in (_with(chains, best, batch, reach, schedule) for reach in (0, 1, 2))
+            if other.key not in known
+        }
+        return [*found, *run_off(others.values(), problem, chains.costs.pools)]
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
@@ -250,6 +273,12 @@ def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:
     if all(entry.micro_batches <= _FEW * len(entry.chain.stages) for entry in candidate.entries):
         return with_reach(chains, candidate, batch, 2) or candidate
     return candidate
+
+
+def _with(chains: Chains, candidate: Candidate, batch: int, reach: int, schedule: str) -> Candidate:
+    """The candidate with stages that run ahead otherwise, under another schedule."""
+    other = candidate if reach == candidate.reach else with_reach(chains, candidate, batch, reach)
+    return replace(other or candidate, schedule=schedule)
 
 
 def _affordable(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:

@@ -46,7 +46,7 @@ def place(candidate: Candidate, pools: Pools, cluster: Cluster, workload: Worklo
     names = [device.name for device in pools.graph.devices]
     try:
         pipelines = [
-            _pipeline(entry, units, candidate.stage_major, names, workload.model)
+            _pipeline(entry, units, candidate, names, workload.model)
             for entry in sorted(candidate.entries, key=_largest, reverse=True)
         ]
     except LookupError:
@@ -58,9 +58,9 @@ def _largest(entry: Entry) -> int:
     return max(seat.degree for stage in entry.chain.stages for seat, _ in stage.seats)
 
 
-def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], model: Model) -> Pipeline:
+def _pipeline(entry: Entry, units: _Units, candidate: Candidate, names: list[str], model: Model) -> Pipeline:
     chain = entry.chain
-    groups = _groups(entry, units, stage_major)
+    groups = _groups(entry, units, candidate.stage_major)
     stages = []
     layer = 0
     for number, stage in enumerate(chain.stages):
@@ -88,6 +88,7 @@ def _pipeline(entry: Entry, units: _Units, stage_major: bool, names: list[str], 
         )
     return Pipeline(
         repeat=entry.repeat,
+        schedule=candidate.schedule,
         micro_batches=entry.micro_batches,
         micro_batch_rows=chain.rows,
         stages=stages,
