@@ -421,7 +421,7 @@ def _hidden(chains: Chains, space: Space, lines: _Lines, runs: Ints, counts: Int
 
 def _room(table: Floats, places: Ints, counts: Ints, period: Floats) -> Floats:
     """Decoders that a stage of each run has at most [columns, runs]: by its memory, and within `period`."""
-    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
+    decoder = np.where(counts > 0, table[places, DECODER], 1.0)
     by_time = np.minimum(np.floor(period[:, None] / decoder + _EPS), _MOST)
     return np.where(counts > 0, np.minimum(table[places, MOST], by_time), 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -73,7 +74,8 @@ def run_off(
     candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
 ) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
-    simulated in part: whether the whole fits is seen when it is completed."""
+    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked at than may be
+    the quickest: none is quicker than its closed form."""
     named = [
         (candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates
     ]
@@ -81,9 +83,12 @@ def run_off(
     whole = all(
         actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named
     )  # compared are like with like
-    finalists = []
+    finalists: list[Finalist] = []
     for candidate, plan in named:
         if plan is None:
+            continue
+        best = min((f.step_seconds for f in finalists), default=math.inf)
+        if not whole and candidate.seconds >= best:
             continue
         modelled = None
         if whole:
@@ -99,8 +104,9 @@ def run_off(
 
 
 def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
-    """Simulated seconds of a part of a plan, that is lengthened to the whole as the closed form is; None where the part
-    cannot be placed."""
+    """Simulated seconds of a part of a plan and the periods of the micro-batches that it lacks: what stages that wait
+    for each other cost. At least the closed form's, since fewer pipelines exchange less; None where the part cannot be
+    placed."""
     left_out = max(0, min(e.micro_batches - _ROUNDS * len(e.chain.stages) for e in candidate.entries))
     entries = tuple(
         entry._replace(repeat=min(entry.repeat, _SAMPLED), micro_batches=entry.micro_batches - left_out)
@@ -112,8 +118,8 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
     if plan is None:
         return None
     seconds = model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
-    part = max(e.chain.seconds(e.micro_batches) for e in entries)
-    return seconds * candidate.seconds / (part + max(e.chain.tail_seconds for e in entries))
+    further = left_out * max(e.chain.period_seconds for e in entries)
+    return max(candidate.seconds, seconds + further)
 
 
 def actions_of(candidate: Candidate) -> int:

@@ -30,7 +30,6 @@ __all__ = ["Choice", "FirstPlanner"]
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
-_COMPARED, _COMPARED_ACTIONS = 2, 300_000  # of those, simulated whole; not with more actions
 _VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under two schedules
 _VARIED = 2  # else
 _LIST = "list"
@@ -107,13 +106,11 @@ class FirstPlanner:
             others = self._varied(finalists, problem)
             considered += len(others)
             finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)
-        if finalists[0].modelled is None and actions_of(finalists[0].candidate) <= _COMPARED_ACTIONS:
-            finalists = _compared(finalists, problem) or finalists
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
         """What the closed form does not tell apart, simulated: the list schedule, of all finalists where they are
-        small, else of the first two that fit; and how deep the best one's stages run ahead, under both schedules."""
+        small, else of the first two that fit; and how deep the best one's stages run ahead."""
         chains, batch = self.chains(problem), problem.workload.global_batch
         small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
         found: list[Finalist] = []
@@ -127,13 +124,11 @@ class FirstPlanner:
                     found += done
                     break
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
+        if best.schedule == _LIST and not small:
+            return found
         known = {f.candidate.key for f in (*finalists, *found)}
-        others = {
-            other.key: other
-            for schedule in ("1f1b", _LIST)
-            for other in (_with(chains, best, batch, reach, schedule) for reach in (0, 1, 2))
-            if other.key not in known
-        }
+        deeper = (_with(chains, best, batch, reach, best.schedule) for reach in (0, 1, 2))
+        others = {other.key: other for other in deeper if other.key not in known}
         return [*found, *run_off(others.values(), problem, chains.costs.pools)]
 
     @staticmethod
@@ -195,26 +190,6 @@ class FirstPlanner:
             known = Chains(SeatCosts(problem.compute, known.costs.pools, reserve))
         self._chains = known
         return known
-
-
-def _compared(finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-    """The first two that fit, simulated whole, the quicker one first; the others' seconds are scaled alike. Empty where
-    none fits."""
-    whole: list[Finalist] = []
-    left: list[Finalist] = []
-    scale = 1.0
-    for finalist in finalists:
-        modelled = None
-        if len(whole) < _COMPARED:
-            reserve = problem.constraints.memory_reserve_bytes
-            modelled = simulate_plan(finalist.plan, problem.compute, reserve_bytes=reserve)
-        if modelled is not None:
-            seconds = modelled.simulation.step_seconds
-            scale = seconds / finalist.step_seconds
-            whole.append(replace(finalist, step_seconds=seconds, modelled=modelled))
-        elif len(whole) == _COMPARED:
-            left.append(replace(finalist, step_seconds=finalist.step_seconds * scale))
-    return [*sorted(whole, key=lambda finalist: finalist.step_seconds), *left] if whole else []
 
 
 def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hethub.simulate.compiled import load_numba
+
 __all__ = ["FIELDS", "compiled_periods", "least_periods"]
 
 FIELDS = 16
@@ -141,8 +143,7 @@ def least_periods(
 @cache
 def compiled_periods() -> Callable[..., None]:
     """`single_periods`, compiled; kept on disk until this file changes."""
-    import numba
-
+    numba = load_numba()
     own = sys.modules[__name__]
     space: dict[str, Any] = dict(vars(own))
     for name in ("stage_decoders", "held", "single_periods"):

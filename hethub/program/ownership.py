@@ -8,7 +8,7 @@ weight in a tensor-parallel group) of other tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -154,25 +154,28 @@ def _updaters(
     return holders[start:] + holders[:start]
 
 
+_Run = tuple[tuple[Span, int, int], ...]  # of each piece of a layer: span, elements per index, axis
+_Shared = tuple[int, int, int, int, int]  # piece's place in the run, start, stop, elements, updater
+
+
 def _share_out(
-    run: Sequence[_Entry], holders: tuple[int, ...], turn: int, strengths: Mapping[int, float]
-) -> Iterator[Slice]:
+    run: _Run, holders: tuple[int, ...], turn: int, strengths: Mapping[int, float]
+) -> Iterator[_Shared]:
     """Share the pieces of one layer that the same devices hold out among them, by their strengths.
 
     Everyone gets consecutive elements of the run, so that what it is sent lies in one place on every holder. A
     boundary falls inside a piece where that is cut along its rows and not small, else at the nearer end of it.
     """
-    total = sum((e.span[1] - e.span[0]) * e.parameter.elements_per_index for e in run)
+    total = sum((stop - start) * each for (start, stop), each, _ in run)
     order = _updaters(holders, turn, total, strengths)
     weights = [strengths.get(d, 1.0) for d in order]
     if not any(weights):
         weights = [1.0] * len(order)
     edges = list(accumulate(apportion(total, weights)))
     at, updater = 0, 0
-    for number, parameter, (start, stop) in run:
-        each = parameter.elements_per_index
+    for place, ((start, stop), each, axis) in enumerate(run):
         size = (stop - start) * each
-        whole = size < _SMALL or parameter.axis != 0
+        whole = size < _SMALL or axis != 0
         while start < stop:
             # how many indices lie before the updater's edge
             room = round((edges[updater] - at) / each)
@@ -181,7 +184,7 @@ def _share_out(
             last = updater == len(order) - 1
             take = stop - start if last else max(0, min(stop - start, room))
             if take:
-                yield Slice(number, start, start + take, take * each, holders, order[updater])
+                yield place, start, start + take, take * each, order[updater]
             start, at = start + take, at + take * each
             if start < stop:
                 updater += 1
@@ -207,9 +210,15 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
             known[key] = _refine(_holdings(layout, parameter))
         for piece in known[key]:
             runs[parameter.layers[0], piece.holders].append(_Entry(number, parameter, piece.span))
-    slices = [
-        entry
-        for (layer, holders), run in runs.items()
-        for entry in _share_out(run, holders, layer, strengths or {})
-    ]
+    slices: list[Slice] = []
+    shared: dict[tuple[_Run, tuple[int, ...], int], list[_Shared]] = {}  # alike layers are shared out alike
+    for (layer, holders), run in runs.items():
+        pieces = tuple((e.span, e.parameter.elements_per_index, e.parameter.axis) for e in run)
+        turn = layer % len(holders)
+        if (pieces, holders, turn) not in shared:
+            shared[pieces, holders, turn] = list(_share_out(pieces, holders, turn, strengths or {}))
+        slices += [
+            Slice(run[place].number, start, stop, elements, holders, updater)
+            for place, start, stop, elements, updater in shared[pieces, holders, turn]
+        ]
     return Ownership(parameters, tuple(sorted(slices)))

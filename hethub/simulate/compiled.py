@@ -17,7 +17,7 @@ from typing import Any
 from hethub.simulate import kernel
 from hethub.simulate.kernel import Rules, State, Tables
 
-__all__ = ["compiled_events"]
+__all__ = ["compiled_events", "load_numba"]
 
 _CALLED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 
@@ -25,7 +25,7 @@ _CALLED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": 
 @cache
 def compiled_events() -> Callable[[Tables, State, Rules], None]:
     """`kernel.run_events`, compiled; it takes tables and state as arrays."""
-    numba = _numba()
+    numba = load_numba()
     space: dict[str, Any] = dict(vars(kernel))
     for name, function in vars(kernel).items():
         if isinstance(function, FunctionType) and function.__module__ == kernel.__name__:
@@ -39,7 +39,7 @@ def compiled_events() -> Callable[[Tables, State, Rules], None]:
     return found
 
 
-def _numba() -> Any:
+def load_numba() -> Any:
     """Numba, which looks for BLAS by importing scipy: a fifth of a second for linear algebra that the loop has none of.
     So it finds no scipy while it loads."""
     hidden = {} if "scipy" in sys.modules else {"scipy": None}

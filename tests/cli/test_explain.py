@@ -81,11 +81,11 @@ def test_a_plan_does_not_differ_from_itself(tmp_path: Path) -> None:
 
 
 def test_a_layer_more_for_a_device_is_counted_with_its_bytes(tmp_path: Path) -> None:
-    """One decoder goes from the first stage to the second: its bf16 or fp32 bytes are those of one layer."""
+    """One decoder goes from the second stage to the first: only its bytes have to move."""
     path = _saved(tmp_path, "pipeline of 2")
     plan, _ = load_plan(path)
     first, second = plan.pipelines[0].stages
-    bound = first.layers[1] - 1
+    bound = first.layers[1] + 1
     stages = [
         first.model_copy(update={"layers": (first.layers[0], bound)}),
         second.model_copy(update={"layers": (bound, second.layers[1])}),
@@ -93,7 +93,7 @@ def test_a_layer_more_for_a_device_is_counted_with_its_bytes(tmp_path: Path) -> 
     other = plan.model_copy(update={"pipelines": [plan.pipelines[0].model_copy(update={"stages": stages})]})
     save_plan(other, tmp_path / "other.yaml")
     found = json.loads(_run("diff", path, tmp_path / "other.yaml", "--json"))
-    devices = sum(len(replica.ranks) * replica.repeat for replica in second.replicas)
+    devices = sum(rank.count * replica.repeat for replica in first.replicas for rank in replica.ranks)
     assert found["moved_layers"] == devices
     assert found["weight_bytes"] > 0
     back = json.loads(_run("diff", tmp_path / "other.yaml", path, "--json"))
