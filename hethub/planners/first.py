@@ -30,9 +30,8 @@ __all__ = ["Choice", "FirstPlanner"]
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
-_VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under two schedules
+_VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under further schedules
 _VARIED = 2  # else
-_LIST = "list"
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -102,29 +101,33 @@ class FirstPlanner:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if finalists[0].modelled is not None:
+        if finalists[0].modelled is not None and most > 1:
             others = self._varied(finalists, problem)
             considered += len(others)
             finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: the list schedule, of all finalists where they are
-        small, else of the first two that fit; and how deep the best one's stages run ahead."""
+        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, for all finalists where they are
+        small, else for the first two that have the memory; the list schedule, which takes longer to make, for the best
+        of these; and how deep the best one's stages run ahead."""
         chains, batch = self.chains(problem), problem.workload.global_batch
         small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
-        found: list[Finalist] = []
+        split: list[Finalist] = []
         for finalist in finalists:
-            if not small and len(found) == _VARIED:
+            if not small and len(split) == _VARIED:
                 break
-            for reach in (2, 1, 0):  # the deepest that fits
-                varied = _with(chains, finalist.candidate, batch, reach, _LIST)
-                done = run_off([varied], problem, self.chains(problem).costs.pools)
+            for reach in (2, 1, 0):
+                varied = _with(chains, finalist.candidate, batch, reach, "zb-h1")
+                done = run_off([varied], problem, chains.costs.pools)
                 if done:
-                    found += done
+                    split += done
                     break
+        split.sort(key=lambda f: f.step_seconds)
+        listed = [replace(f.candidate, schedule="list") for f in split[:_VARIED]]
+        found = [*split, *run_off(listed, problem, chains.costs.pools)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
-        if best.schedule == _LIST and not small:
+        if best.schedule != "1f1b" and not small:
             return found
         known = {f.candidate.key for f in (*finalists, *found)}
         deeper = (_with(chains, best, batch, reach, best.schedule) for reach in (0, 1, 2))

@@ -159,7 +159,8 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
     while queue and queue[0][0] < search.best.seconds:
         search.lower = min([lower, queue[0][0], *(branch.bound for branch in left)])
         bound, _, branch = heapq.heappop(queue)
-        branch.raise_from(bound)
+        if not search.space.small or branch.is_root:  # else closing prices what there is
+            branch.raise_from(bound)
         if bound >= search.best.seconds or (search.space.small and branch.close()):
             continue
         parts = branch.split() if splits and bound < lower and not search.late() else []

@@ -48,8 +48,17 @@ class _Limits:
 class Branch:
     """Some plans; `numbers` are their pipelines among the search's columns, `columns` those with their bounds."""
 
-    def __init__(self, search: Search, name: str, limits: _Limits, numbers: Ints, columns: Columns) -> None:
-        self.search, self.name, self.limits = search, name, limits
+    def __init__(
+        self,
+        search: Search,
+        name: str,
+        limits: _Limits,
+        numbers: Ints,
+        columns: Columns,
+        *,
+        is_root: bool = False,
+    ) -> None:
+        self.search, self.name, self.limits, self.is_root = search, name, limits, is_root
         self.numbers, self.columns = numbers, columns
         self.bound = 0.0
         self._tails: dict[int, Tails] = {}
@@ -271,7 +280,7 @@ def roots(search: Search) -> Iterator[Branch]:
 
 
 def _root(search: Search, name: str, limits: _Limits, numbers: Ints) -> Branch:
-    branch = Branch(search, name, limits, numbers, search.columns.taken(numbers))
+    branch = Branch(search, name, limits, numbers, search.columns.taken(numbers), is_root=True)
     if not search.space.small:
         return branch
     # periods that count memory, of those that may matter
@@ -280,7 +289,7 @@ def _root(search: Search, name: str, limits: _Limits, numbers: Ints) -> Branch:
     fitting = np.isfinite(refined.period)
     branch = Branch(search, name, limits, numbers[kept][fitting], refined.taken(fitting))
     kept = _useful(branch)
-    return Branch(search, name, limits, branch.numbers[kept], branch.columns.taken(kept))
+    return Branch(search, name, limits, branch.numbers[kept], branch.columns.taken(kept), is_root=True)
 
 
 def _useful(branch: Branch) -> Ints:
