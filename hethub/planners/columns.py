@@ -51,7 +51,7 @@ from hethub.planners.periods import (
 from hethub.planners.seats import Crew, SeatCost, Slot
 from hethub.planners.space import WORTH, Space
 
-__all__ = ["Columns", "Tails", "columns_of"]
+__all__ = ["MANY", "SEGMENTS", "Columns", "Tails", "columns_of"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -62,6 +62,7 @@ _COUNT = len(SEGMENTS) - 1
 _HALVINGS = 20  # of the range of periods
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
+MANY = 30_000  # columns whose updates are bounded more roughly
 _EPS = 1e-9
 _LAST, _INNER = (False, True), (False, False)
 
@@ -133,9 +134,13 @@ class Columns:
         )
 
     def _updates(self, each: Floats) -> Floats:
-        """Seconds [segments, columns] of the longest update, `each` of a decoder on every run."""
-        found = np.empty((_COUNT, len(self)))
+        """Seconds [segments, columns] of the longest update, `each` of a decoder on every run. Of very many columns as
+        if stages could hold any number."""
         each = np.maximum(each, 1e-300)
+        if len(self) > MANY:
+            spread: Floats = self.layers / np.maximum((self.counts / each).sum(axis=1), 1e-300)
+            return np.broadcast_to(spread, (_COUNT, len(self)))
+        found = np.empty((_COUNT, len(self)))
         for k, end in enumerate(SEGMENTS[1:]):
             room = _room(self.table, self.places, self.counts, self.period * end)
             full = np.zeros(each.shape, dtype=bool)

@@ -86,9 +86,15 @@ class LinkCosts:
             drained += stage.backward_seconds(count)
             ends.append(drained)
         margins = self._margins(stages, ends, setting)
+        used: dict[int, int] = {}  # devices of each pool, of all alike pipelines
+        for stage in stages:
+            for cost in stage.staff.costs[:1]:
+                count = setting.copies * stage.replicas * cost.degree
+                used[cost.pool] = used.get(cost.pool, 0) + count
         for stage, count, margin in zip(stages, decoders, margins, strict=True):
             for cost in stage.staff.costs:
-                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting)
+                together = used.get(cost.pool, math.inf) <= self.costs.pools[cost.pool].node_size
+                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting, together=together)
                 elements = stage.elements(cost, count)
                 gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
                 update = max(update, rates.latency + rates.update * elements)
@@ -152,15 +158,21 @@ class LinkCosts:
                     best = Hop(min(best.seconds, hop.seconds), min(best.load, hop.load))
         return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
-    def _tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
+    def _tail_rate(
+        self, pool: int, degree: int, holders: int, setting: Setting, *, together: bool = False
+    ) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
-        update itself, gradients in the accumulators' width and weights in their own."""
-        key = (pool, degree, holders, setting.copies, setting.others, setting.pools, setting.stage_major)
+        update itself, gradients in the accumulators' width and weights in their own. All of the pool's devices in use
+        may stand `together` on one node."""
+        around = (setting.copies, setting.others, setting.pools, setting.stage_major)
+        key = (pool, degree, holders, *around, together)
         if key not in self._tail_rates:
-            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting)
+            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, together)
         return self._tail_rates[key]
 
-    def _find_tail_rate(self, pool: int, degree: int, holders: int, setting: Setting) -> _Rates:
+    def _find_tail_rate(
+        self, pool: int, degree: int, holders: int, setting: Setting, together: bool
+    ) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
         owned, moved = 1.0 / holders, 1.0 - 1.0 / holders
@@ -174,7 +186,8 @@ class LinkCosts:
         if holders == 1:
             return _Rates(0.0, update, 0.0)
         size = pools[pool].node_size
-        inside = setting.stage_major and not setting.others and setting.copies * degree <= size
+        near = setting.stage_major and setting.copies * degree <= size
+        inside = not setting.others and (near or together or len(pools[pool].nodes) == 1)
         paths = [pools.path(pool, pool, within_node=inside)]
         if setting.others:
             paths += [pools.path(pool, other) for other in setting.pools if other != pool]

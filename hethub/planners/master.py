@@ -1,7 +1,8 @@
 """Which pipelines to take, and how many of each: the most rows that a number of devices of each pool can do.
 
 Whole numbers where the devices are few (a lattice of all counts, by dynamic programming), else fractions (a linear
-program with one constraint a pool), rounded down, and whole numbers for the devices that are then left.
+program with one constraint a pool), rounded down, and whole numbers for the devices that are then left; where those
+are still many, greedily.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ def most_rows(
             if _states(left, steps) <= _STATES:
                 break
     items = _items(usage, rows, left, relaxed)
-    chosen = _lattice(usage, rows, left, steps, items, use_all=use_all)
+    if relaxed is not None and _states(left, steps) > _STATES:
+        chosen: dict[int, int] | None = _greedy(usage, rows, left, items, relaxed.prices)
+    else:
+        chosen = _lattice(usage, rows, left, steps, items, use_all=use_all)
     if chosen is None:
         return None
     for column, number in chosen.items():
@@ -135,6 +139,19 @@ def _items(usage: Ints, rows: Ints, left: Ints, relaxed: Relaxed | None) -> Ints
         loss = usage[kept] @ relaxed.prices - rows[kept]
         kept = kept[np.argsort(loss, kind="stable")[:_ITEMS]]
     return np.sort(kept)
+
+
+def _greedy(usage: Ints, rows: Ints, left: Ints, items: Ints, prices: Floats) -> dict[int, int]:
+    """As many as fit of the items in turn, those first that do most rows for what their devices are worth."""
+    worth = rows[items] / np.maximum(usage[items] @ prices, _TINY)
+    left, chosen = left.copy(), {}
+    for item in items[np.argsort(-worth, kind="stable")]:
+        need = usage[item]
+        number = int((left[need > 0] // need[need > 0]).min(initial=0 if not need.any() else 1 << 30))
+        if number:
+            chosen[int(item)] = number
+            left -= need * number
+    return chosen
 
 
 def _lattice(

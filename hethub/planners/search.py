@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from hethub.planners.candidate import Candidate, price
 from hethub.planners.chain import Chains
+from hethub.planners.columns import MANY
 from hethub.planners.interface import Progress
 from hethub.planners.priced import Search
 from hethub.planners.space import Space
@@ -38,7 +39,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _ALIKE = 1500  # alike plans priced
-_BRANCHES = {True: 24, False: 12}  # split at most, on small clusters and on others
+_BRANCHES = {True: 24, False: 12}  # split at most, on small clusters and on others; of very many columns none
 _EACH = 24  # numbers of alike pipelines bounded one by one; more of them in ranges
 _SHORT = 1e-9
 
@@ -154,7 +155,8 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
     that are left then."""
     queue = [(branch.bound, number, branch) for number, branch in enumerate(branches)]
     heapq.heapify(queue)
-    made, splits = len(queue), _BRANCHES[search.space.small]
+    made = len(queue)
+    splits = 5 if len(search.columns) > MANY else _BRANCHES[search.space.small]
     left = []
     while queue and queue[0][0] < search.best.seconds:
         search.lower = min([lower, queue[0][0], *(branch.bound for branch in left)])

@@ -116,10 +116,15 @@ def test_no_step_is_below_the_lower_bound(problem: Problem) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(problem=problems(), what=st.sampled_from(["link", "memory"]))
-def test_more_memory_or_faster_links_are_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
+@given(problem=problems(), what=st.sampled_from(["link", "memory", "node"]))
+def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
+    """Without stages that unlike devices share: those are dealt out from all devices of a pool, so that more devices
+    give others, not more of them."""
     cluster = problem.cluster
-    if what == "memory":
+    if what == "node":
+        first, *rest = cluster.node_groups
+        more = replace(cluster, node_groups=(replace(first, nodes=first.nodes + 1), *rest))
+    elif what == "memory":
         more = with_memory(cluster, 2 * next(iter(cluster.device_types.values())).memory_bytes)
     else:
 
@@ -132,7 +137,8 @@ def test_more_memory_or_faster_links_are_not_slower_beyond_the_gap(problem: Prob
         )
         cross = tuple(replace(c, link=quicker(c.link)) for c in cluster.links)
         more = replace(cluster, node_groups=groups, links=cross)
-    before, after = _ranked(problem), _ranked(Problem.of(more, problem.workload))
+    apart = Constraints(same_stage=False)
+    before, after = _ranked(problem, apart), _ranked(Problem.of(more, problem.workload), apart)
     if before.candidates:
         assert after.candidates
         gap = 1 - after.lower_bound_seconds / after.candidates[0].seconds
