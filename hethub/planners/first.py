@@ -110,7 +110,7 @@ class FirstPlanner:
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
         """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, for all finalists where they are
         small, else for the first two that have the memory; the list schedule, which takes longer to make, for the best
-        of these; and how deep the best one's stages run ahead."""
+        of these; and where 1F1B is best, how deep its stages run ahead."""
         chains, batch = self.chains(problem), problem.workload.global_batch
         small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
         split: list[Finalist] = []
@@ -124,13 +124,14 @@ class FirstPlanner:
                     split += done
                     break
         split.sort(key=lambda f: f.step_seconds)
-        listed = [replace(f.candidate, schedule="list") for f in split[:_VARIED]]
+        few = 1 if problem.finalists is not None else _VARIED
+        listed = [replace(f.candidate, schedule="list") for f in split[:few]]
         found = [*split, *run_off(listed, problem, chains.costs.pools)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
-        if best.schedule != "1f1b" and not small:
+        if best.schedule != "1f1b":  # which is as deep as fits
             return found
         known = {f.candidate.key for f in (*finalists, *found)}
-        deeper = (_with(chains, best, batch, reach, best.schedule) for reach in (0, 1, 2))
+        deeper = (_with(chains, best, batch, reach, "1f1b") for reach in (0, 1, 2))
         others = {other.key: other for other in deeper if other.key not in known}
         return [*found, *run_off(others.values(), problem, chains.costs.pools)]
 

@@ -132,9 +132,9 @@ def _items(usage: Ints, rows: Ints, left: Ints, relaxed: Relaxed | None) -> Ints
     """The columns that the lattice looks at: of each usage the one with most rows, and where those are many the best by
     the relaxation's prices."""
     able = np.flatnonzero((usage <= left).all(axis=1) & (rows > 0))
-    order = able[np.lexsort((able, -rows[able]))]
-    _, first = np.unique(usage[order], axis=0, return_index=True)
-    kept = order[np.sort(first)]
+    key = usage[able] @ np.cumprod(np.concatenate(([1], left[:-1] + 1)))  # one number for each usage
+    order = np.lexsort((able, -rows[able], key))
+    kept = able[order[np.diff(key[order], prepend=-1) > 0]]
     if relaxed is not None and len(kept) > _ITEMS and relaxed.prices.any():
         loss = usage[kept] @ relaxed.prices - rows[kept]
         kept = kept[np.argsort(loss, kind="stable")[:_ITEMS]]
