@@ -23,7 +23,8 @@ The cheapest cheats, and what makes them fail:
 - not to train at all on either side: the loss must fall (`loss_fell`);
 - to leave work behind when a repetition ends, or to slow the other side by busy waiting: CPU time of the waiting side
   counts, and `idle_ratio` is held to IDLE_RATIO;
-- quotas that do not hold, or hold unevenly: `quota_error`, measured in the run, is held to QUOTA_ERROR;
+- quotas that do not hold, or hold unevenly: the CPU time that each worker gets, measured in the run, is held to its
+  quota (`quota_error`);
 - to keep a figure whose check failed: it is left out of the figures, and `not_valid` in the result file says why;
 - to choose the repetition: the figure is the median of all of them, and all stand in the result file.
 
@@ -39,7 +40,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,10 @@ from bench.engines import (
 )
 from bench.plans import cpu_cluster, data_parallel, llama_model, pipeline, tensor_parallel
 from bench.quota import (
-    QUOTA_ERROR,
     CpuQuotas,
+    check_quotas,
     core_shares,
     mixed_plan,
-    quota_errors,
     why_no_quotas,
 )
 from bench.results import print_figures, write_result
@@ -199,7 +199,7 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
     workers = len(core_shares())
     with ExitStack() as stack:
         quotas = stack.enter_context(CpuQuotas(core_shares()))
-        errors = quota_errors(quotas, core_shares())
+        check = check_quotas(quotas, core_shares())
         ours = stack.enter_context(Ours(plan, training))
         theirs = {
             "speedup_over_ddp": stack.enter_context(
@@ -220,9 +220,9 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
         found = alternate(ours, theirs, pairs=EDGE_PAIRS, steps=UNEQUAL_STEPS, warmup=1)
     raw: dict[str, Any] = {name: raw_of(pairs, UNEQUAL_STEPS) for name, pairs in found.items()}
     problems = {name: invalid(pairs) for name, pairs in found.items()}
-    if max(abs(error) for error in errors) > QUOTA_ERROR:
+    if not check.holds:
         problems = {name: [*failed, "quota_error"] for name, failed in problems.items()}
-    raw["quota_errors"] = errors
+    raw["quotas"] = asdict(check)
     return {name: median_ratio(pairs) for name, pairs in found.items()}, raw, problems
 
 

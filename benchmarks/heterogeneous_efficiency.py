@@ -272,7 +272,7 @@ def _run_cpu_quota(figures: dict[str, float], raw: dict[str, Any]) -> list[str]:
     if "skipped" in raw[CPU_QUOTA]:
         print(f"cpu_quota: skipped, {raw[CPU_QUOTA]['skipped']}")
     elif found["quota_error"] > QUOTA_ERROR:
-        return [f"cpu_quota: a worker's speed is off its quota by {found['quota_error']:.3f}"]
+        return [f"cpu_quota: a worker's CPU time is off its quota by {found['quota_error']:.3f}"]
     return []
 
 

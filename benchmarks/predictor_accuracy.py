@@ -124,7 +124,7 @@ def _own_runs(raw: dict[str, Any]) -> dict[str, float]:
     if "skipped" in raw[OWN_RUNS]:
         print(f"{OWN_RUNS}: skipped, {raw[OWN_RUNS]['skipped']}")
     elif not raw[OWN_RUNS]["valid"]:
-        print(f"{OWN_RUNS}: no figure, a worker's speed is off its quota: {raw[OWN_RUNS]['quota_errors']}")
+        print(f"{OWN_RUNS}: no figure, a worker's CPU time is off its quota: {raw[OWN_RUNS]['quotas']}")
         return {}
     return figures
 

@@ -103,7 +103,11 @@ class Crew:
 
     def cpu_seconds(self) -> float:
         """CPU time that all threads of all processes have taken so far (in ticks of 10 ms; Linux)."""
-        return sum(_cpu_seconds(Path(f"/proc/{process.pid}/stat")) for process in self.processes)
+        return sum(self.cpu_seconds_each())
+
+    def cpu_seconds_each(self) -> list[float]:
+        """The same by process."""
+        return [_cpu_seconds(Path(f"/proc/{process.pid}/stat")) for process in self.processes]
 
     def waiting_cpu_seconds(self) -> float:
         """The same without the loop of torch's gloo, which looks around a hundred times a second where nothing is to be

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +43,7 @@ from hethub.timeline.summary import step_numbers, step_seconds
 from .crew import Crew
 from .engines import Ours, Training, take, text_of
 from .plans import cpu_cluster, llama_model, rank_of
-from .quota import CORES, QUOTA_ERROR, CpuQuotas, core_shares, quota_errors, why_no_quotas
+from .quota import CORES, CpuQuotas, check_quotas, core_shares, why_no_quotas
 
 __all__ = ["own_runs"]
 
@@ -258,7 +258,7 @@ def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
     with ExitStack() as stack:
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(core_shares()))
-        errors = quota_errors(quotas, core_shares())
+        quota_checks = [check_quotas(quotas, core_shares())]
         measured = measure(quotas)
         cluster = measured.cluster()
         first = random_plan(cluster, 0)
@@ -268,13 +268,13 @@ def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
             plan = random_plan(cluster, seed)
             checks.append((plan, _check(engine, plan, measured.profile)))
             print(_line(*checks[-1]), flush=True)
-        errors += quota_errors(quotas, core_shares())  # they are to hold to the end
+        quota_checks.append(check_quotas(quotas, core_shares()))  # they are to hold to the end
     off = [abs(check.time_error) for _, check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
     return figures, {
         "runs": [_entry(*entry) for entry in checks],
-        "quota_errors": errors,
-        "valid": max(map(abs, errors)) <= QUOTA_ERROR,
+        "quotas": [asdict(check) for check in quota_checks],
+        "valid": all(check.holds for check in quota_checks),
     }
 
 

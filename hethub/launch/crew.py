@@ -1,6 +1,6 @@
-"""The crew: one Ray actor per device, placed by custom resources, and what becomes of them.
+"""The crew: a worker process per device, on hosts that Ray places by custom resources, and what becomes of them.
 
-All of Ray is here. Actors answer with values or with a `Failure`; the driver decides.
+All of Ray is here. Workers answer with values or with a `Failure`; the driver decides.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import os
 import select
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hethub import catalog
 from hethub.checkpoints.restarts import Cause
-from hethub.errors import InputError, MachineError, RunError
+from hethub.errors import MachineError, RunError
 from hethub.interruption import stop_if_asked
+from hethub.launch.node_host import NodeHost
+from hethub.launch.worker_process import Failure, pack, unpack
 from hethub.specs.cluster import Cluster
 
-__all__ = ["Crew", "Failure", "WorkerFailedError", "resource_name"]
+__all__ = ["Crew", "WorkerFailedError", "resource_name"]
+
+_Node = tuple[()] | tuple[str, int]  # group and number of a node of the spec; of this machine ()
 
 _NO_RESULTS = 1 << 60  # past every step, so that the answer is empty
 _DEATHS_LOOK_SECONDS = 0.1
@@ -33,23 +35,15 @@ _DIED = (
     "the worker process died. Look into its log; if that says nothing and no one killed it, into the kernel's for its "
     "out-of-memory killer"
 )
+_NODE_DIED = "the node's host process died, and with it all of its workers. Look into Ray's log of that node"
+_SHORT_BYTES = 10_000
+_CLOSE_SECONDS = 3.0
 _PLACEMENT_TIMEOUT_SECONDS = 60.0
 _LEAVE_SECONDS = 3.0  # for workers to notice that another is gone; who has not by then is replaced
-_ALIVE_SECONDS = 1.0
+_ALIVE_SECONDS = 3.0  # for a host to say who has died; one that does not is lost
 _GATHER_FAILURES_SECONDS = (
     1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a worker stopped. `secondary` marks the consequence of another worker's failure."""
-
-    device: int
-    action: str
-    reason: str
-    secondary: bool
-    cause: Cause = Cause.WORKER
 
 
 class WorkerFailedError(RunError):
@@ -68,82 +62,12 @@ def resource_name(device_type: str) -> str:
     return f"hethub_{device_type}"
 
 
-class _Actor:
-    """What runs inside a Ray actor: a Worker whose output goes to the run folder."""
-
-    def __init__(self, device: int, log_file: str) -> None:
-        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
-        self._device = device
-        self._worker: Any = None
-        self._results: list[tuple[int, float, float]] = []
-        print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}", flush=True)  # noqa: T201
-
-    def prepare(self) -> int:
-        """Import what a worker needs, which takes most of a start; returns the process id."""
-        import hethub.launch.worker  # noqa: F401
-
-        return os.getpid()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the worker; anything raised becomes a Failure."""
-        from hethub.launch.executor import ActionError
-        from hethub.launch.worker import Worker
-
-        try:
-            if method == "join":
-                if self._worker is not None:  # of the attempt before
-                    self._worker.close()
-                self._device = arguments[0].device
-                self._worker = Worker(*arguments)
-                return None
-            if method == "train":
-                self._results = []
-                self._worker.train(*arguments, report=self._report)
-                return self._worker.now()
-            return getattr(self._worker, method)(*arguments)
-        except BaseException as error:
-            import traceback
-
-            traceback.print_exc()
-            cause = error.__cause__ if isinstance(error, ActionError) else error
-            action = error.action if isinstance(error, ActionError) else method
-            reason = error.reason if isinstance(error, ActionError) else f"{type(error).__name__}: {error}"
-            if self._worker is not None and cause is not None:
-                reason = self._worker.memory_words(cause) or reason
-            if self._worker is not None:
-                self._worker.cut()
-            return Failure(self._device, action, reason.splitlines()[0], *_sorted(cause))
-
-    def _report(self, step: int, result: Any) -> None:
-        self._results.append((step, result.loss, result.norm))
-
-    def results(self, since: int) -> list[tuple[int, float, float]]:
-        """(step, loss, norm) of the training steps done, from the `since`-th on; answered while training."""
-        return self._results[since:]
-
-
-def _sorted(error: BaseException | None) -> tuple[bool, Cause]:
-    """Whether a worker's error is the consequence of another's, and what kind it is."""
-    from hethub.launch.communicator import PeerLostError
-    from hethub.launch.parameters import NotFiniteError
-    from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
-
-    if isinstance(error, PeerLostError):
-        return True, Cause.LINK
-    if isinstance(error, NotFiniteError):
-        return error.suspicion < 2, Cause.NOT_A_NUMBER
-    if error is not None and (isinstance(error, DeviceMemoryError) or is_out_of_memory(error)):
-        return False, Cause.MEMORY
-    return False, Cause.DATA if isinstance(error, InputError) else Cause.WORKER
-
-
 class Crew:
-    """Ray, started here or joined, and one actor for each of `devices` (indices into `Cluster.devices()`).
+    """Ray, started here or joined, and a worker for each of `devices` (indices into `Cluster.devices()`).
 
-    Use as a context manager: leaving it kills the actors and, where it started Ray, stops Ray and removes its files.
+    A host is a Ray actor that holds the devices of one node of the spec; where Ray is started here, one holds them all.
+    Use as a context manager: leaving it kills hosts and workers and, where it started Ray, stops Ray and removes its
+    files.
     """
 
     def __init__(self, cluster: Cluster, devices: Sequence[int], logs: Path, address: str | None) -> None:
@@ -151,10 +75,9 @@ class Crew:
         self.devices = tuple(devices)
         self.logs = logs
         self.address = address
-        self.actors: dict[int, Any] = {}
-        self._groups: list[Any] = []
-        self._bundles: dict[str, tuple[Any, int]] = {}  # device name -> its place in a placement group
-        self._fresh: list[int] = []  # devices whose actors have not been prepared
+        self._hosts: dict[_Node, Any] = {}
+        self._groups: dict[_Node, Any] = {}
+        self._working: set[int] = set()  # devices that have a worker
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only
         self._folder: Path | None = None
@@ -171,10 +94,16 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         import ray
 
-        for device in list(self.actors):
-            self._end(device)
+        for process in self._processes.values():
+            _kill(process)
+        self._processes.clear()
         if ray.is_initialized():
-            for group in self._groups:
+            closed = [host.close.remote() for host in self._hosts.values()]
+            if closed:
+                ray.wait(closed, num_returns=len(closed), timeout=_CLOSE_SECONDS)
+            for host in self._hosts.values():
+                ray.kill(host, no_restart=True)
+            for group in self._groups.values():
                 ray.util.remove_placement_group(group)
             ray.shutdown()
         if self._folder is not None:
@@ -196,14 +125,10 @@ class Crew:
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if self.address is None:
-            counts: dict[str, float] = {}
-            for device in self.cluster.devices():  # another plan may use them all
-                name = resource_name(device.type.name)
-                counts[name] = counts.get(name, 0) + 1
             self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
             ray.init(
-                num_cpus=len(self.devices),  # as many processes as Ray starts ahead
-                resources=counts,
+                num_cpus=1,  # as many processes as Ray starts ahead
+                resources=self._needs(range(len(self.cluster.devices()))),
                 include_dashboard=False,
                 _temp_dir=str(self._folder),
                 **quiet,
@@ -215,66 +140,99 @@ class Crew:
                 raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
 
     def _place(self) -> None:
-        """Start the actors that are missing, in one placement group per node of the spec, so that its devices share a
-        Ray node."""
+        """Start the hosts that are missing, each in a placement group of its own, so that Ray finds or refuses the
+        whole node."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        nodes: dict[tuple[str, int], list[int]] = {}
-        everyone = self.cluster.devices()
-        for device in self.devices:
-            if everyone[device].name not in self._bundles:
-                nodes.setdefault((everyone[device].group, everyone[device].node), []).append(device)
-        actor_class = ray.remote(max_concurrency=2)(_Actor)
-        for (group, node), members in nodes.items():
-            bundles = [self._needs(d) for d in members]
-            placed = placement_group(bundles, strategy="STRICT_PACK")
-            self._groups.append(placed)
-            if not placed.wait(_PLACEMENT_TIMEOUT_SECONDS):
+        host_class = ray.remote(NodeHost)
+        for node, members in self._nodes().items():
+            if node in self._hosts:
+                continue
+            needs = self._needs(members)
+            if node not in self._groups:
+                self._groups[node] = placement_group([needs])
+            group = self._groups[node]
+            if not group.wait(_PLACEMENT_TIMEOUT_SECONDS):
                 raise MachineError(
-                    f"no Ray node offers {bundles} for {group}/{node}. Start it with "
-                    f"--resources naming {sorted({k for b in bundles for k in b})}."
+                    f"no Ray node offers {needs} for {'/'.join(map(str, node)) or 'this machine'}. Start it with "
+                    f"--resources naming {sorted(needs)}."
                 )
-            for number, device in enumerate(members):
-                self._bundles[everyone[device].name] = (placed, number)
-        for device in self.devices:
-            if device not in self.actors:
-                needs = self._needs(device)
-                self.actors[device] = actor_class.options(
-                    num_cpus=0,
-                    num_gpus=needs.pop("GPU", 0),
-                    resources=needs,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        *self._bundles[everyone[device].name]
-                    ),
-                ).remote(device, str(self.logs / f"{everyone[device].name.replace('/', '-')}.log"))
-                self._fresh.append(device)
+            self._hosts[node] = host_class.options(
+                num_cpus=0,
+                num_gpus=needs.pop("GPU", 0),
+                resources=needs,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+            ).remote()
 
-    def _needs(self, device: int) -> dict[str, float]:
-        """What Ray sets aside for a device: its bundle and its actor ask for the same."""
-        device_type = self.cluster.devices()[device].type
-        needs = {resource_name(device_type.name): 1.0}
-        if (
-            catalog.vendor(device_type.vendor).ray_resource == "GPU"
-            and self.cluster.emulated_time_scale is None
-        ):
-            needs["GPU"] = 1.0
+    def _node(self, device: int) -> _Node:
+        """Which host holds a device."""
+        if self.address is None:
+            return ()
+        found = self.cluster.devices()[device]
+        return found.group, found.node
+
+    def _nodes(self) -> dict[_Node, list[int]]:
+        """All devices of the nodes that are in use, by host: another plan may use others of them."""
+        used = {self._node(device) for device in self.devices}
+        nodes: dict[_Node, list[int]] = {}
+        for device in range(len(self.cluster.devices())):
+            if self._node(device) in used:
+                nodes.setdefault(self._node(device), []).append(device)
+        return nodes
+
+    def _needs(self, devices: Iterable[int]) -> dict[str, float]:
+        """What Ray sets aside for devices: the bundle and the host ask for the same."""
+        needs: dict[str, float] = {}
+        for device in devices:
+            device_type = self.cluster.devices()[device].type
+            names = [resource_name(device_type.name)]
+            if self._is_gpu(device):
+                names.append("GPU")
+            for name in names:
+                needs[name] = needs.get(name, 0.0) + 1.0
         return needs
 
+    def _is_gpu(self, device: int) -> bool:
+        vendor = catalog.vendor(self.cluster.devices()[device].type.vendor)
+        return vendor.ray_resource == "GPU" and self.cluster.emulated_time_scale is None
+
     def prepare(self) -> None:
-        """Let every new worker import what it needs. Raises RunError naming one that cannot."""
-        asked = {device: self.actors[device].prepare.remote() for device in self._fresh}
-        self._fresh = []
+        """Start the workers that are missing, with all imported that they need. Raises RunError naming one that
+        cannot."""
+        everyone = self.cluster.devices()
+        nodes = self._nodes()
+        asked: dict[int, Any] = {}
+        for device in self.devices:
+            if device in self._working:
+                continue
+            name = everyone[device].name
+            variable = catalog.vendor(everyone[device].type.vendor).visible_devices_variable
+            asked[device] = self._host(device).begin.remote(
+                name,
+                device,
+                str(self.logs / f"{name.replace('/', '-')}.log"),
+                (variable or "") if self._is_gpu(device) else "",
+                nodes[self._node(device)].index(device),
+            )
         import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
 
         for device, reference in asked.items():
-            found = self._answer(device, reference)
+            found = self._got(device, reference, "start", _PLACEMENT_TIMEOUT_SECONDS)
             if isinstance(found, Failure):
                 raise self.failed(found.device, found.action, found.reason, found.cause)
+            self._working.add(device)
             if self.address is None:
                 with contextlib.suppress(ProcessLookupError):
                     self._processes[device] = os.pidfd_open(found)
+
+    def _host(self, device: int) -> Any:
+        return self._hosts[self._node(device)]
+
+    def _ask(self, device: int, method: str, arguments: Any) -> Any:
+        """Ask a worker, `arguments` packed or a reference to such; returns a reference to its answer."""
+        return self._host(device).call.remote(self.cluster.devices()[device].name, method, arguments)
 
     def host(self) -> str:
         """An address of this machine that the workers reach."""
@@ -299,12 +257,11 @@ class Crew:
         import ray
 
         pending = self._pending = {}
-        # What is the same for all is pickled once: a big plan's programs take long.
-        same = () if isinstance(arguments, Mapping) else tuple(_shared(a) for a in arguments)
+        # What is the same for all is packed once: a big plan's programs take long.
+        same = None if isinstance(arguments, Mapping) else _shared(pack(arguments))
         for device in self.devices if devices is None else devices:
-            actor = self.actors[device]
-            chosen = arguments[device] if isinstance(arguments, Mapping) else same
-            pending[actor.call.remote(method, *chosen)] = device
+            chosen = pack(arguments[device]) if isinstance(arguments, Mapping) else same
+            pending[self._ask(device, method, chosen)] = device
         answers: dict[int, Any] = {}
         while pending:
             stop_if_asked()
@@ -323,14 +280,26 @@ class Crew:
         return answers
 
     def _answer(self, device: int, reference: Any) -> Any:
+        """What a worker answered, or the Failure that it is."""
+        found = self._got(device, reference, self.explain(device))
+        if found is None:
+            return Failure(device, self.explain(device), _DIED, False)
+        return found if isinstance(found, Failure) else unpack(found)
+
+    def _got(self, device: int, reference: Any, action: str, seconds: float | None = None) -> Any:
+        """What a host answered; a Failure of the device where it could not, or not in time."""
         import ray
 
         try:
-            return ray.get(reference)
+            return ray.get(reference, timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            return Failure(device, action, f"no Ray node has started it within {seconds:.0f} s", False)
         except ray.exceptions.RayActorError:
-            return Failure(device, self.explain(device), _DIED, False)
+            return Failure(device, action, _NODE_DIED, False)
+        except ray.exceptions.RayTaskError as error:
+            return Failure(device, action, str(error.cause).splitlines()[0], False)
         except ray.exceptions.RayError as error:
-            return Failure(device, self.explain(device), str(error).splitlines()[0], False)
+            return Failure(device, action, str(error).splitlines()[0], False)
 
     def _failed(self, failures: list[Failure], pending: dict[Any, int]) -> WorkerFailedError:
         """Give the other workers a moment, then name the failure that is nobody's consequence."""
@@ -371,21 +340,24 @@ class Crew:
         return sorted(of[process] for process, _ in poll.poll(0))
 
     def dead(self) -> list[int]:
-        """Devices whose actors have died."""
+        """Devices whose workers have died, or whose host has: one that answers nothing counts as such."""
         import ray
 
         found = set(self._ended())
+        elsewhere = self._working - self._processes.keys()
         asked = {
-            actor.results.remote(_NO_RESULTS): d
-            for d, actor in self.actors.items()
-            if d not in self._processes
+            self._hosts[node].dead.remote(): node
+            for node in {self._node(device) for device in elsewhere} & self._hosts.keys()
         }
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ALIVE_SECONDS) if asked else ([], [])
-        for reference in done:
+        ray.wait(list(asked), num_returns=len(asked), timeout=_ALIVE_SECONDS) if asked else None
+        gone: set[str] = set()
+        for reference, node in asked.items():
             try:
-                ray.get(reference)
-            except ray.exceptions.RayActorError:
-                found.add(asked[reference])
+                gone.update(ray.get(reference, timeout=0))
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                del self._hosts[node]
+        names = self.cluster.devices()
+        found |= {d for d in elsewhere if names[d].name in gone or self._node(d) not in self._hosts}
         return sorted(found)
 
     def regroup(self, cluster: Cluster, devices: Sequence[int], ended: Collection[str]) -> None:
@@ -406,25 +378,23 @@ class Crew:
             self._end(device)
         self._pending = {}
         wanted = {cluster.devices()[d].name: d for d in devices}
-        for device in [d for d in self.actors if everyone[d].name not in wanted]:
+        for device in [d for d in self._working if everyone[d].name not in wanted]:
             self._end(device)
         self._processes = {wanted[everyone[d].name]: process for d, process in self._processes.items()}
-        self.actors = {wanted[everyone[d].name]: actor for d, actor in self.actors.items()}
-        self.cluster, self.devices, self._fresh = cluster, tuple(devices), []
+        self._working = {wanted[everyone[d].name] for d in self._working}
+        self.cluster, self.devices = cluster, tuple(devices)
         self._place()
 
     def _end(self, device: int) -> None:
-        """Kill a worker. Ray asks one to end itself, which a stopped one cannot."""
-        import ray
-
+        """Kill a worker, a stopped one too."""
         process = self._processes.pop(device, None)
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-            os.close(process)
-        actor = self.actors.pop(device, None)
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
+            _kill(process)
+        if device in self._working:
+            self._working.remove(device)
+            host = self._hosts.get(self._node(device))
+            if host is not None:
+                host.end.remote(self.cluster.devices()[device].name)
 
     def failed(self, number: int, action: str, reason: str, cause: Cause = Cause.STALL) -> WorkerFailedError:
         """The error that names a device, what it was at and why it ends the run."""
@@ -442,7 +412,7 @@ class Crew:
         """Answers of a quick method while another runs, by device; without those that do not answer in time or fail."""
         import ray
 
-        asked = {self.actors[device].call.remote(method): device for device in devices}
+        asked = {self._ask(device, method, pack(())): device for device in devices}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_seconds)
         answers = {asked[reference]: self._answer(asked[reference], reference) for reference in done}
         return {device: answer for device, answer in answers.items() if not isinstance(answer, Failure)}
@@ -451,7 +421,7 @@ class Crew:
         """Those of `devices` whose processes do not answer within `seconds`: stopped, hung, or starved."""
         import ray
 
-        asked = {self.actors[device].results.remote(_NO_RESULTS): device for device in devices}
+        asked = {self._ask(device, "results", pack((_NO_RESULTS,))): device for device in devices}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
         return [device for reference, device in asked.items() if reference not in done]
 
@@ -462,19 +432,25 @@ class Crew:
         import ray
 
         try:
-            found: list[tuple[int, float, float]] = ray.get(
-                self.actors[device].results.remote(since), timeout=timeout_seconds
-            )
+            found = ray.get(self._ask(device, "results", pack((since,))), timeout=timeout_seconds)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return []
-        return found
+        answer = [] if found is None else unpack(found)
+        return [] if isinstance(answer, Failure) else answer
 
 
-def _shared(argument: Any) -> Any:
-    """A number or text as it is, anything larger by a reference into Ray's store."""
+def _kill(process: int) -> None:
+    """Kill what a descriptor stands for, and close it."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    os.close(process)
+
+
+def _shared(packed: bytes) -> Any:
+    """A short one as it is, a longer one by a reference into Ray's store."""
     import ray
 
-    return argument if isinstance(argument, int | float | str) else ray.put(argument)
+    return packed if len(packed) < _SHORT_BYTES else ray.put(packed)
 
 
 def _set_environment(*, local: bool) -> None:

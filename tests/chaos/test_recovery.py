@@ -27,16 +27,6 @@ STEPS = JOB["steps"]
 LONG = 100_000  # steps of a run that is stopped from outside
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    write_job(folder)
-    ran = launch(folder)
-    check_invariants(ran, ran, STEPS)
-    return ran
-
-
 def fault(device: str, step: int, do: str, action: str | int = 0, phase: str = "before") -> dict[str, object]:
     return {"device": device, "step": step, "action": action, "phase": phase, "do": do}
 

@@ -1,0 +1,72 @@
+"""A Ray cluster of three nodes, one for each device type, that loses one: real raylets, as on several machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.three_types import JOB, Ran, check_invariants, ended, write_job
+from tests.launch.small_job import Launch
+
+STEPS = JOB["steps"]
+RESOURCES = {"a": {"hethub_fast": 1}, "b": {"hethub_middle": 2}, "c": {"hethub_slow": 2}}
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The cluster's address, and its Ray nodes by the group of devices that they hold."""
+    from ray.cluster_utils import Cluster
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own there
+    cluster = Cluster()
+    try:
+        found = {name: cluster.add_node(num_cpus=1, resources=needs) for name, needs in RESOURCES.items()}
+        yield cluster.address, found
+    finally:
+        cluster.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def processes_of(node: Any) -> list[int]:
+    """A raylet and all that it started."""
+    found = [node.all_processes["raylet"][0].process.pid]
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for process in found:
+        found.extend(child for child, parent in parents.items() if parent == process)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.chaos)])
+def test_a_lost_or_hung_node_is_told_as_one_and_the_rest_is_planned_anew(
+    unbroken: Ran, tmp_path: Path, nodes: tuple[str, dict[str, Any]], number: signal.Signals
+) -> None:
+    """Row 3: the raylet, the host and the workers of a node at one moment."""
+    address, by_group = nodes
+    write_job(tmp_path, on_failure={"restart": "replan"}, ray={"address": address})
+    # Slow enough that the node is lost in the middle.
+    text = (tmp_path / "cluster.yaml").read_text()
+    (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
+    started = Launch(tmp_path)
+    gone: list[int] = []
+    try:
+        started.training()
+        gone = processes_of(by_group["c"])
+        for process in gone:
+            os.kill(process, number)
+        ran = ended(started)
+    finally:
+        for process in gone:  # those that are only stopped
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    check_invariants(ran, unbroken, STEPS, relative=1e-5)
+    (failed,) = [event for event in ran.journal() if event.event == "failed"]
+    assert set(failed.lost) == {"c/0/0", "c/0/1"} and failed.cause == "node"
