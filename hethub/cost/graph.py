@@ -202,7 +202,9 @@ class CostGraph:
         key = (source.name, destination.name)
         if key not in self._routes:
             ends = ("group", source.name), ("group", destination.name)
-            hops = ends if ends[1] in self._network[ends[0]] else self._quickest(*ends)
+            hops: tuple[_Vertex, ...] | None = (
+                ends if ends[1] in self._network[ends[0]] else self._quickest(*ends)
+            )
             if hops is None:
                 raise InputError(
                     f"{self.cluster.name}: no link joins {source.name} and {destination.name}. "

@@ -3,7 +3,8 @@ simulator decides between the best few."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hethub.planners.candidate import Candidate
@@ -70,8 +71,9 @@ class Choice:
 class FirstPlanner:
     """Searches the space of `space.py`. Prices are kept between calls with the same `ComputeModel`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._chains: Chains | None = None
+        self._clock = clock
 
     def plan(self, problem: Problem) -> Found:
         """Find a plan. Raises InfeasibleError when none fits."""
@@ -90,7 +92,7 @@ class FirstPlanner:
 
     def choose(self, problem: Problem) -> Choice | None:
         """Choose a plan; of a big one only a part is simulated. None when none fits."""
-        chains = self.chains(problem)
+        begin, chains = self._clock(), self.chains(problem)
         pools, batch = chains.costs.pools, problem.workload.global_batch
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = self._rank(problem, most)
@@ -101,7 +103,8 @@ class FirstPlanner:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
-        if finalists[0].modelled is not None and most > 1:
+        late = self._clock() - begin >= problem.seconds
+        if finalists[0].modelled is not None and most > 1 and not late:
             others = self._varied(finalists, problem)
             considered += len(others)
             finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)

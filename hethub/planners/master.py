@@ -144,7 +144,8 @@ def _items(usage: Ints, rows: Ints, left: Ints, relaxed: Relaxed | None) -> Ints
 def _greedy(usage: Ints, rows: Ints, left: Ints, items: Ints, prices: Floats) -> dict[int, int]:
     """As many as fit of the items in turn, those first that do most rows for what their devices are worth."""
     worth = rows[items] / np.maximum(usage[items] @ prices, _TINY)
-    left, chosen = left.copy(), {}
+    left = left.copy()
+    chosen: dict[int, int] = {}
     for item in items[np.argsort(-worth, kind="stable")]:
         need = usage[item]
         number = int((left[need > 0] // need[need > 0]).min(initial=0 if not need.any() else 1 << 30))

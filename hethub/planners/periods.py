@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hethub.simulate.compiled import load_numba
 
-__all__ = ["FIELDS", "compiled_periods", "least_periods"]
+__all__ = ["EPS", "FIELDS", "compiled_periods", "least_periods"]
 
 FIELDS = 16
 DECODER, BACKWARD, AGAIN, HEAD, HEAD_AGAIN = range(5)  # seconds: of a decoder, its backward and recomputation
@@ -30,7 +30,7 @@ ROOM, OWN, EXCHANGE_ROOM = range(10, 13)  # bytes, of an inner stage; of the las
 LAST = 3
 
 _HALVINGS = 12
-_EPS = 1e-9
+EPS = 1e-9
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -54,7 +54,7 @@ def stage_decoders(line: Any, last: bool, period: Any, behind: Any) -> Any:
     entries = line[ENTRY] * np.maximum(behind / period - 1, 0.0)
     full = np.minimum((period - head - head_again) / (decoder + line[AGAIN]), (room - own - entries) / one)
     exchange = line[EXCHANGE_ROOM + shift] / (one + line[EXCHANGED])
-    return np.floor(np.maximum(0.0, np.minimum(np.maximum(none, full), exchange)) + _EPS)
+    return np.floor(np.maximum(0.0, np.minimum(np.maximum(none, full), exchange)) + EPS)
 
 
 def held(lines: Any, counts: Any, most: Any, total: Any, quick: Any, period: Any) -> Any:
@@ -90,14 +90,14 @@ def single_periods(
                 quick = min(quick, lines[run, DECODER])
                 slow = (lines[run, DECODER] + lines[run, AGAIN]) * layers
                 high = max(high, slow + lines[run, HEAD] + lines[run, HEAD_AGAIN])
-        high *= 1 + _EPS
+        high *= 1 + EPS
         if held(lines, own, own, total, quick, high) < layers:
             period[i] = np.inf
             for k in range(len(ends)):
                 others[k, i] = 0.0
             continue
         near = low[i]
-        if held(lines, own, own, total, quick, near * (1 + _EPS)) < layers:
+        if held(lines, own, own, total, quick, near * (1 + EPS)) < layers:
             for _ in range(_HALVINGS):
                 middle = math.sqrt(near * high)
                 if held(lines, own, own, total, quick, middle) >= layers:
@@ -124,14 +124,14 @@ def least_periods(
     used = own > 0
     quick = np.where(used, lines[:, DECODER], np.inf).min(axis=0)
     slow = (lines[:, DECODER] + lines[:, AGAIN]) * layers + lines[:, HEAD] + lines[:, HEAD_AGAIN]
-    high = np.where(used, slow, 0.0).max(axis=0) * (1 + _EPS)
+    high = np.where(used, slow, 0.0).max(axis=0) * (1 + EPS)
 
     def enough(period: Floats) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = held(lines, own, most, total, quick, period) >= layers
         return found
 
     fits, near = enough(high), low.copy()
-    high = np.where(enough(near * (1 + _EPS)), near, high)
+    high = np.where(enough(near * (1 + EPS)), near, high)
     for _ in range(_HALVINGS):
         middle = np.sqrt(near * high)
         good = enough(middle)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from hethub.planners.candidate import Candidate, Part, price
 from hethub.planners.chain import Chains
-from hethub.planners.columns import columns_of
 from hethub.planners.interface import Progress
 from hethub.planners.master import Taken
+from hethub.planners.pipelines import columns_of
 from hethub.planners.space import Space
 
 __all__ = ["Best", "Search"]

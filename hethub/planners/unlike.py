@@ -125,11 +125,9 @@ class Branch:
         relaxed = relax(self.columns.usage, rows, self.search.available)
         undecided = [pool for pool in limits.may if pool not in limits.must]
         if undecided and len(limits.may) > 1:
-            use = relaxed.fractions @ self.columns.usage[relaxed.columns] if len(relaxed.columns) else 0
-            share = dict(
-                zip(self.search.space.pools, np.broadcast_to(use, len(self.search.space.pools)), strict=True)
-            )
-            pool = max(undecided, key=lambda p: (float(share[p]), -p))
+            use = relaxed.fractions @ self.columns.usage[relaxed.columns]
+            share = dict(zip(self.search.space.pools, use.tolist(), strict=True))
+            pool = max(undecided, key=lambda p: (share[p], -p))
             others = tuple(p for p in limits.may if p != pool)
             found = [self._limited(replace(limits, must=(*limits.must, pool)))]
             if len(others) > 1:
