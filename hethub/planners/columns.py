@@ -197,4 +197,5 @@ def least_fills(table: Floats, places: Ints, counts: Ints, layers: int, period: 
             total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
             left -= done
         found[k] = total
-    return found + table[places[:, 0], HEAD]
+    found += table[places[:, 0], HEAD]
+    return found

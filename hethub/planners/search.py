@@ -157,7 +157,7 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
     heapq.heapify(queue)
     made = len(queue)
     splits = 5 if len(search.columns) > MANY else _BRANCHES[search.space.small]
-    left = []
+    left: list[Branch] = []
     while queue and queue[0][0] < search.best.seconds:
         search.lower = min([lower, queue[0][0], *(branch.bound for branch in left)])
         bound, _, branch = heapq.heappop(queue)

@@ -148,7 +148,7 @@ class Branch:
 
     def _limited(self, limits: _Limits) -> Branch:
         left_out = [k for k, pool in enumerate(self.search.space.pools) if pool not in limits.may]
-        kept = ~self.columns.usage[:, left_out].any(axis=1)
+        kept = np.flatnonzero((self.columns.usage[:, left_out] == 0).all(axis=1))
         return Branch(self.search, self.name, limits, self.numbers[kept], self.columns.taken(kept))
 
     # -- plans ----------------------------------------------------------------------------------------------------
