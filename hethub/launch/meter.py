@@ -41,7 +41,7 @@ Records = npt.NDArray[np.void]
 _AT = {name: number for number, name in enumerate(FIELDS)}
 _SECONDS = slice(_AT[f"seconds.{KINDS[0]}"], _AT[f"seconds.{KINDS[-1]}"] + 1)
 _FIRST_BUCKET = _AT[f"step_bucket.{STEP_BUCKETS_SECONDS[0]}"]
-_COUNT_EVERY_SECONDS = 0.5  # short steps are counted several at once: that takes no longer than one
+_COUNT_EVERY_SECONDS = 1.0  # short steps are counted several at once: that takes no longer than one
 # To know when a message came, a device must have stood still for it so long, of its predicted time and at least: a
 # receive that finds its message there takes a moment by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.1, 2e-4

@@ -111,9 +111,13 @@ def test_utilization_is_the_timelines(tmp_path: Path) -> None:
     evaluation = {"every": steps, "rows": 100}
     with scraped(tmp_path, steps=steps, evaluate=evaluation, checkpoint=None, last=steps) as run:
         server = run.prometheus
-        until(
-            lambda: server.value("hethub_step_duration_seconds_count") == steps, 30, "all steps are counted"
+        # Devices end their last step one after the other, and are scraped a second later.
+        settled = (
+            "max(hethub_device_heartbeat_timestamp_seconds"
+            " - hethub_device_heartbeat_timestamp_seconds offset 2s) == 0"
+            " and on () hethub_run_state{state='evaluating'} == 1"
         )
+        until(lambda: bool(server.query(settled)), 60, "all is counted while the last evaluation goes on")
         counted = {
             (f"{sample.labels['node']}/{sample.labels['device']}", sample.labels["activity"]): sample.value
             for sample in server.query("sum by (node, device, activity) (hethub_device_seconds_total)")
