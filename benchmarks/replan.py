@@ -65,7 +65,7 @@ class Kept:
     @property
     def ratio(self) -> float:
         """The share of the promise that was kept."""
-        return self.measured / self.promised
+        return self.measured / self.promised if self.promised > 0 else 0.0
 
 
 def main() -> int:
