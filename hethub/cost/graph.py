@@ -275,7 +275,7 @@ class CostGraph:
 
     def slowest_links(self, source: int, destination: int) -> tuple[str, ...]:
         """The links that bound the path between two devices, as `Cluster.named_links` calls them: the slowest link
-        between groups or zones, where none of the two networks is slower; else the slower network, or both."""
+        between groups or zones, where none of the two networks is slower; else the slower network. Alike ones all."""
         one, other = (self._groups[self.devices[end].group] for end in (source, destination))
         if one is other:
             same = self.devices[source].node == self.devices[destination].node
@@ -287,9 +287,9 @@ class CostGraph:
             total = cross.total_bandwidth_bytes_per_second or math.inf
             crossed[cross.name] = min(total, cross.link.bandwidth_bytes_per_second)
         least = min(ends.values())
-        if crossed and min(crossed.values()) <= least:
-            return (min(crossed, key=crossed.__getitem__),)
-        return tuple(name for name, bandwidth in ends.items() if bandwidth == least)
+        bounding = crossed if min(crossed.values(), default=math.inf) <= least else ends
+        least = min(bounding.values())
+        return tuple(name for name, bandwidth in bounding.items() if bandwidth == least)
 
     def _staged(self, path: Path, ends: tuple[int, int]) -> Path:
         """With the copies between device and host memory at both ends, where their speed is known: in chunks, so that

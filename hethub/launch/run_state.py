@@ -124,7 +124,8 @@ def list_runs(root: Path) -> list[RunState]:
     """The runs in a folder or right below it, newest first. Raises InputError where there is no such folder."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Give one that holds run folders.")
-    folders = [path for path in (root, *sorted(root.iterdir())) if (path / MARK).is_file()]
+    inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    folders = [path for path in (root, *inside) if (path / MARK).is_file()]
     with ThreadPoolExecutor(8) as readers:  # a driver on another host is watched for seconds
         found = list(readers.map(read_run, folders))
     return sorted(found, key=lambda run: run.started_unix_seconds or 0.0, reverse=True)

@@ -116,17 +116,19 @@ class Expected:
         waits &= records["end"] - records["start"] > _WAITED * flight
         expected = _played(records, graph)
         ratios: dict[str, list[float]] = {}
-        for source, destination, size, start, seconds in zip(
+        for source, destination, message, size, start, seconds in zip(
             records["peer"][waits].tolist(),
             records["device"][waits].tolist(),
+            records["message"][waits].tolist(),
             records["bytes"][waits].tolist(),
             sent[waits].tolist(),
             flight[waits].tolist(),
             strict=True,
         ):
-            usual = expected.get((source, destination, start, size))
-            if usual is None or seconds <= 0:
+            if message not in expected or seconds <= 0:
                 continue
+            # The sender's own record of when that was may differ by what a call takes.
+            usual = min(expected[message], key=lambda send: abs(send[0] - start))[1]
             ratio = 1.0 if 0 < seconds - usual < late_seconds else seconds / usual
             for link in self._slowest(source, destination):
                 if size >= self._large.get(link, np.inf):
@@ -218,23 +220,24 @@ def _near(records: Records, step: int) -> Records:
     return np.asarray(records[(records["step"] == step) | (records["step"] == step - 1)])
 
 
-def _played(records: Records, graph: CostGraph) -> dict[tuple[int, int, float, int], float]:
-    """(source, destination, when sent, bytes) -> seconds that each message would take, by the times of sending."""
+def _played(records: Records, graph: CostGraph) -> dict[int, list[tuple[float, float]]]:
+    """Message -> when it was sent, and the seconds that it would take as all messages were sent; of every step."""
     sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0)]
     sends = sends[np.argsort(sends["start"], kind="stable")]
     free_at = [0.0] * graph.cell_count
     began = float(sends["start"][0]) if len(sends) else 0.0
-    found: dict[tuple[int, int, float, int], float] = {}
-    for source, destination, start, size in zip(
+    found: dict[int, list[tuple[float, float]]] = {}
+    for source, destination, message, start, size in zip(
         sends["device"].tolist(),
         sends["peer"].tolist(),
+        sends["message"].tolist(),
         sends["start"].tolist(),
         sends["bytes"].tolist(),
         strict=True,
     ):
         now = start - began
         arrival = reserve(free_at, graph.path(source, destination), size, now)
-        found[source, destination, start, size] = arrival - now
+        found.setdefault(message, []).append((start, arrival - now))
     return found
 
 

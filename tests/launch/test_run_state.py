@@ -174,6 +174,8 @@ def test_runs_are_listed_newest_first_and_other_folders_left_out(folder: Path) -
     other.open({**MARK, "started_unix_seconds": 1.8e9})
     other.close()
     (folder.parent / "notes").mkdir()
+    (folder.parent / ".targets").mkdir()  # of telemetry: a file for each run, one of which may be called run
+    (folder.parent / ".targets" / "run.json").write_text("[]")
     assert [Path(run.folder).name for run in list_runs(folder.parent)] == ["later", "run"]
     assert [Path(run.folder).name for run in list_runs(folder)] == ["run"]
 

@@ -140,6 +140,17 @@ def test_a_step_at_a_pace_is_what_its_timeline_says() -> None:
     assert paced_step_seconds(plan, Pace({names[used[1]]: 2.0})) == pytest.approx(steps[1] - steps[0])
 
 
+def test_a_receiver_and_a_sender_may_tell_the_time_of_sending_a_little_apart() -> None:
+    """Seeded bug: messages joined by that time, so that no link of a real run was ever judged."""
+    plan = emulated(NAMED_PLANS["pipeline of 2"]("fp32"))
+    measured = timeline(plan, {}, {"east-west": 0.1})
+    records = measured.records.copy()
+    waits = records["kind"] == Kind.RECEIVE
+    records["sent"][waits] += 1e-6
+    found = Expected(timeline(plan, {}, {}), CostGraph(plan.cluster)).pace(records, 0, 1e6)
+    assert found.links["east-west"] > MOVED
+
+
 def test_a_message_that_nobody_waited_for_says_nothing_of_its_link() -> None:
     plan = emulated(NAMED_PLANS["pipeline of 2"]("fp32"))
     measured = timeline(plan, {}, {})
