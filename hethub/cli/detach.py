@@ -116,7 +116,7 @@ def _tell(output: Path, process: int, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"run": str(output), "process": process}))
         return
-    typer.echo(f"run\t{output}\ndriver\tprocess {process}")
+    typer.echo(f"run\t{output}\nlauncher\tprocess {process}")
     typer.echo(f"follow it\thethub logs {output} --follow")
     typer.echo(f"its state\thethub status {output}")
 

@@ -94,7 +94,10 @@ class LinkCosts:
         for stage, count, margin in zip(stages, decoders, margins, strict=True):
             for cost in stage.staff.costs:
                 together = used.get(cost.pool, math.inf) <= self.costs.pools[cost.pool].node_size
-                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting, together=together)
+                mates = tuple(sorted({other.pool for other in stage.staff.costs} - {cost.pool}))
+                rates = self._tail_rate(
+                    cost.pool, cost.degree, stage.holders, setting, together=together, mates=mates
+                )
                 elements = stage.elements(cost, count)
                 gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
                 update = max(update, rates.latency + rates.update * elements)
@@ -159,19 +162,26 @@ class LinkCosts:
         return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
     def _tail_rate(
-        self, pool: int, degree: int, holders: int, setting: Setting, *, together: bool = False
+        self,
+        pool: int,
+        degree: int,
+        holders: int,
+        setting: Setting,
+        *,
+        together: bool = False,
+        mates: tuple[int, ...] = (),
     ) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
         update itself, gradients in the accumulators' width and weights in their own. All of the pool's devices in use
-        may stand `together` on one node."""
+        may stand `together` on one node; replicas of the stage may stand on other pools, its `mates`."""
         around = (setting.copies, setting.others, setting.pools, setting.stage_major)
-        key = (pool, degree, holders, *around, together)
+        key = (pool, degree, holders, *around, together, mates)
         if key not in self._tail_rates:
-            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, together)
+            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, together, mates)
         return self._tail_rates[key]
 
     def _find_tail_rate(
-        self, pool: int, degree: int, holders: int, setting: Setting, together: bool
+        self, pool: int, degree: int, holders: int, setting: Setting, together: bool, mates: tuple[int, ...]
     ) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
@@ -187,10 +197,10 @@ class LinkCosts:
             return _Rates(0.0, update, 0.0)
         size = pools[pool].node_size
         near = setting.stage_major and setting.copies * degree <= size
-        inside = not setting.others and (near or together or len(pools[pool].nodes) == 1)
-        paths = [pools.path(pool, pool, within_node=inside)]
-        if setting.others:
-            paths += [pools.path(pool, other) for other in setting.pools if other != pool]
+        inside = not setting.others and not mates and (near or together or len(pools[pool].nodes) == 1)
+        paths = [pools.path(pool, pool, within_node=inside)] if inside or not mates or setting.others else []
+        elsewhere = {*mates, *(setting.pools if setting.others else ())} - {pool}
+        paths += [pools.path(pool, other) for other in sorted(elsewhere)]
         known = [path for path in paths if path is not None]
         if not known:
             return _Rates(reduced, update, 0.0)

@@ -13,6 +13,9 @@ from hethub.checkpoints.store import CHECKPOINTS
 from hethub.launch.history import HISTORY, Entry, read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
+from hethub.specs.cluster import cluster_to_spec, load_cluster
+from hethub.specs.plan import Plan, load_plan
+from hethub.specs.workload import workload_to_spec
 from tests.launch.small_job import MODEL, Launch, Result
 
 CLUSTER = """\
@@ -91,9 +94,6 @@ JOB: dict[str, Any] = {
 
 def write_job(folder: Path, cluster_text: str = CLUSTER, **changes: Any) -> None:
     """Write the job and all that it names; `changes` are keys of the job file. JSON is YAML."""
-    from hethub.specs.cluster import cluster_to_spec, load_cluster
-    from hethub.specs.workload import workload_to_spec
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cluster.yaml").write_text(cluster_text)
     (folder / "config.json").write_text(json.dumps({"name": "small", **MODEL}))
@@ -108,6 +108,42 @@ def write_job(folder: Path, cluster_text: str = CLUSTER, **changes: Any) -> None
     }
     (folder / "plan.yaml").write_text(json.dumps(plan))
     (folder / "job.yaml").write_text(json.dumps({**JOB, **changes}))
+
+
+# Rows by speed: whoever is slower than its figures, or a slow link between the zones, keeps all others.
+_BY_ROWS = {
+    "micro_batches": 2,
+    "micro_batch_rows": 24,
+    "stages": [
+        {
+            "layers": [0, 5],
+            "in_flight": 2,
+            "replicas": [
+                {"rows": 7, "ranks": [{"device": "a/0/0", "heads": 4, "ffn": 24, "vocab": 256}]},
+                {
+                    "rows": 10,
+                    "ranks": [{"devices": "b/0/0-1", "count": 2, "heads": 2, "ffn": 12, "vocab": 128}],
+                },
+                {
+                    "rows": 7,
+                    "ranks": [{"devices": "c/0/0-1", "count": 2, "heads": 2, "ffn": 12, "vocab": 128}],
+                },
+            ],
+        }
+    ],
+}
+
+
+def plan_by_rows(folder: Path) -> Plan:
+    """One stage over all devices, for a larger batch and a slower link between the zones."""
+    write_job(folder)
+    text = CLUSTER.replace("global_batch: 8", "global_batch: 48").replace("mb_s: 20,", "mb_s: 5,")
+    (folder / "cluster.yaml").write_text(text)
+    cluster, workload = load_cluster(folder / "cluster.yaml")
+    assert workload is not None
+    spec = {"cluster": cluster_to_spec(cluster), "workload": workload_to_spec(workload)}
+    (folder / "plan.yaml").write_text(json.dumps({"version": 1, "pipelines": [_BY_ROWS], **spec}))
+    return load_plan(folder / "plan.yaml")[0]
 
 
 @dataclass(frozen=True)

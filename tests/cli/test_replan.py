@@ -12,17 +12,15 @@ import pytest
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.launch.run_folder import RunFolder
-from hethub.planners.first import FirstPlanner
-from hethub.planners.interface import Problem
+from hethub.planners.replan import replan
 from hethub.program.compile import compile_program
 from hethub.simulate.engine import simulate
-from hethub.simulate.pace import at_pace
+from hethub.simulate.pace import Pace, at_pace
 from hethub.simulate.what_if import with_links
-from hethub.specs.cluster import load_cluster
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, save_plan
 from hethub.timeline.record import Timeline
-from tests.chaos.three_types import CLUSTER, write_job
+from tests.chaos.three_types import plan_by_rows
 from tests.launch.small_job import hethub
 
 STEPS = 12
@@ -30,13 +28,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    folder = tmp_path_factory.mktemp("cluster")
-    write_job(folder)
-    text = CLUSTER.replace("global_batch: 8", "global_batch: 48").replace("mb_s: 20,", "mb_s: 5,")
-    (folder / "cluster.yaml").write_text(text)
-    cluster, workload = load_cluster(folder / "cluster.yaml")
-    assert workload is not None
-    return FirstPlanner().plan(Problem.of(cluster, workload)).plan
+    return plan_by_rows(tmp_path_factory.mktemp("cluster"))
 
 
 def simulated(plan: Plan, devices: dict[int, float], links: dict[str, float]) -> Timeline:
@@ -104,7 +96,8 @@ def test_a_slow_link_is_named_in_words(
 def test_a_run_as_predicted_gets_no_new_plan(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, plan: Plan
 ) -> None:
-    run = write_run(tmp_path, plan, {}, {})
+    as_predicted = Pace({device.name: 1.0 for device in plan.cluster.devices()})
+    run = write_run(tmp_path, replan(plan, as_predicted).plan, {}, {})
     done = hethub(capsys, tmp_path, "replan", run)
     assert done.exit_code == 0 and "devices, links\tas predicted" in done.out
     assert "new plan\tnone" in done.out and not (run / "replan.yaml").exists()

@@ -73,6 +73,36 @@ def write_job(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
 
 
+def fix_plan(folder: Path) -> None:
+    """Give the job a plan of two stages, the first on the fast device, so that its actions can be named."""
+    from hethub.specs.cluster import cluster_to_spec, load_cluster
+    from hethub.specs.workload import workload_to_spec
+
+    cluster, workload = load_cluster(folder / "cluster.yaml")
+    assert workload is not None
+    whole = {"heads": 4, "ffn": 24, "vocab": 256}
+    stages = [
+        {
+            "layers": [0, 4],
+            "in_flight": 2,
+            "replicas": [{"rows": 1, "ranks": [{"device": "a/0/0", **whole}]}],
+        },
+        {
+            "layers": [4, 5],
+            "in_flight": 1,
+            "replicas": [{"rows": 1, "ranks": [{"device": "b/0/0", "vocab": 256}]}],
+        },
+    ]
+    plan = {
+        "version": 1,
+        "pipelines": [{"micro_batches": 8, "micro_batch_rows": 1, "stages": stages}],
+        "cluster": cluster_to_spec(cluster),
+        "workload": workload_to_spec(workload),
+    }
+    (folder / "plan.yaml").write_text(json.dumps(plan))
+    edit(folder / "job.yaml", ("plan: auto", "plan: plan.yaml"))
+
+
 def edit(file: Path, *changes: tuple[str, str]) -> None:
     """Replace text in a file; every old text must be there."""
     text = file.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.small_job import Result, edit, launched, write_job
+from tests.launch.small_job import Result, edit, fix_plan, launched, write_job
 
 END_SECONDS = 10.0  # after a fault, everywhere
 SLACK_SECONDS = 20.0  # for a machine that others use at the same time
@@ -20,6 +20,7 @@ SLACK_SECONDS = 20.0  # for a machine that others use at the same time
 def folder(tmp_path: Path) -> Path:
     """A job that goes on until it is stopped."""
     write_job(tmp_path)
+    fix_plan(tmp_path)
     edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("every: 3", "every: 100000"))
     return tmp_path
 

@@ -92,7 +92,9 @@ def test_a_detached_run_is_watched_stopped_with_a_checkpoint_and_lost_when_kille
         "two-speeds",
         True,
     )
-    assert os.getsid(state["process"]) == state["process"]  # a session of its own: no terminal's signals
+    # The launcher leads a session of its own, which gets no terminal's signals; the driver is in it.
+    launcher = int(begun.out.split("process ")[1].split()[0])
+    assert os.getsid(state["process"]) == launcher != os.getsid(0)
     listed = operator.do("runs", ".")
     assert "run\trunning\t" in listed.out
     said = operator.do("logs", "run")
