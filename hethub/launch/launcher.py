@@ -17,7 +17,7 @@ from types import FrameType
 
 from hethub.checkpoints.restarts import Cause, decide
 from hethub.errors import HeadLostError
-from hethub.launch.parents import end_with
+from hethub.launch.parents import adopt_orphans, end_orphans, end_with
 from hethub.specs.job import FailurePolicy
 
 __all__ = ["DriverPlace", "start_driver"]
@@ -43,9 +43,10 @@ def start_driver(
 ) -> DriverPlace:
     """Fork the driver. Returns in its process only, once in each; the launcher's ends with the last one's exit code.
 
-    SIGINT and SIGTERM that reach the launcher are passed on.
+    SIGINT and SIGTERM that reach the launcher are passed on. Nothing that a driver has started outlives it.
     """
     started_at: list[float] = []
+    adopt_orphans()
     while True:
         reader, writer = os.pipe()
         parent = os.getpid()
@@ -59,6 +60,7 @@ def start_driver(
             return DriverPlace(resume, writer)
         os.close(writer)
         code = _wait(driver)
+        end_orphans()  # of a driver that was killed, what it had started of Ray
         with os.fdopen(reader, "rb") as stream:
             told = stream.read()
         if code >= 0 and code != HeadLostError.exit_code:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.chaos.three_types import (
     launch,
     write_job,
 )
-from tests.launch.small_job import Launch, hethub, marked
+from tests.launch.small_job import Launch, hethub, marked, wait_for_end
 
 STEPS = JOB["steps"]
 LONG = 100_000  # steps of a run that is stopped from outside
@@ -266,21 +265,7 @@ def test_the_launcher_outlives_the_driver_and_the_ray_head_and_goes_on_where_the
     assert check_history(ran.history(), STEPS) == []
     assert compare_histories(ran.history(), unbroken.history(), relative=1e-6) == []
     assert ran.summary()["history_problems"] == []
-    for process in marked(started.temporary):  # of the Ray that lost its head; they notice in a moment
-        wait_for_end(process)
     assert marked(started.temporary) == []
-
-
-def wait_for_end(process: int) -> None:
-    """Return when a process has ended; the test's own time limit is the limit."""
-    import select
-
-    try:
-        descriptor = os.pidfd_open(process)
-    except ProcessLookupError:
-        return
-    select.select([descriptor], [], [], 30)
-    os.close(descriptor)
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,16 @@ class Launch:
     def left(self) -> list[str]:
         """Processes and files that it left behind."""
         return left_behind(self.temporary)
+
+
+def wait_for_end(process: int) -> None:
+    """Return when a process has ended; the test's own time limit is the limit."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    select.select([descriptor], [], [], 30)
+    os.close(descriptor)
 
 
 def left_behind(temporary: Path) -> list[str]:

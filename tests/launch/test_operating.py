@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.small_job import Result, edit, left_behind, marked, write_job
+from tests.launch.small_job import Result, edit, left_behind, marked, wait_for_end, write_job
 
 _WAIT_SECONDS = 90.0
 STEPS = 400
@@ -58,7 +58,9 @@ class Operator:
         raise AssertionError(f"{key} is {state[key]}, not {least}")
 
     def left(self) -> list[str]:
-        """Processes of this operator's launches."""
+        """Processes of this operator's launches, once the launcher, the last to end, has done so."""
+        for process in marked(self.temporary):
+            wait_for_end(process)
         return left_behind(self.temporary)
 
     def close(self) -> None:
