@@ -102,7 +102,8 @@ def problems(run: Path, summary: dict[str, Any]) -> list[str]:
     if workers != WORKERS:
         found.append(f"{workers} workers, not {WORKERS}")
     measured, predicted = (Timeline.load(run / f"{name}.npz") for name in ("measured", "predicted"))
-    trained = measured.records[measured.records["kind"] == Kind.BACKWARD]["device"]
+    backward = np.isin(measured.records["kind"], [Kind.BACKWARD, Kind.BACKWARD_INPUT])
+    trained = measured.records[backward]["device"]
     if len(np.unique(trained)) != WORKERS:
         found.append(f"{len(np.unique(trained))} devices ran a backward, not {WORKERS}")
     vocabulary = json.loads(MODEL.read_text())["vocab_size"]

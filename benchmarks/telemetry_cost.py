@@ -50,7 +50,7 @@ from hethub.telemetry.describe import used_nodes, write_nodes
 from hethub.telemetry.folder import COUNTERS, agent_addresses, start_agent
 from hethub.telemetry.metrics import METRICS, Scope
 
-PAIRS, STEPS, WARM_UP = 9, 8, 2
+PAIRS, STEPS, WARM_UP = 31, 8, 2
 MODEL = llama_model(hidden=256, layers=4, heads=4)
 SEQUENCE, ROWS, MICRO_BATCHES = 64, 2, 8
 SCRAPE_EVERY_SECONDS = 1.0
