@@ -81,6 +81,10 @@ class Crew:
         self.address = address
         self._hosts: dict[_Node, Any] = {}
         self._groups: dict[_Node, Any] = {}
+        self._members: dict[_Node, list[int]] = {}  # all devices of the nodes in use
+        self._seats: dict[
+            str, int
+        ] = {}  # device name -> its place among those that its host was started with
         self._working: set[int] = set()  # devices that have a worker
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only
@@ -180,9 +184,11 @@ class Crew:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         host_class = ray.remote(NodeHost)
-        for node, members in self._nodes().items():
+        self._members = self._nodes()
+        for node, members in self._members.items():
             if node in self._hosts:
                 continue
+            self._seats |= {self.cluster.devices()[device].name: seat for seat, device in enumerate(members)}
             needs = self._needs(members)
             if node not in self._groups:
                 self._groups[node] = placement_group([needs])
@@ -210,7 +216,7 @@ class Crew:
         if self._serving is None:
             return
         folder, listen = self._serving
-        nodes = used_nodes([self.cluster.devices()[device] for device in self._nodes()[node]])
+        nodes = used_nodes([self.cluster.devices()[device] for device in self._members[node]])
         name = "-".join(map(str, node)) or "local"
         self._hosts[node].serve.remote(folder, nodes, name, listen)
 
@@ -250,7 +256,6 @@ class Crew:
         """Start the workers that are missing, with all imported that they need. Raises RunError naming one that
         cannot."""
         everyone = self.cluster.devices()
-        nodes = self._nodes()
         asked: dict[int, Any] = {}
         for device in self.devices:
             if device in self._working:
@@ -262,7 +267,7 @@ class Crew:
                 device,
                 str(self.logs / f"{name.replace('/', '-')}.log"),
                 (variable or "") if self._is_gpu(device) else "",
-                nodes[self._node(device)].index(device),
+                self._seats[name],
             )
         import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
 
