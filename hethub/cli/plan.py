@@ -16,8 +16,9 @@ from hethub.cli.uncollected import uncollected
 
 if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
     from hethub.planners.answer import Answer
+    from hethub.specs.plan import Plan
 
-__all__ = ["plan"]
+__all__ = ["plan", "write_plan"]
 
 _DEFAULT_OUTPUT = Path("plan.yaml")
 
@@ -54,6 +55,17 @@ def plan(
         _plan(cluster, output, (profiles, calibration, strict), (as_json, explain), time_limit)
 
 
+def write_plan(found: Plan, target: Path) -> None:
+    """Write a plan file. Raises InputError where that cannot be."""
+    from hethub.errors import InputError
+    from hethub.specs.plan import save_plan
+
+    try:
+        save_plan(found, target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror}). Give another --output.") from error
+
+
 def _plan(
     cluster: Path,
     output: Path | None,
@@ -67,7 +79,6 @@ def _plan(
     from hethub.errors import InputError
     from hethub.planners.answer import answer
     from hethub.specs.cluster import load_planning
-    from hethub.specs.plan import save_plan
 
     told = load_planning(cluster)
     target = output or (None if as_json else _DEFAULT_OUTPUT)
@@ -85,12 +96,7 @@ def _plan(
             progress=progress,
         )
     if target is not None:
-        try:
-            save_plan(found.plan, target)
-        except OSError as error:
-            raise InputError(
-                f"{target}: cannot be written ({error.strerror}). Give another --output."
-            ) from error
+        write_plan(found.plan, target)
     why = None
     if explain:
         from hethub.cli.explain import explanation

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hethub.cli.plan import write_plan
 from hethub.cli.runs import Run
 
 if TYPE_CHECKING:
@@ -34,11 +35,10 @@ def replan(
 
     Example: hethub replan runs/demo
     """
-    from hethub.errors import InputError
     from hethub.planners.replan import pace_of_run
     from hethub.planners.replan import replan as plan_anew
     from hethub.simulate.comparison import compare_run
-    from hethub.specs.plan import load_plan, save_plan
+    from hethub.specs.plan import load_plan
 
     compared = compare_run(run)
     plan, _ = load_plan(run / "plan.yaml")
@@ -50,12 +50,7 @@ def replan(
     content = _content(found, _measured_seconds(compared.measured, chosen), chosen)
     written = found.gain >= _WORTH
     if written:
-        try:
-            save_plan(found.plan, target)
-        except OSError as error:
-            raise InputError(
-                f"{target}: cannot be written ({error.strerror}). Give another --output."
-            ) from error
+        write_plan(found.plan, target)
     content["plan"] = str(target) if written else None
     typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(_lines(content, run)))
 

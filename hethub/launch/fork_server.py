@@ -93,16 +93,13 @@ def _one_thread() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def _import_all() -> None:
-    import hethub.launch.worker  # noqa: F401
-
-
 def _main(descriptor: int) -> None:
     """The server: import, then fork for each request until the owner is gone."""
     owner = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all: the driver ends the run
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended workers leave nothing behind
-    _import_all()
+    import hethub.launch.worker  # noqa: F401  # all that a worker needs
+
     gc.collect()
     gc.freeze()  # the collector would write to, and so copy, what forks share
     owner.sendall(_READY)

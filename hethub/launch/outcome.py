@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from hethub.launch.compiled import Compiled
+from hethub.simulate.comparison import WARM_UP_STEPS
 from hethub.timeline.gantt import write_gantt
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
 from hethub.timeline.trace import write_chrome_trace
 
 __all__ = ["RunOutcome", "draw", "median_step_seconds", "summary_of", "write_metrics"]
-
-_WARM_STEPS = 3  # not counted in the median step
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ def median_step_seconds(timeline: Timeline, held_out: Sequence[tuple[int, float]
     """Median over the steps after the third, leaving out those that begin with an evaluation before them."""
     seconds = step_seconds(timeline)
     after_evaluation = {step for step, _ in held_out}
-    warm = min(_WARM_STEPS, len(seconds) - 1)
+    warm = min(WARM_UP_STEPS, len(seconds) - 1)
     numbered = list(zip(step_numbers(timeline).tolist(), seconds.tolist(), strict=True))[warm:]
     counted = [s for number, s in numbered if number not in after_evaluation]
     return float(statistics.median(counted or seconds[-1:].tolist()))
@@ -56,7 +55,7 @@ def summary_of(run: RunOutcome, compiled: Compiled, scale: float, unigram: float
     workload = compiled.plan.workload
     tokens = workload.global_batch * workload.sequence_length
     numbers = step_numbers(run.timeline).tolist()
-    devices = summarize(run.timeline, numbers[min(_WARM_STEPS, len(numbers) - 1)], numbers[-1])
+    devices = summarize(run.timeline, numbers[min(WARM_UP_STEPS, len(numbers) - 1)], numbers[-1])
     used = [devices[d] for d in compiled.program.layout.used]
     speed = tokens / run.step_seconds
     bound = compiled.figures["bounds"]["homogeneous_tokens_per_second"]

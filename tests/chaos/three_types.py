@@ -13,10 +13,8 @@ from hethub.checkpoints.store import CHECKPOINTS
 from hethub.launch.history import HISTORY, Entry, read_history
 from hethub.launch.history_check import check_history, check_journal, compare_histories
 from hethub.launch.journal import Event, read_journal
-from hethub.specs.cluster import cluster_to_spec, load_cluster
 from hethub.specs.plan import Plan, load_plan
-from hethub.specs.workload import workload_to_spec
-from tests.launch.small_job import MODEL, Launch, Result
+from tests.launch.small_job import MODEL, Launch, Result, write_plan
 
 CLUSTER = """\
 name: three-types
@@ -98,15 +96,7 @@ def write_job(folder: Path, cluster_text: str = CLUSTER, **changes: Any) -> None
     (folder / "cluster.yaml").write_text(cluster_text)
     (folder / "config.json").write_text(json.dumps({"name": "small", **MODEL}))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    cluster, workload = load_cluster(folder / "cluster.yaml")
-    assert workload is not None
-    plan = {
-        "version": 1,
-        "pipelines": PIPELINES,
-        "cluster": cluster_to_spec(cluster),
-        "workload": workload_to_spec(workload),
-    }
-    (folder / "plan.yaml").write_text(json.dumps(plan))
+    write_plan(folder, PIPELINES)
     (folder / "job.yaml").write_text(json.dumps({**JOB, **changes}))
 
 
@@ -139,10 +129,7 @@ def plan_by_rows(folder: Path) -> Plan:
     write_job(folder)
     text = CLUSTER.replace("global_batch: 8", "global_batch: 48").replace("mb_s: 20,", "mb_s: 5,")
     (folder / "cluster.yaml").write_text(text)
-    cluster, workload = load_cluster(folder / "cluster.yaml")
-    assert workload is not None
-    spec = {"cluster": cluster_to_spec(cluster), "workload": workload_to_spec(workload)}
-    (folder / "plan.yaml").write_text(json.dumps({"version": 1, "pipelines": [_BY_ROWS], **spec}))
+    write_plan(folder, [_BY_ROWS])
     return load_plan(folder / "plan.yaml")[0]
 
 

@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hethub.cli.main import run
+from hethub.specs.cluster import cluster_to_spec, load_cluster
+from hethub.specs.workload import workload_to_spec
 
 CLUSTER = """\
 name: two-speeds
@@ -74,13 +77,21 @@ def write_job(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
 
 
-def fix_plan(folder: Path) -> None:
-    """Give the job a plan of two stages, the first on the fast device, so that its actions can be named."""
-    from hethub.specs.cluster import cluster_to_spec, load_cluster
-    from hethub.specs.workload import workload_to_spec
-
+def write_plan(folder: Path, pipelines: Sequence[Mapping[str, Any]]) -> None:
+    """Write plan.yaml for the folder's cluster.yaml. JSON is YAML."""
     cluster, workload = load_cluster(folder / "cluster.yaml")
     assert workload is not None
+    plan = {
+        "version": 1,
+        "pipelines": pipelines,
+        "cluster": cluster_to_spec(cluster),
+        "workload": workload_to_spec(workload),
+    }
+    (folder / "plan.yaml").write_text(json.dumps(plan))
+
+
+def fix_plan(folder: Path) -> None:
+    """Give the job a plan of two stages, the first on the fast device, so that its actions can be named."""
     whole = {"heads": 4, "ffn": 24, "vocab": 256}
     stages = [
         {
@@ -94,13 +105,7 @@ def fix_plan(folder: Path) -> None:
             "replicas": [{"rows": 1, "ranks": [{"device": "b/0/0", "vocab": 256}]}],
         },
     ]
-    plan = {
-        "version": 1,
-        "pipelines": [{"micro_batches": 8, "micro_batch_rows": 1, "stages": stages}],
-        "cluster": cluster_to_spec(cluster),
-        "workload": workload_to_spec(workload),
-    }
-    (folder / "plan.yaml").write_text(json.dumps(plan))
+    write_plan(folder, [{"micro_batches": 8, "micro_batch_rows": 1, "stages": stages}])
     edit(folder / "job.yaml", ("plan: auto", "plan: plan.yaml"))
 
 
