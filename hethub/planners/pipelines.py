@@ -234,16 +234,16 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
 
 
 def _stacked(made: Iterator[_Made], width: int) -> tuple[Ints, Ints, Ints]:
-    all_runs, all_counts, all_rows = [], [], []
-    for numbers, grid, rows in made:
-        spare = width - len(numbers)
-        all_runs.append(np.tile(np.array([*numbers, *([-1] * spare)]), (len(grid), 1)))
-        all_counts.append(np.pad(grid, ((0, 0), (0, spare))))
-        all_rows.append(rows)
-    if not all_runs:
-        nothing = np.zeros((0, width), dtype=np.int64)
-        return nothing, nothing, np.zeros(0, dtype=np.int64)
-    return np.concatenate(all_runs), np.concatenate(all_counts), np.concatenate(all_rows)
+    parts = list(made)
+    total = sum(len(rows) for _, _, rows in parts)
+    all_runs = np.full((total, width), -1, dtype=np.int64)
+    all_counts, all_rows = np.zeros((total, width), dtype=np.int64), np.empty(total, dtype=np.int64)
+    start = 0
+    for numbers, grid, rows in parts:
+        own, used = slice(start, start + len(rows)), slice(len(numbers))
+        all_runs[own, used], all_counts[own, used], all_rows[own] = numbers, grid, rows
+        start += len(rows)
+    return all_runs, all_counts, all_rows
 
 
 def _time_periods(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
@@ -282,21 +282,20 @@ def _hops(chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints) ->
     known: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def table(one: Ints, other: Ints, times: Ints) -> None:
-        keys = (one * (len(space.slots) + 1) + other) * (space.rows[-1] + 1) + rows
-        keys = np.where(times > 0, keys, -1)
-        for key in np.unique(keys):
-            if key < 0:
-                continue
-            pair, own = divmod(int(key), space.rows[-1] + 1)
+        mine = np.flatnonzero(times > 0)
+        keys = (one[mine] * (len(space.slots) + 1) + other[mine]) * (space.rows[-1] + 1) + rows[mine]
+        kinds, places = np.unique(keys, return_inverse=True)
+        found = np.zeros((len(kinds), 2))
+        for number, key in enumerate(kinds.tolist()):
+            pair, own = divmod(key, space.rows[-1] + 1)
             source, target = divmod(pair, len(space.slots) + 1)
             if (source, target, own) not in known:
                 known[source, target, own] = chains.links.least_hop(
                     space.slots[source], space.slots[target], own
                 )
-            hop = known[source, target, own]
-            mine = keys == key
-            seconds[mine] += hop[0] * times[mine]
-            load[mine] = np.maximum(load[mine], hop[1])
+            found[number] = known[source, target, own]
+        seconds[mine] += found[places, 0] * times[mine]
+        load[mine] = np.maximum(load[mine], found[places, 1])
 
     for j in range(runs.shape[1]):
         table(runs[:, j], runs[:, j], np.maximum(counts[:, j] - 1, 0))

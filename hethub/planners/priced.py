@@ -58,6 +58,7 @@ class Search:
         self.available = np.array(space.available, dtype=np.int64)
         self.best = Best(most)
         self.tried: set[tuple[Taken, bool]] = set()
+        self._rates: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
 
     def offer(self, taken: Taken) -> None:
         """Price a choice of columns, its groups dealt out in both ways."""
@@ -96,6 +97,9 @@ class Search:
         self, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
     ) -> tuple[Floats, Floats]:
         """(Update, gradients) seconds of a decoder on every slot, at least; see `LinkCosts.least_rates`."""
-        least = self.chains.links.least_rates
-        found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
-        return np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        key = (copies, tuple(pools), alike, frozenset(must))
+        if key not in self._rates:
+            least = self.chains.links.least_rates
+            found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
+            self._rates[key] = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        return self._rates[key]

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,8 @@ def _price_alike(search: Search) -> float:
         copies = np.minimum(most[able], last)
         bounds = _alike(search, able, least, copies)
         kept = np.argsort(bounds, kind="stable")[:_ALIKE]
-        queue += [(float(bounds[i]), int(able[i]), least, int(copies[i])) for i in kept]
+        kept = kept[np.isfinite(bounds[kept])]
+        queue += zip(bounds[kept].tolist(), able[kept].tolist(), repeat(least), copies[kept].tolist())
     heapq.heapify(queue)
     for _ in range(_ALIKE):
         if not queue or queue[0][0] >= search.best.seconds:
@@ -163,9 +165,14 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
         bound, _, branch = heapq.heappop(queue)
         if not search.space.small or branch.is_root:  # else closing prices what there is
             branch.raise_from(bound)
-        if bound >= search.best.seconds or (search.space.small and branch.close()):
+        if bound >= search.best.seconds:
+            continue
+        closes = search.space.small and branch.decided  # before, it has choices of too many sorts
+        if closes and branch.close():
             continue
         parts = branch.split() if splits and bound < lower and not search.late() else []
+        if not parts and search.space.small and not closes and branch.close():
+            continue
         splits -= bool(parts)
         for part in parts:
             part.find_bound(bound, search.best.seconds)

@@ -29,7 +29,7 @@ NEAR = 1e-4  # how near a lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
 _PRICED = 2  # choices at each time
 _CHOICES = 40  # priced to close a branch on small clusters
-_LOOKED = 1_500  # partial choices looked at for that
+_LOOKED = 4_000  # partial choices looked at for that
 _CHOSEN_FROM = 20_000  # columns
 _APART = 0.004  # of the bound: longest tails nearer to each other are not worth a split
 _SHORT = 1e-9
@@ -63,6 +63,11 @@ class Branch:
         self.numbers, self.columns = numbers, columns
         self.bound = 0.0
         self._tails: dict[int, Tails] = {}
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is settled which pools work."""
+        return len(self.limits.must) == len(self.limits.may)
 
     # -- bounds ---------------------------------------------------------------------------------------------------
 
@@ -103,6 +108,8 @@ class Branch:
             self.bound = most
             return most
         high = most
+        if low and self.may_be_done(near := min(most, low * (1 + NEAR))):  # as most parts of a split
+            high = near
         while high - low > NEAR * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.may_be_done(middle) else (middle, high)
@@ -240,15 +247,19 @@ class Branch:
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
         order = np.flatnonzero(rows > 0)
         most = most_of_the_rest(columns.usage[order], rows[order], search.available)
-        # Plain numbers: these vectors are too short for numpy.
-        needs, own = [tuple(need) for need in columns.usage[order].tolist()], rows[order].tolist()
+        usage, own = columns.usage[order], rows[order]
+        needs = [tuple(need) for need in usage.tolist()]
 
         def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
             if missing <= 0:
                 yield ()
-            for place in range(start, len(order)):
+            after_one = np.array(left) - usage[start:]
+            able = np.flatnonzero((after_one >= 0).all(axis=1))
+            # one of a column allows at least the rows that several of it do
+            able = able[own[start:][able] + most[tuple(after_one[able].T)] >= missing]
+            for place in (able + start).tolist():
                 need, number = needs[place], 1
-                after, still = tuple(map(sub, left, need)), missing - own[place]
+                after, still = tuple(map(sub, left, need)), missing - int(own[place])
                 while min(after) >= 0:
                     looked[0] += 1
                     if looked[0] > _LOOKED:
@@ -260,7 +271,7 @@ class Branch:
                                 yield None
                                 return
                             yield ((int(self.numbers[order[place]]), number), *rest)
-                    after, still, number = tuple(map(sub, after, need)), still - own[place], number + 1
+                    after, still, number = tuple(map(sub, after, need)), still - int(own[place]), number + 1
 
         yield from further(0, tuple(search.available.tolist()), search.batch)
 
