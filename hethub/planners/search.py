@@ -167,11 +167,11 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
             branch.raise_from(bound)
         if bound >= search.best.seconds:
             continue
-        closes = search.space.small and branch.decided  # before, it has choices of too many sorts
-        if closes and branch.close():
+        # before it is decided, a branch has choices of too many sorts
+        if search.space.small and branch.decided and branch.close(whatever=False):
             continue
         parts = branch.split() if splits and bound < lower and not search.late() else []
-        if not parts and search.space.small and not closes and branch.close():
+        if not parts and search.space.small and branch.close(whatever=True):
             continue
         splits -= bool(parts)
         for part in parts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import sub
 
 import numpy as np
@@ -29,6 +30,7 @@ NEAR = 1e-4  # how near a lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
 _PRICED = 2  # choices at each time
 _CHOICES = 40  # priced to close a branch on small clusters
+_LAST_CHOICES = 400  # of a branch that cannot be split any further
 _LOOKED = 4_000  # partial choices looked at for that
 _CHOSEN_FROM = 20_000  # columns
 _APART = 0.004  # of the bound: longest tails nearer to each other are not worth a split
@@ -220,19 +222,25 @@ class Branch:
             tails.update[:, c], tails.gradients[:, c] = chain.tail_seconds, 0.0
         return bool(fresh)
 
-    def close(self) -> bool:
-        """Price every choice that its bounds allow to be quicker than the best candidate; True where none is left."""
+    def close(self, *, whatever: bool) -> bool:
+        """Price every choice that its bounds allow to be quicker than the best candidate; True where none is left.
+        Where there are too many, none is priced, or `whatever` there is as far as it goes."""
         search, priced, better = self.search, 0, True
         while better:
             better, before = False, search.best.seconds
-            looked = [0]
-            for taken in self._quicker(looked):
+            choices = self._quicker([0])
+            if not whatever:
+                few = list(islice(choices, _CHOICES + 1))
+                if len(few) > _CHOICES or None in few:
+                    return False
+                choices = iter(few)
+            for taken in choices:
                 if taken is None:
                     return False
                 if all((taken, way) in search.tried for way in (False, True)):
                     continue
                 priced += 1
-                if priced > _CHOICES or search.late():
+                if priced > _LAST_CHOICES or search.late():
                     return False
                 search.offer(taken)
                 if search.best.seconds < before:  # fewer are left now
