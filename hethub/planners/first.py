@@ -28,7 +28,7 @@ from hethub.specs.plan import Plan
 
 __all__ = ["Choice", "FirstPlanner"]
 
-_FINALISTS = 4
+_FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _VARIED = 2  # finalists tried under further schedules

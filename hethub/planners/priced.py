@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Best:
-    """The `most` best distinct candidates so far."""
+    """The `most` best distinct candidates so far: of one choice dealt out in both ways, the quicker."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -30,7 +30,9 @@ class Best:
 
     def offer(self, candidate: Candidate) -> None:
         """Keep it, where it is among the best."""
-        self.kept.setdefault(candidate.key, candidate)
+        known = self.kept.get(candidate.split)
+        if known is None or candidate.seconds < known.seconds:
+            self.kept[candidate.split] = candidate
         self.seconds = min(self.seconds, candidate.seconds)
         if len(self.kept) > self.most:
             del self.kept[max(self.kept, key=lambda key: self.kept[key].seconds)]
