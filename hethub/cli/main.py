@@ -64,7 +64,9 @@ def _load(name: str) -> Any:
     module, attribute = _COMMANDS[name]
     found = getattr(import_module(f"hethub.cli.{module}"), attribute)
     if isinstance(found, typer.Typer):
-        return typer.main.get_group(found)
+        group = typer.main.get_group(found)
+        group.name = name
+        return group
     alone = typer.Typer(add_completion=False)
     alone.command(name)(found)
     return typer.main.get_command(alone)

@@ -56,7 +56,8 @@ class Columns:
 
     A period is in segment k where it is SEGMENTS[k] to SEGMENTS[k + 1] times the least `period`. The first stage then
     has at least `first[k]` decoders, and the `fill[k]` is at least so long; `hidden` are the periods that may hide the
-    first stage's gradients. `places` are rows of `table` (see `periods.py`), by run.
+    first stage's gradients. Fewer micro-batches than are in flight at that period need less memory: with these a period
+    may be as short as `quick`, and the first stage may have no decoder. `places` are rows of `table` (see `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
@@ -69,6 +70,7 @@ class Columns:
     usage: Ints
     hops: Floats
     period: Floats
+    quick: Floats
     hidden: Floats
     fill: Floats
     first: Floats
@@ -141,14 +143,20 @@ class Columns:
             left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tail, least_tail)
             done = np.minimum(np.floor(np.maximum(left, 0.0) / (self.period * start) + 1 + EPS), _MOST)
             most = np.maximum(most, np.where((left >= 0) & (tail <= most_tail * (1 + EPS)), done, 0.0))
+            left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tails.update[k], least_tail)
+            done = np.floor(np.maximum(left, 0.0) / self.quick + 1 + EPS)
+            done = np.minimum(done, np.ceil(self.fill[k] / self.period))
+            most = np.maximum(most, np.where((left >= 0) & (tails.update[k] <= most_tail), done, 0.0))
         return most.astype(np.int64) * self.rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        found = [
-            self.fill[k] + (micro_batches - 1) * self.period * start + tails.update[k] + tails.gradients[k]
-            for k, start in enumerate(SEGMENTS[:-1])
-        ]
+        found = []
+        for k, start in enumerate(SEGMENTS[:-1]):
+            filled = self.fill[k] + tails.update[k]
+            few = micro_batches <= np.ceil(self.fill[k] / self.period)
+            found.append(filled + (micro_batches - 1) * self.period * start + tails.gradients[k])
+            found.append(np.where(few, filled + (micro_batches - 1) * self.quick, np.inf))
         least: Floats = np.minimum.reduce(found)
         return least
 

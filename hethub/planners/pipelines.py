@@ -39,7 +39,7 @@ _Made = tuple[tuple[int, ...], Ints, Ints]  # slots from the last stage on, coun
 
 _HALVINGS = 20  # of the range of periods
 _NEVER = np.inf
-_LAST, _INNER = (False, True), (False, False)
+_FIRST, _INNER, _LAST, _ONLY = (True, False), (False, False), (False, True), (True, True)
 
 
 class _Lines:
@@ -73,14 +73,16 @@ class _Lines:
         full = min(members, key=lambda cost: cost.most_decoders(_INNER, 1, holders, full=True))
         line[DECODER], line[BACKWARD], line[AGAIN] = sum(slow.decoder), slow.decoder[1], slow.decoder[0]
         line[HEAD], line[HEAD_AGAIN] = sum(slow.head), slow.head_again
-        inner = full.least_lines(_INNER, holders)
-        line[EACH], line[KEPT], line[ENTRY] = inner.each, inner.kept, inner.entry
-        line[EXCHANGED] = inner.exchanged
-        for place, shift in ((_INNER, 0), (_LAST, LAST)):
-            own = full.least_lines(place, holders)
-            line[ROOM + shift], line[OWN + shift] = own.room, own.own
-            line[EXCHANGE_ROOM + shift] = own.room - own.own - own.own_exchanged
-        line[MOST] = max(0.0, (inner.room - inner.own) // (inner.each + inner.kept))
+        line[ENTRY], line[MOST] = _NEVER, 0.0
+        for places, shift in (((_INNER, _FIRST), 0), ((_LAST, _ONLY), LAST)):
+            # a first stage of a small model has less to hold than an inner one, whose messages come from both sides
+            found = [full.least_lines(place, holders) for place in places]
+            room, own = max(f.room for f in found), min(f.own for f in found)
+            line[ROOM + shift], line[OWN + shift] = room, own
+            line[EXCHANGE_ROOM + shift] = room - own - min(f.own_exchanged for f in found)
+            line[EACH], line[KEPT], line[EXCHANGED] = found[0].each, found[0].kept, found[0].exchanged
+            line[ENTRY] = min(line[ENTRY], *(f.entry for f in found))
+            line[MOST] = max(line[MOST], (room - own) // (found[0].each + found[0].kept))
 
 
 def columns_of(chains: Chains, space: Space) -> Columns:
@@ -223,6 +225,7 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
         usage=usage,
         hops=hops,
         period=period,
+        quick=period,
         hidden=_hidden(chains, space, lines, runs, counts, places),
         fill=least_fills(lines.table, places, counts, chains.layers, period) + hops,
         first=least_firsts(lines.table, places, counts, chains.layers, period),

@@ -180,7 +180,8 @@ class Branch:
             few.raise_from(lower)
             return
         search = self.search
-        refined = replace(self.columns, period=self.columns.period.copy(), fill=self.columns.fill.copy())
+        own = self.columns
+        refined = replace(own, period=own.period.copy(), quick=own.quick.copy(), fill=own.fill.copy())
         bounds = self.tails(2)
         tails = Tails(update=np.array(bounds.update), gradients=bounds.gradients.copy())
         exact = np.zeros(len(refined), dtype=bool)
@@ -218,7 +219,8 @@ class Branch:
                 refined.fill[:, c] = np.inf
                 continue
             chain = min(fitting, key=lambda one: one.period_seconds + one.tail_seconds / search.batch)
-            refined.period[c], refined.fill[:, c] = chain.period_seconds, chain.fill_seconds
+            refined.period[c] = refined.quick[c] = chain.period_seconds
+            refined.fill[:, c] = chain.fill_seconds
             tails.update[:, c], tails.gradients[:, c] = chain.tail_seconds, 0.0
         return bool(fresh)
 
