@@ -38,6 +38,7 @@ SEGMENTS = (1.0, 1.01, 1.04, 1.12, 1.4, np.inf)  # of periods, in least periods
 _COUNT = len(SEGMENTS) - 1
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
+_LONG = 1e200  # seconds; infinity times no micro-batch would be no number
 MANY = 30_000  # columns whose updates are bounded more roughly
 
 
@@ -57,7 +58,8 @@ class Columns:
     A period is in segment k where it is SEGMENTS[k] to SEGMENTS[k + 1] times the least `period`. The first stage then
     has at least `first[k]` decoders, and the `fill[k]` is at least so long; `hidden` are the periods that may hide the
     first stage's gradients. Fewer micro-batches than are in flight at that period need less memory: with these a period
-    may be as short as `quick`, and the first stage may have no decoder. `places` are rows of `table` (see `periods.py`), by run.
+    may be as short as `quick`, and the first stage may have no decoder. `places` are rows of `table` (see
+    `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
@@ -151,11 +153,11 @@ class Columns:
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        found = []
+        found, period = [], np.minimum(self.period, _LONG)
         for k, start in enumerate(SEGMENTS[:-1]):
             filled = self.fill[k] + tails.update[k]
             few = micro_batches <= np.ceil(self.fill[k] / self.period)
-            found.append(filled + (micro_batches - 1) * self.period * start + tails.gradients[k])
+            found.append(filled + (micro_batches - 1) * period * start + tails.gradients[k])
             found.append(np.where(few, filled + (micro_batches - 1) * self.quick, np.inf))
         least: Floats = np.minimum.reduce(found)
         return least

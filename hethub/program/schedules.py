@@ -564,7 +564,9 @@ def _least_makespan(shape: Shape) -> float:
     for stage, (resource, hop) in enumerate(zip(shape.resources, (*shape.hops(), 0.0), strict=True)):
         there[resource] = min(there[resource], arrival)
         # split, a backward may take less than whole
-        backward = min(shape.backward_seconds[stage], shape.input_seconds[stage] + shape.weight_seconds[stage])
+        backward = min(
+            shape.backward_seconds[stage], shape.input_seconds[stage] + shape.weight_seconds[stage]
+        )
         work[resource] += shape.micro_batches * (shape.forward_seconds[stage] + backward)
         arrival += shape.forward_seconds[stage] + hop
     return max(there[resource] + seconds for resource, seconds in work.items())
