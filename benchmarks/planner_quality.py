@@ -183,7 +183,9 @@ def problems(
         entry, most = found[str(line["problem"])]["ours"], float(line["seconds"])
         if entry["search_seconds"] > most:
             yield f"{line['problem']}: our search took {entry['search_seconds']:.2f} s, Sailor's {most} s"
-    beyond = [n for n in PUBLISHED if figures[f"sailor_ratio_{n}"] > figures[f"sailor_bound_{n}"] * (1 + 1e-9)]
+    beyond = [
+        n for n in PUBLISHED if figures[f"sailor_ratio_{n}"] > figures[f"sailor_bound_{n}"] * (1 + 1e-9)
+    ]
     yield from (f"our plan of {size} devices is better than its bound allows" for size in beyond)
     error = figures["sailor_like_error"]
     if error > VALID:

@@ -140,15 +140,18 @@ class Columns:
         """Rows that each pipeline can do within `seconds`, at most, where the longest tail of all that stand side
         by side is at least `least_tail` and at most `most_tail`."""
         most = np.zeros(len(self))
+        # where memory counts, few micro-batches may be quicker
+        own = np.flatnonzero((self.quick < self.period * (1 - EPS)) | (tails.gradients[0] > 0))
         for k, start in enumerate(SEGMENTS[:-1]):
             tail = tails.update[k] + tails.gradients[k]
             left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tail, least_tail)
             done = np.minimum(np.floor(np.maximum(left, 0.0) / (self.period * start) + 1 + EPS), _MOST)
             most = np.maximum(most, np.where((left >= 0) & (tail <= most_tail * (1 + EPS)), done, 0.0))
-            left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tails.update[k], least_tail)
-            done = np.floor(np.maximum(left, 0.0) / self.quick + 1 + EPS)
-            done = np.minimum(done, np.ceil(self.fill[k] / self.period))
-            most = np.maximum(most, np.where((left >= 0) & (tails.update[k] <= most_tail), done, 0.0))
+            fill, update = self.fill[k, own], tails.update[k, own]
+            left = seconds * (1 + EPS) - fill - np.maximum(update, least_tail)
+            done = np.floor(np.maximum(left, 0.0) / self.quick[own] + 1 + EPS)
+            done = np.minimum(done, np.ceil(fill / self.period[own]))
+            most[own] = np.maximum(most[own], np.where((left >= 0) & (update <= most_tail), done, 0.0))
         return most.astype(np.int64) * self.rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:

@@ -23,7 +23,7 @@ __all__ = ["Finalist", "actions_of", "describe", "fits", "run_off", "simulate_pl
 
 _WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
 _SAMPLED = 2  # of alike pipelines, in such a part
-_ROUNDS = 3  # micro-batches for each stage, in such a part
+_ROUNDS = 2  # micro-batches for each stage, in such a part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

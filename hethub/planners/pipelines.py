@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, permutations
 
 import numpy as np
 import numpy.typing as npt
 
 from hethub.planners.chain import Chains
-from hethub.planners.columns import BY_COLUMN, BY_SEGMENT, Columns, least_fills, least_firsts
+from hethub.planners.columns import BY_COLUMN, BY_SEGMENT, SEGMENTS, Columns, least_fills, least_firsts
 from hethub.planners.periods import (
     AGAIN,
     BACKWARD,
@@ -214,6 +215,7 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
     places = np.where(counts > 0, runs * lines.width + np.searchsorted(space.rows, rows)[:, None], 0)
     hops, load = _hops(chains, space, runs, counts, rows)
     period = np.maximum(_time_periods(lines.table, places, counts, chains.layers), load)
+    segments = (len(SEGMENTS) - 1, len(runs))
     columns = Columns(
         slots=space.slots,
         table=lines.table,
@@ -227,13 +229,14 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
         period=period,
         quick=period,
         hidden=_hidden(chains, space, lines, runs, counts, places),
-        fill=least_fills(lines.table, places, counts, chains.layers, period) + hops,
-        first=least_firsts(lines.table, places, counts, chains.layers, period),
+        fill=np.zeros(segments),
+        first=np.zeros(segments),
     )
-    if space.small:
-        return columns
-    columns = columns.refined(compiled=True)
-    return columns.taken(np.isfinite(columns.period))
+    if not space.small:
+        columns = columns.refined(compiled=True)
+        return columns.taken(np.isfinite(columns.period))
+    given = (lines.table, places, counts, chains.layers, period)
+    return replace(columns, fill=least_fills(*given) + hops, first=least_firsts(*given))
 
 
 def _stacked(made: Iterator[_Made], width: int) -> tuple[Ints, Ints, Ints]:

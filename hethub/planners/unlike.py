@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hethub.planners.candidate import chains_of
-from hethub.planners.columns import Columns, Tails
+from hethub.planners.columns import MANY, Columns, Tails
 from hethub.planners.master import Taken, most_rows, relax
 from hethub.planners.priced import Search
 
@@ -26,7 +26,7 @@ __all__ = ["NEAR", "Branch", "roots"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-NEAR = 1e-4  # how near a lower bound's bisection comes
+NEAR, _NEAR_OF_MANY = 1e-4, 1e-3  # how near a lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
 _PRICED = 2  # choices at each time
 _CHOICES = 40  # priced to close a branch on small clusters
@@ -110,9 +110,10 @@ class Branch:
             self.bound = most
             return most
         high = most
-        if low and self.may_be_done(near := min(most, low * (1 + NEAR))):  # as most parts of a split
-            high = near
-        while high - low > NEAR * high:
+        if low and self.may_be_done(next_to := min(most, low * (1 + NEAR))):  # as most parts of a split
+            high = next_to
+        near = NEAR if len(self.columns) <= MANY else _NEAR_OF_MANY
+        while high - low > near * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.may_be_done(middle) else (middle, high)
         self.bound = low
