@@ -59,6 +59,22 @@ def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:
     assert (failed.cause, failed.device) == ("stall", "b/0/1")
 
 
+def test_another_worker_that_dies_while_the_first_is_replaced_is_replaced_too(
+    unbroken: Ran, tmp_path: Path
+) -> None:
+    """Row 2: the second fault comes during the recovery from the first."""
+    write_job(tmp_path, fault=fault("b/0/1", 4, "kill"), on_failure={"restart": "same", "max_restarts": 5})
+    started = Launch(tmp_path)
+    try:
+        started.says("attempt 1 failed")
+        kill(started.worker("a/0/0"))
+    finally:
+        ran = ended(started)
+    check_invariants(ran, unbroken, STEPS)
+    assert ran.killed() == 1
+    assert len((ran.run / "logs" / "a-0-0.log").read_text().split("device index ")) == 3
+
+
 def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_path: Path) -> None:
     """Row 3 and 15: another split, the same samples, the same losses within 1e-6."""
     write_job(tmp_path, fault=fault("b/0/0", 7, "kill"), on_failure={"restart": "replan"})
