@@ -26,7 +26,7 @@ _DEATHS = ("kill", "exit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """One failure. `step` was under way when `device` failed; the run goes on from `from_step` without the devices
+    """One failure, of `device` in its step `step`; the run goes on from `from_step` without the devices
     `lost`, with steps of `step_seconds`. `again_seconds` of work are done again."""
 
     step: int
@@ -127,7 +127,7 @@ class _Replay:
                 return self._forecast(self._steps, self._wall + end)
             done = self._course.step_at(self._first, failure.at_seconds)
             self._stall_until(done)
-            ended = self._fail(failure, done)
+            ended = self._fail(failure)
             if ended:
                 return self._forecast(done, self._wall, ended)
 
@@ -144,8 +144,8 @@ class _Replay:
             ended=ended,
         )
 
-    def _fail(self, failure: _Failure, step: int) -> str:
-        """Go past a failure in `step`, to the next attempt's first; returns why there is none, if so."""
+    def _fail(self, failure: _Failure) -> str:
+        """Go past a failure, to the next attempt's first step; returns why there is none, if so."""
         before, first, at = self._course, self._first, failure.at_seconds
         name = before.names[failure.first.device]
         self._wall += at + failure.detect_seconds
@@ -157,7 +157,7 @@ class _Replay:
             self._resume(lost, [fault for n, (fault, _) in enumerate(before.faults) if n not in failure.over])
         recovery = before.recovery
         outage = Outage(
-            step=step,
+            step=failure.first.step,
             device=name,
             cause=failure.cause.value,
             from_step=self._first,

@@ -89,6 +89,36 @@ def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_pat
     assert after == pytest.approx(before, rel=1e-6)
 
 
+def test_the_simulator_predicts_what_a_fault_costs(
+    capsys: pytest.CaptureFixture[str], unbroken: Ran, tmp_path: Path
+) -> None:
+    """The same job file: who fails, why, where the run goes on, and without whom."""
+    faults = [
+        fault("b/0/1", 2, "raise", action="backward stage 1 micro-batch 1"),
+        fault("c/0/0", 5, "kill", action="forward stage 0 micro-batch 1"),
+        fault("c/0/1", 8, "kill", action="backward stage 0 micro-batch 1"),
+    ]
+    policy = {"restart": "replan", "max_restarts": 5}
+    write_job(tmp_path, fault=faults, on_failure=policy)
+    text = (tmp_path / "cluster.yaml").read_text()
+    (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
+    result = hethub(capsys, tmp_path, "simulate", "plan.yaml", "--faults", "job.yaml", "--json")
+    predicted = json.loads(result.out)["faults"]
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS, relative=1e-5)
+    events = ran.journal()
+    failed = [event for event in events if event.event == "failed"]
+    began = [event.step for event in events if event.event == "began"]
+    told = [
+        (event.device, event.cause, set(event.lost), step)
+        for event, step in zip(failed, began[1:], strict=True)
+    ]
+    expected = [
+        (one["device"], one["cause"], set(one["lost"]), one["from_step"]) for one in predicted["outages"]
+    ]
+    assert told == expected
+
+
 @pytest.mark.chaos
 def test_a_node_whose_workers_all_die_is_told_as_one(unbroken: Ran, tmp_path: Path) -> None:
     """Row 3: both devices of node c."""
