@@ -56,6 +56,12 @@ def accelerators(logs: Path) -> dict[str, list[str]]:
     }
 
 
+def started(crew: Crew) -> None:
+    """Workers answer once they have written the first line of their logs."""
+    crew.prepare()
+    assert set(crew.call("results", (0,))) == set(crew.devices)
+
+
 def test_a_node_with_another_program_is_refused_and_both_digests_are_told(
     tmp_path: Path, address: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,10 +82,10 @@ def test_a_worker_sees_its_own_accelerator_again_when_a_plan_without_another_rep
     logs = tmp_path / "logs"
     logs.mkdir()
     with Crew(cluster, [0, 1, 2], logs, address) as crew:
-        crew.prepare()
+        started(crew)
         own = {"a/0/0": ["0"], "a/0/1": ["1"], "a/0/2": ["2"]}
         assert accelerators(logs) == own
         left = replace(cluster, exclude=frozenset({"a/0/0"}))
         crew.regroup(left, [0, 1], {"a/0/0", "a/0/2"})
-        crew.prepare()
+        started(crew)
         assert accelerators(logs) == own | {"a/0/2": ["2", "2"]}

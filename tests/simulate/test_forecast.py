@@ -45,16 +45,15 @@ AT_ONCE = RecoverySeconds(
 SAME = FailurePolicy(restart="same", max_restarts=100, within_seconds=3600.0, not_a_number="stop")
 
 
+def middle(device: int) -> int:
+    """An action in the middle of a device's list."""
+    return len(PROGRAM.devices[device]) // 2
+
+
 def fault(step: int, **changes: Any) -> Fault:
     """A worker killed in the middle of a step, or something else."""
     device = changes.get("device", USED[0])
-    values = {
-        "device": device,
-        "action": len(PROGRAM.devices[device]) // 2,
-        "phase": "before",
-        "do": "kill",
-        "factor": 2.0,
-    }
+    values = {"device": device, "action": middle(device), "phase": "before", "do": "kill", "factor": 2.0}
     return Fault(**{**values, "step": step, "place": "job.yaml:9:3 fault.action", **changes})
 
 
@@ -101,7 +100,7 @@ def test_what_was_done_since_the_newest_checkpoint_is_done_again(step: int, from
     assert (outage.step, outage.device, outage.cause) == (step, NAMES[USED[0]], "worker")
     assert outage.from_step == from_step
     assert step - from_step < outage.again_seconds < step - from_step + 1
-    assert found.wall_seconds == pytest.approx(played([]).wall_seconds + outage.again_seconds, abs=0.1)
+    assert found.wall_seconds == pytest.approx(played([]).wall_seconds + outage.again_seconds, abs=0.2)
 
 
 def test_a_checkpoint_that_is_not_whole_yet_is_not_gone_on_from() -> None:
@@ -144,8 +143,10 @@ def test_without_a_lost_device_steps_are_those_of_another_plan() -> None:
 
 def test_a_fault_of_a_device_that_is_no_longer_there_does_not_come() -> None:
     policy = replace(SAME, restart="replan")
-    other = USED[-1]
-    found = played([fault(7), fault(9), fault(12, device=other)], policy=policy)
+    left = planned_anew(replace(PLAN.cluster, exclude=frozenset({NAMES[USED[0]]})))
+    used = {left.cluster.devices()[d].name for d in lay_out(left).used}
+    other = next(d for d in USED if NAMES[d] in used)
+    found = played([fault(7), fault(9), fault(12, device=other, action=1)], policy=policy)
     assert [one.device for one in found.outages] == [NAMES[USED[0]], NAMES[other]]
 
 
@@ -194,9 +195,7 @@ def test_slow_devices_and_actions_make_their_steps_longer() -> None:
     lasting = fault(4, action=COMPUTE, do="slow", factor=3.0, steps=6)
     three = played([lasting]).wall_seconds
     assert plain < three < plain + 6 * 2.1
-    seconds = Course(PLAN, NOT_MEASURED, SCALE, (), 0, AT_ONCE).predicted_seconds(
-        USED[0], len(PROGRAM.devices[USED[0]]) // 2
-    )
+    seconds = Course(PLAN, NOT_MEASURED, SCALE, (), 0, AT_ONCE).predicted_seconds(USED[0], middle(USED[0]))
     for phase in ("before", "during", "after"):
         one = played([fault(4, do="slow", factor=3.0, phase=phase)])
         assert one.wall_seconds - plain == pytest.approx(2 * seconds * SCALE)
