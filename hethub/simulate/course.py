@@ -46,8 +46,8 @@ def stall_limit_seconds(predicted_seconds: float, *, outside: bool = False) -> f
 class RecoverySeconds:
     """What the parts of a recovery take, wall seconds, and how fast a state is written and read, bytes a second.
 
-    The defaults are what benchmarks/recovery.py measured: local workers that are forked, checkpoints of megabytes on a
-    local disk. On another cluster put in what `recoveries` of a run's summary says.
+    The defaults are medians of benchmarks/recovery.py: local workers that are forked, small checkpoints on a local disk.
+    Rates are of one core and a file of 200 MB. On another cluster put in what `recoveries` of a run's summary says.
     """
 
     detect_seconds: float = 0.3  # from a death or an error to the driver's decision
@@ -59,7 +59,7 @@ class RecoverySeconds:
     commit_seconds: float = 0.2  # from a checkpoint's last byte to its manifest
     copy_bytes_per_second: float = 1e9  # into host memory; training stands still
     write_bytes_per_second: float = 3e8  # digests and disk, while training goes on
-    read_bytes_per_second: float = 3e8  # digests verified
+    read_bytes_per_second: float = 8e8  # digests verified
 
 
 class Course:
