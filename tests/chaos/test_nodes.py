@@ -15,6 +15,7 @@ from tests.chaos.three_types import JOB, Ran, check_invariants, ended, write_job
 from tests.launch.small_job import Launch
 
 STEPS = JOB["steps"]
+HASTY = "from hethub.launch import crew\ncrew._GATHER_FAILURES_SECONDS = 0.0"
 RESOURCES = {"a": {"hethub_fast": 1}, "b": {"hethub_middle": 2}, "c": {"hethub_slow": 2}}
 
 
@@ -49,13 +50,17 @@ def processes_of(node: Any) -> list[int]:
 def test_a_lost_or_hung_node_is_told_as_one_and_the_rest_is_planned_anew(
     unbroken: Ran, tmp_path: Path, nodes: tuple[str, dict[str, Any]], number: signal.Signals
 ) -> None:
-    """Row 3: the raylet, the host and the workers of a node at one moment."""
+    """Row 3: the raylet, the host and the workers of a node at one moment.
+
+    The driver does not wait here for more than the first word of it, which is a survivor's: under load that comes long
+    before Ray's. It was seen to begin anew on the lost devices, for nothing had failed but a connection.
+    """
     address, by_group = nodes
     write_job(tmp_path, on_failure={"restart": "replan"}, ray={"address": address})
     # Slow enough that the node is lost in the middle.
     text = (tmp_path / "cluster.yaml").read_text()
     (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
-    started = Launch(tmp_path)
+    started = Launch(tmp_path, before=HASTY)
     gone: list[int] = []
     try:
         started.training()
@@ -68,5 +73,7 @@ def test_a_lost_or_hung_node_is_told_as_one_and_the_rest_is_planned_anew(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
     check_invariants(ran, unbroken, STEPS, relative=1e-5)
-    (failed,) = [event for event in ran.journal() if event.event == "failed"]
+    failures = [event for event in ran.journal() if event.event == "failed"]
+    assert len(failures) == 1, failures
+    (failed,) = failures
     assert set(failed.lost) == {"c/0/0", "c/0/1"} and failed.cause == "node"
