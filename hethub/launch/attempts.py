@@ -231,7 +231,9 @@ class Attempts:
             look.wait(_MORE_DEATHS_SECONDS / 5)
             dead |= {everyone[d].name for d in crew.dead()}
         gone = [d for d in crew.devices if everyone[d].name in dead]
-        if gone and failure.cause == Cause.LINK:  # a survivor told first that it had lost its connection to them
+        if (
+            gone and failure.cause == Cause.LINK
+        ):  # a survivor told first that it had lost its connection to them
             failure = crew.died(gone[0])
         node = failure.device.rpartition("/")[0]
         beside = {everyone[d].name for d in crew.devices if everyone[d].name.rpartition("/")[0] == node}
