@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hethub.checkpoints.manifest import TrainingSpec
 from hethub.checkpoints.restarts import Cause, decide
 from hethub.checkpoints.store import CHECKPOINTS, Store
-from hethub.errors import InputError, RunError
+from hethub.errors import RunError
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
 from hethub.launch.crew import WorkerFailedError
 from hethub.launch.drift import Moved
-from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, HistorySettings, read_history
 from hethub.launch.journal import Event, Journal, read_journal
 from hethub.launch.keeper import Keeper, SaveCounts
 from hethub.launch.outcome import RunOutcome
 from hethub.launch.session import Attempt, Session
+from hethub.program.faults import faults_left, plan_faults
 from hethub.specs.job import COMPUTE, JOIN, Fault, Job
 from hethub.specs.plan import save_plan
 
@@ -241,16 +241,14 @@ class Attempts:
 
     def _replan(self, lost: Collection[str]) -> None:
         cluster = self.job.cluster
-        names = [device.name for device in cluster.devices()]
         self.job = replace(self.job, plan=None, cluster=replace(cluster, exclude=cluster.exclude | set(lost)))
         plan, _ = choose_plans(replace(self.job, compare_even_steps=0))
         self.compiled = compile_plan(plan)
         save_plan(plan, self.folder / "plan.yaml")
         self.compiled.predicted.save(self.folder / "predicted.npz")
-        index = {device.name: d for d, device in enumerate(self.job.cluster.devices())}
-        left = [fault for fault in self.faults if fault.link or names[fault.device] in index]
-        moved = [_moved(fault, names, index) for fault in left]
-        self.faults = tuple(fault for fault in moved if _possible(fault, self.compiled))
+        self.faults = faults_left(
+            self.faults, cluster, self.job.cluster, self.compiled.program, self.compiled.seconds
+        )
 
     def _drop_faults(self) -> None:
         """Faults that have had their chance do not come again, or the run would never get past them: by where their
@@ -265,16 +263,3 @@ class Attempts:
                 if where(planned.device) < (planned.step, planned.action):
                     left.append(fault)
         self.faults = tuple(left)
-
-
-def _moved(fault: Fault, names: list[str], index: Mapping[str, int]) -> Fault:
-    """A fault of a device, under another numbering."""
-    return fault if fault.link else replace(fault, device=index[names[fault.device]])
-
-
-def _possible(fault: Fault, compiled: Compiled) -> bool:
-    """Whether another plan has the action of a fault."""
-    try:
-        return bool(plan_faults([fault], compiled.program, compiled.seconds))
-    except InputError:
-        return False

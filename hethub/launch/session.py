@@ -22,7 +22,6 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
 from hethub.launch.drift import DriftWatch, Moved
-from hethub.launch.faults import join_faults, plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.keeper import Keeper
 from hethub.launch.lease import Lease
@@ -33,6 +32,7 @@ from hethub.launch.sockets import open_store
 from hethub.launch.stall import StallWatch, where
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
+from hethub.program.faults import join_faults, plan_faults
 from hethub.simulate.comparison import WARM_UP_STEPS
 from hethub.simulate.pace import Expected, Pace
 from hethub.specs.job import Fault, Job
@@ -55,7 +55,7 @@ _PING_SECONDS = 1.0
 _DRIFT_LOOK_SECONDS = 1.0  # between looks at how fast devices and links are, or where one takes long:
 _DRIFT_LOOK_SHARE = 50.0  # times as long
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
-_STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
+_STUCK_WORDS = "; the process answers, the action does not end. Its log has the stacks of its threads"
 
 
 @dataclass(slots=True)
@@ -209,6 +209,7 @@ class Session:
             stall = watcher.look(pending)
             if stall is None:
                 return
+            self.crew.save_stacks()
             silent = self.crew.silent(stall.members or (stall.device,), _PING_SECONDS)
             device = silent[0] if silent else stall.device
             names = self.job.cluster.devices()

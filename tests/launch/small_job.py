@@ -180,11 +180,15 @@ class Launch:
 
     def training(self) -> None:
         """Return when the first step is done."""
+        self.says(r"step \d+/")  # quick steps may come several at once
+
+    def says(self, pattern: str) -> None:
+        """Return when it has said such a line, after those that were waited for before."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if re.search(r"step \d+/", line):  # quick steps may come several at once
+            if re.search(pattern, line):
                 return
-        raise AssertionError("the launch ended before its first step")
+        raise AssertionError(f"the launch ended before it said {pattern}")
 
     def worker(self, device: str) -> int:
         """The process of a device, as its log tells."""
