@@ -23,7 +23,6 @@ from hethub.launch.keeper import Keeper, SaveCounts
 from hethub.launch.outcome import RunOutcome
 from hethub.launch.session import Attempt, Session
 from hethub.specs.job import COMPUTE, JOIN, Fault, Job
-from hethub.specs.plan import save_plan
 
 __all__ = ["Attempts", "next_attempt"]
 
@@ -240,8 +239,7 @@ class Attempts:
         self.job = replace(self.job, plan=None, cluster=replace(cluster, exclude=cluster.exclude | set(lost)))
         plan, _ = choose_plans(replace(self.job, compare_even_steps=0))
         self.compiled = compile_plan(plan)
-        save_plan(plan, self.folder / "plan.yaml")
-        self.compiled.predicted.save(self.folder / "predicted.npz")
+        self.compiled.save(self.folder)
         index = {device.name: d for d, device in enumerate(self.job.cluster.devices())}
         left = [fault for fault in self.faults if fault.link or names[fault.device] in index]
         moved = [_moved(fault, names, index) for fault in left]
