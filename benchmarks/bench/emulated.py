@@ -16,7 +16,7 @@ from bench.splits import compute_of
 from hethub.cost.bounds import physical_bound
 from hethub.cost.compute import ComputeModel
 from hethub.program.actions import Program
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.plan import Plan
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Timeline
 from hethub.timeline.summary import step_numbers, step_seconds, summarize
@@ -90,9 +90,19 @@ class Run:
         return self.bound_step_seconds / self.measured_step_seconds
 
     @cached_property
+    def _simulation(self) -> Simulation:
+        return simulate(self.program, self.compute, steps=3)
+
+    @property
+    def predicted(self) -> Timeline:
+        """The prediction as a launch makes it: a step between two others."""
+        assert self._simulation.timeline is not None
+        return self._simulation.timeline
+
+    @property
     def predicted_step_seconds(self) -> float:
         """What the simulator says."""
-        return simulate(self.program, self.compute, record=False, steps=3).step_seconds
+        return self._simulation.step_seconds
 
     @cached_property
     def losses_of_time(self) -> Waterfall:
