@@ -23,7 +23,6 @@ from hethub.launch.outcome import RunOutcome
 from hethub.launch.session import Attempt, Session
 from hethub.program.faults import faults_left, plan_faults
 from hethub.specs.job import COMPUTE, JOIN, Fault, Job
-from hethub.specs.plan import save_plan
 
 __all__ = ["Attempts", "next_attempt"]
 
@@ -244,8 +243,7 @@ class Attempts:
         self.job = replace(self.job, plan=None, cluster=replace(cluster, exclude=cluster.exclude | set(lost)))
         plan, _ = choose_plans(replace(self.job, compare_even_steps=0))
         self.compiled = compile_plan(plan)
-        save_plan(plan, self.folder / "plan.yaml")
-        self.compiled.predicted.save(self.folder / "predicted.npz")
+        self.compiled.save(self.folder)
         self.faults = faults_left(
             self.faults, cluster, self.job.cluster, self.compiled.program, self.compiled.seconds
         )
