@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hethub.cli.shown import shown
+
 if TYPE_CHECKING:  # numpy and pydantic are loaded when the command runs
     from hethub.launch.run_state import RunState
 
@@ -44,7 +46,7 @@ def runs(
     else:
         typer.echo("\t".join(_HEADINGS))
         for run in found:
-            typer.echo("\t".join(_row(run)))
+            typer.echo(shown("\t".join(_row(run))))
 
 
 def status(run: Run, as_json: _Json = False) -> None:
@@ -121,14 +123,14 @@ def _tell_end(found: RunState, words: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"did": words, **found.as_dict()}, indent=2))
         return
-    typer.echo(f"{found.folder}: {words}")
+    typer.echo(shown(f"{found.folder}: {words}"))
     if found.state != "stopped":
         for line in run_lines(found):
             typer.echo(line)
 
 
 def run_lines(run: RunState) -> list[str]:
-    """A run in lines of `key<tab>value`."""
+    """A run in lines of `key<tab>value`, fit for a terminal."""
     lines = [f"run\t{run.folder}", f"state\t{run.state}" + (f": {run.why}" if run.why else "")]
     if run.exit_code is not None:
         lines.append(f"exit code\t{run.exit_code}")
@@ -160,7 +162,7 @@ def run_lines(run: RunState) -> list[str]:
         lines.append(f"job\t{run.job_file}")
     if run.state in ("lost", "stopped", "failed") and run.checkpoint_step is not None:
         lines.append(f"go on with\thethub launch --resume {run.folder}")
-    return lines
+    return [shown(line) for line in lines]
 
 
 _HEADINGS = ("run", "state", "steps", "loss", "devices", "cluster", "started", "took", "why")
@@ -187,13 +189,13 @@ def _print_table(found: list[RunState], folder: Path) -> None:
     from rich.text import Text
 
     if not found:
-        typer.echo(f"{folder} holds no runs")
+        typer.echo(shown(f"{folder} holds no runs"))
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
     for run in found:
-        table.add_row(*(Text(cell) for cell in _row(run)))
+        table.add_row(*(Text(shown(cell)) for cell in _row(run)))
     Console().print(table)
 
 

@@ -19,13 +19,14 @@ from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
 from hethub.program.memory import program_memory
 from hethub.program.prove import prove
+from hethub.simulate.comparison import MEASURED, PREDICTED
 from hethub.simulate.engine import seconds_by_action, simulate
 from hethub.simulate.modelled import Modelled
 from hethub.simulate.report import figures
 from hethub.specs.document import dump_yaml
 from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
-from hethub.specs.plan import Plan, load_plan, plan_to_spec
+from hethub.specs.plan import Plan, load_plan, plan_to_spec, save_plan
 from hethub.timeline.record import Timeline
 
 __all__ = ["Compiled", "choose_plans", "compile_plan", "read_plan"]
@@ -75,6 +76,12 @@ class Compiled:
         """Names of the devices in use, by their index."""
         devices = self.plan.cluster.devices()
         return tuple(devices[d].name for d in self.program.layout.used)
+
+    def save(self, folder: Path) -> None:
+        """Write plan and prediction into a run folder, where steps that were measured under another are forgotten."""
+        (folder / f"{MEASURED}.npz").unlink(missing_ok=True)
+        save_plan(self.plan, folder / "plan.yaml")
+        self.predicted.save(folder / f"{PREDICTED}.npz")
 
 
 def compile_plan(plan: Plan) -> Compiled:

@@ -523,6 +523,11 @@ class Crew:
             cause,
         )
 
+    def died(self, number: int) -> WorkerFailedError:
+        """The error that names a device whose worker, or its host, is gone."""
+        reason = _DIED if self._node(number) in self._hosts else _NODE_DIED
+        return self.failed(number, self.explain(number), reason, Cause.WORKER)
+
     def ask(self, method: str, devices: Collection[int], timeout_seconds: float) -> dict[int, Any]:
         """Answers of a quick method while another runs, by device; without those that do not answer in time or fail."""
         import ray

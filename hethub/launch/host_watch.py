@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 __all__ = ["HOST_SILENT_SECONDS", "HostWatch"]
 
-HOST_SILENT_SECONDS = 5.0
+HOST_SILENT_SECONDS = 8.0  # as long as a worker may be silent; a lost node is to be replaced within 20 s
 _ASK_SECONDS = 1.0  # between an answer and the next question, and the most that one look counts for
 
 Node = TypeVar("Node")

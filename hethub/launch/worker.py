@@ -550,7 +550,7 @@ class Worker:
         return set(self.agreed.neighbours) if self.training is not None else set()
 
     def recent_records(self) -> npt.NDArray[np.void]:
-        """This device's records of the last two steps that it has done; may be asked while training."""
+        """This device's records of the last steps that it has done; may be asked while training."""
         return self.recorder.recent(self._done)
 
     def records(self) -> npt.NDArray[np.void]:

@@ -46,7 +46,7 @@ def stall_limit_seconds(predicted_seconds: float, *, outside: bool = False) -> f
 class RecoverySeconds:
     """What the parts of a recovery take, wall seconds, and how fast a state is written and read, bytes a second.
 
-    The defaults are medians of benchmarks/recovery.py: local workers that are forked, small checkpoints on a local disk.
+    The defaults are medians of benchmarks/recovery.py: forked local workers, small checkpoints on a local disk.
     Rates are of one core and a file of 200 MB. On another cluster put in what `recoveries` of a run's summary says.
     """
 

@@ -162,12 +162,14 @@ _END_SECONDS = 90.0  # a launch that hangs fails its test
 class Launch:
     """`hethub launch` as a process group of its own, marked so that whatever it leaves behind is found."""
 
-    def __init__(self, folder: Path, *arguments: str, job: str = "job.yaml") -> None:
+    def __init__(self, folder: Path, *arguments: str, job: str = "job.yaml", before: str = "") -> None:
+        """`before` is Python that changes what the launch would do by itself."""
         self.folder = folder
+        program = ["-c", f"{before}\nfrom hethub.cli.main import run\nrun()"] if before else ["-m", "hethub"]
         # Not pytest's folder: Ray's sockets need a short path.
         self.temporary = Path(tempfile.mkdtemp(prefix="hh-"))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hethub", "launch", *([job] if job else []), *arguments],
+            [sys.executable, *program, "launch", *([job] if job else []), *arguments],
             cwd=folder,
             env={**os.environ, "TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
