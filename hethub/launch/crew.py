@@ -302,7 +302,7 @@ class Crew:
         if self.address is None:
             return
         ours = code_digest()
-        asked = {node: host.code.remote() for node, host in self._hosts.items()}
+        asked = {node: self._hosts[node].code.remote() for node in self._members}
         for node, reference in asked.items():
             found = self._got(self._members[node][0], reference, "start", _PLACEMENT_TIMEOUT_SECONDS)
             if isinstance(found, Failure):
