@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.planners.answer import answer
@@ -22,14 +20,14 @@ from hethub.program.compile import compile_program
 from hethub.program.memory import program_memory
 from hethub.program.prove import prove
 from hethub.simulate.comparison import MEASURED, PREDICTED
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import seconds_by_action, simulate
 from hethub.simulate.modelled import Modelled
 from hethub.simulate.report import figures
 from hethub.specs.document import dump_yaml
 from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan, plan_to_spec, save_plan
-from hethub.timeline.record import Kind, Timeline
+from hethub.timeline.record import Timeline
 
 __all__ = ["Compiled", "choose_plans", "compile_plan", "read_plan"]
 
@@ -51,11 +49,7 @@ class Compiled:
     @cached_property
     def action_seconds(self) -> Mapping[tuple[int, int], float]:
         """(device, action) -> predicted seconds; of a receive: from the message's sending to its arrival."""
-        records = self.predicted.records
-        records = records[(records["step"] == 0) & (records["kind"] != Kind.COLLECTIVE)]
-        since = np.where(np.isnan(records["sent"]), records["start"], records["sent"])
-        keys = zip(records["device"].tolist(), records["action"].tolist(), strict=True)
-        return dict(zip(keys, (records["end"] - since).tolist(), strict=True))
+        return seconds_by_action(self.predicted)
 
     def seconds(self, device: int, action: int) -> float:
         """Predicted seconds of an action of the training program."""

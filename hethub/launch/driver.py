@@ -26,7 +26,6 @@ from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
 from hethub.launch.crew import Crew
 from hethub.launch.environment import environment
-from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, committed_steps
 from hethub.launch.journal import Event, Journal, read_journal
@@ -34,6 +33,7 @@ from hethub.launch.outcome import RunOutcome, draw, summary_of, write_metrics
 from hethub.launch.run_folder import RunFolder
 from hethub.launch.session import Session
 from hethub.launch.telemetry import Telemetry
+from hethub.program.faults import plan_faults
 from hethub.simulate.comparison import MEASURED
 from hethub.specs.job import Job
 from hethub.specs.llama_config import config_of

@@ -22,7 +22,6 @@ from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
 from hethub.launch.drift import Moved
-from hethub.launch.faults import join_faults, plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.keeper import Keeper
 from hethub.launch.lease import Lease
@@ -34,6 +33,7 @@ from hethub.launch.stall import StallWatch, where
 from hethub.launch.step_watch import StepWatch
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
+from hethub.program.faults import join_faults, plan_faults
 from hethub.simulate.comparison import MEASURED
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
@@ -53,7 +53,7 @@ _JOIN_SECONDS_PER_WORKER = 0.1
 _SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
 _PING_SECONDS = 1.0
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
-_STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
+_STUCK_WORDS = "; the process answers, the action does not end. Its log has the stacks of its threads"
 
 
 @dataclass(slots=True)
@@ -210,6 +210,7 @@ class Session:
             stall = watcher.look(pending)
             if stall is None:
                 return
+            self.crew.save_stacks()
             silent = self.crew.silent(stall.members or (stall.device,), _PING_SECONDS)
             device = silent[0] if silent else stall.device
             names = self.job.cluster.devices()

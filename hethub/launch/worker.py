@@ -36,7 +36,7 @@ from hethub.launch.executor import (
     local_shards,
     training_rows,
 )
-from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
+from hethub.launch.faults import Interruptions, do_to_process
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, NativeGroup
@@ -57,6 +57,7 @@ from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
+from hethub.program.faults import PlannedFault
 from hethub.simulate.what_if import with_links
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings

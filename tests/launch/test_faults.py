@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hethub.errors import InputError
-from hethub.launch.faults import Phase, PlannedFault, join_faults, plan_faults
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.faults import Phase, PlannedFault, join_faults, plan_faults
 from hethub.specs.job import Fault
 from hethub.specs.layout import lay_out
 from hethub.timeline.record import COMPUTE_KINDS, Kind
