@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -115,7 +116,7 @@ def _how_it_stopped(before: RunState, after: RunState) -> str:
     fresh = after.checkpoint_step != before.checkpoint_step and after.checkpoint_step >= after.steps_done
     saved = "with a checkpoint" if fresh else "without a new checkpoint; the newest is that of"
     where = f" after step {after.checkpoint_step}"
-    return f"stopped {saved}{where}. Go on with: hethub launch --resume {after.folder}"
+    return f"stopped {saved}{where}. Go on with: hethub launch --resume {quote(after.folder)}"
 
 
 def _tell_end(found: RunState, words: str, *, as_json: bool) -> None:
@@ -154,13 +155,15 @@ def run_lines(run: RunState) -> list[str]:
     if run.attempt > 1 or run.restarts:
         lines.append(f"attempt\t{run.attempt}; began again {run.restarts} times (attempts.jsonl)")
     for name, ratio in run.drift.items():
-        lines.append(f"drift\t{name} takes {ratio:.2f} x its predicted time; hethub replan {run.folder}")
+        lines.append(
+            f"drift\t{name} takes {ratio:.2f} x its predicted time; hethub replan {quote(run.folder)}"
+        )
     if run.checkpoint_step is not None:
         lines.append(f"checkpoint\tafter step {run.checkpoint_step}")
     if run.job_file is not None:
         lines.append(f"job\t{run.job_file}")
     if run.state in ("lost", "stopped", "failed") and run.checkpoint_step is not None:
-        lines.append(f"go on with\thethub launch --resume {run.folder}")
+        lines.append(f"go on with\thethub launch --resume {quote(run.folder)}")
     return [printable_cells(line) for line in lines]
 
 
