@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from hethub import __version__
-from hethub.errors import HetHubError
+from hethub.errors import HetHubError, printable
 from hethub.interruption import listen, terminated
 
 __all__ = ["app", "main", "run"]
@@ -114,7 +114,7 @@ def run(*, launcher: bool = False) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         for line in error.message.splitlines():  # one line per problem
-            sys.stderr.write(f"hethub: {line}\n")
+            sys.stderr.write(f"hethub: {printable(line)}\n")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         # Typer turns a KeyboardInterrupt into an exit.
