@@ -156,12 +156,13 @@ class Columns:
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        found, period = [], np.minimum(self.period, _LONG)
+        found = []
+        period, quick = np.minimum(self.period, _LONG), np.minimum(self.quick, _LONG)
         for k, start in enumerate(SEGMENTS[:-1]):
             filled = self.fill[k] + tails.update[k]
             few = micro_batches <= np.ceil(self.fill[k] / self.period)
             found.append(filled + (micro_batches - 1) * period * start + tails.gradients[k])
-            found.append(np.where(few, filled + (micro_batches - 1) * self.quick, np.inf))
+            found.append(np.where(few, filled + (micro_batches - 1) * quick, np.inf))
         least: Floats = np.minimum.reduce(found)
         return least
 
