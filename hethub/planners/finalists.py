@@ -117,7 +117,8 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
     plan = place(replace(candidate, entries=entries), pools, problem.cluster, workload)
     if plan is None:
         return None
-    seconds = model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
+    done = model(lay_out(plan), problem.compute, record=False, detailed_actions=0)
+    seconds = done.simulation.step_seconds
     further = left_out * max(e.chain.period_seconds for e in entries)
     return max(candidate.seconds, seconds + further)
 
