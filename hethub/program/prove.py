@@ -225,12 +225,10 @@ class _DeviceProof:
         self.first, self.last = uses.first, uses.last
         self.again = {a.stage for a in program.devices[device] if a.kind == Kind.RECOMPUTE}
         self.incoming = incoming
-        self.sources: dict[int, set[int]] = defaultdict(
-            set
-        )  # slice -> the transfers that bring gradients of it
-        for transfer, slices in incoming:
-            for entry in slices:
-                self.sources[entry].add(transfer)
+        self.sums: dict[int, int] = {}  # slice -> the collective that adds it up here
+        for number, slices in incoming:
+            if program.transfers[number].members:
+                self.sums.update(dict.fromkeys(slices, number))
         self.phase = 0
         self.number = -1
 
@@ -266,9 +264,9 @@ class _DeviceProof:
         elif transfer.what in (What.REDUCE, What.REDUCE_SCATTER):
             if any(self.last[self.parameter(n)] > self.number for n in transfer.slices):
                 self.fail()
-            own = {self.program.messages[action.message].transfer}
-            self.joined |= own
-            if any(not self.has_all(self.sources[n] - own) for n in transfer.slices if n in self.sources):
+            number = self.program.messages[action.message].transfer
+            self.joined.add(number)
+            if not self.has_all({self.sums[n] for n in transfer.slices if n in self.sums} - {number}):
                 self.fail()
         elif transfer.what in (What.WEIGHTS, What.RELAY, What.ALL_GATHER):
             given = transfer.share(self.device) if transfer.members else transfer.slices
