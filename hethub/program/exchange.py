@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hethub.cost.shapes import layer_parameters
@@ -153,7 +153,7 @@ def plan_exchange(
     ready = {d: _ready(uses[d], lists[d]) for d in layout.used}
     # counted from the end of the lists, where those of unlike length meet
     reduced = find_collectives(ownership, islands, lambda d, n: ready[d][n] - len(lists[d]))
-    reduced = Collectives(tuple(sorted(reduced.each, key=_by_readiness)), reduced.relays)
+    reduced = replace(reduced, each=tuple(sorted(reduced.each, key=_by_readiness)))
     gathered = find_collectives(ownership, islands, lambda d, n: uses[d].first[n])
     gradients = _gradients(ownership, ready, lists, reduced)
     return Exchange(
@@ -226,21 +226,21 @@ def _gradients(
     found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     relayed: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     count = len(lists)
-    served, relays = reduced.served, reduced.relays
+    relays = reduced.relays
     carrier = {
         (n, d): place
         for place, one in enumerate(reduced.each if relays else ())
         for d, share in zip(one.members, one.shares, strict=True)
         for n in share
     }
-    for (source, updater), numbers in ownership.gradient_routes.items():
-        turn = (updater - source) % count
-        for number in numbers:
+    for number, entry in enumerate(ownership.slices):
+        updater = entry.updater
+        for source in reduced.left(number, entry.holders):
+            turn = (updater - source) % count
             if (number, source) in relays:
                 relayed[source, carrier[number, source], turn, updater].append(number)
-            elif (number, source) not in served:
-                behind = ready[source][ownership.slices[number].parameter]
-                found[source, behind, turn, updater].append(number)
+            elif source != updater:
+                found[source, ready[source][entry.parameter], turn, updater].append(number)
     return tuple(
         GradientSend(source, updater, lists[source][behind], tuple(slices))
         for (source, behind, _, updater), slices in sorted(found.items())
@@ -303,13 +303,13 @@ def _weights(
     """Each bucket goes to all holders that no collective serves, neighbours in turn; first to relays, who have others
     waiting."""
     count = len(lists)
-    served, relays = gathered.served, gathered.relays
+    relays = gathered.relays
     sends = []
     for bucket, numbers in enumerate(buckets):
         found: dict[tuple[bool, int, int], list[int]] = defaultdict(list)
         for number in numbers:
-            for holder in ownership.slices[number].holders:
-                if holder != device and (number, holder) not in served:
+            for holder in gathered.left(number, ownership.slices[number].holders):
+                if holder != device:
                     last = (number, holder) not in relays
                     found[last, (holder - device) % count, holder].append(number)
         for (last, _, holder), slices in sorted(found.items()):

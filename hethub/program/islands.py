@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from hethub import catalog
@@ -74,22 +73,19 @@ class Collective(NamedTuple):
 @dataclass(frozen=True)
 class Collectives:
     """All collectives of one way. `relays` are the (slice, member) whose share holds a slice that another island
-    updates."""
+    updates, `served` by slice the holders that need no message with its updater, since a collective serves them."""
 
     each: tuple[Collective, ...]
     relays: frozenset[tuple[int, int]]
+    served: Mapping[int, frozenset[int]]
 
-    @cached_property
-    def served(self) -> frozenset[tuple[int, int]]:
-        """(slice, holder) that need no message with the updater: a collective serves them."""
-        return frozenset(
-            (number, member)
-            for one in self.each
-            for share in one.shares
-            for number in share
-            for member in one.members
-            if (number, member) not in self.relays
-        )
+    def left(self, number: int, holders: tuple[int, ...]) -> tuple[int, ...]:
+        """Those holders of a slice that exchange messages with its updater: relays, and whom no collective serves. The
+        updater itself may be among them."""
+        served = self.served.get(number)
+        if served is None:
+            return holders
+        return () if len(served) == len(holders) else tuple(d for d in holders if d not in served)
 
 
 def find_collectives(
@@ -109,18 +105,22 @@ def find_collectives(
                 moments[key] = tuple(moment(d, entry.parameter) for d in members)
             buckets[members, moments[key]].append(number)
     found, relays = [], set()
+    served: dict[int, frozenset[int]] = {}
+    alike: dict[frozenset[int], frozenset[int]] = {}  # most slices are served alike
     for (members, when), numbers in buckets.items():
         shares = _shares(ownership, members, numbers)
         sizes = [ownership.route_elements(share) for share in shares]
-        if len(members) * max(sizes) <= _MOST_PADDING * sum(sizes):
-            found.append(Collective(members, shares, when))
-            relays.update(
-                (n, d)
-                for d, share in zip(members, shares, strict=True)
-                for n in share
-                if ownership.slices[n].updater not in members
-            )
-    return Collectives(tuple(found), frozenset(relays))
+        if len(members) * max(sizes) > _MOST_PADDING * sum(sizes):
+            continue
+        found.append(Collective(members, shares, when))
+        for device, share in zip(members, shares, strict=True):
+            for number in share:
+                joined = served.get(number, frozenset()).union(members)
+                if ownership.slices[number].updater not in members:
+                    relays.add((number, device))
+                    joined -= {device}
+                served[number] = alike.setdefault(joined, joined)
+    return Collectives(tuple(found), frozenset(relays), served)
 
 
 def _parts(holders: Sequence[int], islands: Islands) -> tuple[tuple[int, ...], ...]:
