@@ -71,7 +71,7 @@ class ParameterLane:
 
     def outgoing(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors that a message carries, one after the other."""
-        if transfer.what in (What.REDUCE, What.WEIGHTS):
+        if transfer.what in (What.REDUCE, What.WEIGHTS, What.RELAY):
             key = (transfer.what, transfer.slices)
             if key not in self._places:
                 place = self.shards.gradient if transfer.what == What.REDUCE else self.shards.weight

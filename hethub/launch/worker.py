@@ -181,6 +181,7 @@ class Worker:
         self._connections.note()
         self._groups: dict[tuple[int, ...], ExchangeGroup | NativeGroup] = {}
         self._libraries: dict[tuple[int, ...], Library] = {}  # of collectives between replicas
+        self._groups_made = 0  # of the library's
         self._links: LinkTable | None = None
         self.history: HistoryWriter | None = None
         self.saver: Saver | None = None
@@ -389,6 +390,7 @@ class Worker:
         ranks = [self.setup.rank_of[d] for d in members]
         backend = catalog.vendor(self.task.cluster.devices()[members[0]].type.vendor).backend
         assert backend is not None
+        self._meet_alike(ranks, "replicas" if overlaps else "tensor-parallel")
         try:
             return Library(ranks, backend, overlaps=overlaps)
         except (RuntimeError, ValueError) as error:
@@ -396,6 +398,18 @@ class Worker:
                 f"the group of ranks {', '.join(map(str, ranks))} cannot be formed with {backend}: "
                 f"{str(error).splitlines()[0]} Install a torch with {backend}, or plan without a group there"
             ) from error
+
+    def _meet_alike(self, ranks: Sequence[int], purpose: str) -> None:
+        """Have as many groups as the others when they and this process make one: torch names a group that only its
+        members make after its ranks and the number of groups that the process has (2.13), so that members with unlike
+        numbers would wait for each other for ever. Who has fewer makes groups of its own, of one."""
+        key = f"hethub/groups/{purpose}/{'-'.join(map(str, ranks))}/{{}}"
+        self._store.set(key.format(self.rank), str(self._groups_made))
+        most = max(int(self._store.get(key.format(rank))) for rank in ranks)
+        while self._groups_made < most:
+            dist.new_group([self.rank], backend=catalog.vendor("cpu").backend, use_local_synchronization=True)
+            self._groups_made += 1
+        self._groups_made += 1
 
     def _island(self, shards: Shards) -> Island | None:
         """What runs the training program's collectives; None where it has none. All members make their groups in one

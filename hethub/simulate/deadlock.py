@@ -45,8 +45,8 @@ def _waits_for(program: Program, t: Tables, s: State, device: int, stuck: list[i
     if t.code[action] in (SEND, RECEIVE):
         transfer = t.message_transfer[t.subject[action]]
         if t.transfer_senders[transfer] > 1:
-            members = program.transfers[transfer].members
-            return next((m for m in members if not _joined(t, s, m, t.subject[action])), members[0])
+            joint = program.transfers[transfer].members
+            return next((m for m in joint if not _joined(t, s, m, t.subject[action])), joint[0])
         other = t.transfer_destination if t.code[action] == SEND else t.transfer_source
         return int(other[transfer])
     group = t.price_group[t.subject[action]]
