@@ -46,7 +46,8 @@ def _waits_for(program: Program, t: Tables, s: State, device: int, stuck: list[i
         transfer = t.message_transfer[t.subject[action]]
         if t.transfer_senders[transfer] > 1:
             joint = program.transfers[transfer].members
-            return next((m for m in joint if not _joined(t, s, m, t.subject[action])), joint[0])
+            step = s.step[device] - t.carried[action]
+            return next((m for m in joint if not _joined(t, s, m, t.subject[action], step)), joint[0])
         other = t.transfer_destination if t.code[action] == SEND else t.transfer_source
         return int(other[transfer])
     group = t.price_group[t.subject[action]]
@@ -55,10 +56,11 @@ def _waits_for(program: Program, t: Tables, s: State, device: int, stuck: list[i
     return next((member for member in absent if member in stuck), absent[0])
 
 
-def _joined(t: Tables, s: State, member: int, message: int) -> bool:
-    """Whether a member has come to its part of a collective, of the step that it is in."""
-    ahead = range(int(s.at[member]), int(t.first[member + 1]))
-    return not any(t.code[action] == SEND and t.subject[action] == message for action in ahead)
+def _joined(t: Tables, s: State, member: int, message: int, step: int) -> bool:
+    """Whether a member has given its part of a step's collective."""
+    own = range(int(t.first[member]), int(t.first[member + 1]))
+    place = next((a for a in own if t.code[a] == SEND and t.subject[a] == message), None)
+    return place is not None and (s.step[member], s.at[member]) > (step, place)
 
 
 def _meets(t: Tables, s: State, member: int, group: int) -> bool:
