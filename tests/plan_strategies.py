@@ -14,6 +14,7 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.islands import Islands
 from hethub.program.schedules import SCHEDULES
 from hethub.specs.cluster import Cluster, DeviceType, GroupLink, Link, NodeGroup
 from hethub.specs.layout import lay_out
@@ -26,6 +27,7 @@ __all__ = [
     "VOCABULARY",
     "clusters",
     "islands",
+    "joined",
     "models",
     "plans",
     "six_plans",
@@ -193,7 +195,12 @@ def compute_model(plan: Plan) -> ComputeModel:
 
 def compile_plan(plan: Plan, *, training: bool = True, islands: Mapping[int, int] | None = None) -> Program:
     """The plan's program; collectives carry gradients and weights inside `islands`."""
-    return compile_program(lay_out(plan), compute_model(plan), training=training, islands=islands)
+    return compile_program(lay_out(plan), compute_model(plan), training=training, islands=joined(islands))
+
+
+def joined(islands: Mapping[int, int] | None) -> Islands | None:
+    """Islands in which small models' uneven shares may be padded."""
+    return None if islands is None else Islands(islands, most_padding=2.0)
 
 
 # -- named plans: global batch 8 each -----------------------------------------------------------------------

@@ -34,7 +34,7 @@ from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline, TimelineInfo
 from tests.launch.host_streams import PretendingWorker
-from tests.plan_strategies import VOCABULARY, compute_model
+from tests.plan_strategies import VOCABULARY, compute_model, joined
 
 SETTINGS = OptimizerSettings(
     learning_rate=3e-3,
@@ -171,7 +171,7 @@ class Pool:
         """
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
-        program = compile_program(lay_out(plan), compute, islands=islands)
+        program = compile_program(lay_out(plan), compute, islands=joined(islands))
         prove(program)
         evaluation = compile_program(lay_out(plan), compute, ownership=program.ownership, training=False)
         prove(evaluation)

@@ -14,7 +14,7 @@ from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.specs.layout import lay_out
 from hethub.timeline.record import Kind
-from tests.plan_strategies import NAMED_PLANS, compute_model
+from tests.plan_strategies import NAMED_PLANS, compute_model, joined
 
 
 @dataclass
@@ -58,7 +58,7 @@ def scene(
 ) -> Scene:
     made = NAMED_PLANS[plan]("fp32")
     compute = compute_model(made)
-    program = compile_program(lay_out(made), compute, islands=islands)
+    program = compile_program(lay_out(made), compute, islands=joined(islands))
     count = len(compute.graph.devices)
     Beacon.create(folder / "beacon", count)
     beacon = Beacon(folder / "beacon", count)

@@ -23,7 +23,15 @@ from hethub.specs.cluster import Cluster, NodeGroup
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind
-from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, islands, plans, three_speeds
+from tests.plan_strategies import (
+    NAMED_PLANS,
+    compile_plan,
+    compute_model,
+    islands,
+    joined,
+    plans,
+    three_speeds,
+)
 
 COLLECTIVES = (What.REDUCE_SCATTER, What.ALL_GATHER)
 ONE = dict.fromkeys(range(6), 0)
@@ -136,23 +144,23 @@ GPUS = {"fast": "nvidia", "middle": "huawei", "slow": "nvidia"}
 
 
 def test_alike_devices_of_a_vendor_with_a_library_are_islands() -> None:
-    assert native_islands(CostGraph(cluster(GPUS)), range(6)) == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
+    assert native_islands(CostGraph(cluster(GPUS)), range(6)).number == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
 
 
 @pytest.mark.parametrize("vendors", [{}, {"fast": "biren"}], ids=["cpu", "no known library"])
 def test_without_a_library_there_is_no_island(vendors: dict[str, str]) -> None:
-    assert native_islands(CostGraph(cluster(vendors)), range(6)) == {}
+    assert native_islands(CostGraph(cluster(vendors)), range(6)).number == {}
 
 
 def test_links_that_are_not_native_part_islands() -> None:
     """b's two devices stand on a node each."""
-    found = native_islands(CostGraph(cluster(GPUS, "tcp")), range(6))
+    found = native_islands(CostGraph(cluster(GPUS, "tcp")), range(6)).number
     assert found[0] == found[1] and found[4] == found[5]
     assert found[2] != found[3]
 
 
 def test_emulated_links_carry_messages_only() -> None:
-    assert native_islands(CostGraph(cluster(GPUS, emulated=True)), range(6)) == {}
+    assert native_islands(CostGraph(cluster(GPUS, emulated=True)), range(6)).number == {}
 
 
 # -- what the proof notices -----------------------------------------------------------------------------------------
@@ -309,18 +317,18 @@ def test_a_collective_takes_what_its_ring_takes() -> None:
     """From the moment when its last member has copied its shares together, on idle links."""
     plan = NAMED_PLANS["rows 5 + 2 + 1"]("fp32")
     compute = compute_model(plan)
-    program = compile_program(lay_out(plan), compute, islands=ONE)
+    program = compile_program(lay_out(plan), compute, islands=joined(ONE))
     done = simulate(program, compute)
     assert done.timeline is not None
     records = done.timeline.records
-    joined: dict[int, list[float]] = defaultdict(list)
+    starts: dict[int, list[float]] = defaultdict(list)
     for record in records[records["kind"] == Kind.SEND]:
-        joined[int(record["message"])].append(float(record["start"]))
+        starts[int(record["message"])].append(float(record["start"]))
     seen = 0
     for record in records[records["kind"] == Kind.RECEIVE]:
         transfer = program.transfer(int(record["message"]))
         if transfer.members:
-            last = max(joined[int(record["message"])])
+            last = max(starts[int(record["message"])])
             count = len(transfer.members)
             share = transfer.bytes / (count - 1)
             copied = share * (count if transfer.what == What.REDUCE_SCATTER else 1)
@@ -342,7 +350,7 @@ def test_memory_of_collectives_is_released(plan: Plan, where: dict[int, int]) ->
         update={"cluster": replace(plan.cluster, device_types=types, emulated_time_scale=None)}
     )
     compute, layout = compute_model(plan), lay_out(plan)
-    program = compile_program(layout, compute, islands=where)
+    program = compile_program(layout, compute, islands=joined(where))
     table = program.ownership
     bound = device_memory(
         compute, layout, table.owned_elements, table.incoming_elements, table.joint_elements
