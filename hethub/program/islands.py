@@ -18,8 +18,8 @@ from hethub.program.ownership import Ownership
 
 __all__ = ["Collective", "Collectives", "Islands", "find_collectives", "native_islands"]
 
-# On the 768 devices of cluster_specs/hethub-768.yaml the simulated step was as long as with messages alone where padding
-# was up to a tenth (26.3 s), and 1.7 % longer where it was up to a quarter.
+# On the 768 devices of cluster_specs/hethub-768.yaml the simulated step was as long as with messages alone where
+# padding was up to a tenth (26.3 s), and 1.7 % longer where it was up to a quarter.
 _MOST_PADDING = 1.1
 
 
