@@ -59,9 +59,9 @@ from bench.engines import (
 from bench.plans import cpu_cluster, data_parallel, llama_model, pipeline, tensor_parallel
 from bench.quota import (
     CpuQuotas,
-    check_quotas,
     core_shares,
     mixed_plan,
+    settled_quotas,
     why_no_quotas,
 )
 from bench.results import print_figures, write_result
@@ -199,7 +199,7 @@ def unequal_devices(text: Path) -> tuple[dict[str, float], dict[str, Any], dict[
     workers = len(core_shares())
     with ExitStack() as stack:
         quotas = stack.enter_context(CpuQuotas(core_shares()))
-        check = check_quotas(quotas, core_shares())
+        check = settled_quotas(quotas, core_shares())
         ours = stack.enter_context(Ours(plan, training))
         theirs = {
             "speedup_over_ddp": stack.enter_context(

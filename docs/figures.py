@@ -254,6 +254,17 @@ TELEMETRY = (
         "at most 0.02 s",
     ),
     Row("telemetry_cost", "agent_mib", "memory of a node's agent", "{:.0f} MiB", "at most 60 MiB"),
+    *(
+        Row(
+            "replan",
+            f"{case}_kept_ratio",
+            f"kept of the gain that `replan` promises, {words}",
+            "{:.0%}",
+            "80%",
+            True,
+        )
+        for case, words in (("device", "a device at half its speed"), ("link", "a link at a quarter"))
+    ),
 )
 
 

@@ -12,7 +12,15 @@ Each message is one line: where, what is wrong, what to do.
 
 from __future__ import annotations
 
-__all__ = ["HeadLostError", "HetHubError", "InfeasibleError", "InputError", "MachineError", "RunError"]
+__all__ = [
+    "HeadLostError",
+    "HetHubError",
+    "InfeasibleError",
+    "InputError",
+    "MachineError",
+    "RunError",
+    "printable",
+]
 
 
 class HetHubError(Exception):
@@ -56,3 +64,9 @@ class HeadLostError(RunError):
     """The head of the Ray cluster is gone; the launcher decides what comes next."""
 
     exit_code = 70
+
+
+def printable(text: str) -> str:
+    """A text out of a file as a line of a message may hold it: line breaks, controls and marks that turn the direction
+    of writing are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hethub.interruption import listen, stop_if_asked, terminated
+from hethub.interruption import listen, patient, stop_if_asked, terminated
 
 
 @pytest.fixture
@@ -32,3 +32,21 @@ def test_a_swallowed_interruption_is_raised_again(number: signal.Signals) -> Non
     with pytest.raises(KeyboardInterrupt):
         stop_if_asked()
     assert terminated() == (number == signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("listening")
+def test_who_ends_in_good_time_is_told_of_one_sigterm_and_interrupted_by_a_second() -> None:
+    with patient():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop_if_asked()
+        assert terminated()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()
+
+
+@pytest.mark.usefixtures("listening")
+def test_who_ends_in_good_time_is_interrupted_by_ctrl_c_at_once() -> None:
+    with patient(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)

@@ -16,7 +16,7 @@ from bench.splits import compute_of
 from hethub.cost.bounds import physical_bound
 from hethub.cost.compute import ComputeModel
 from hethub.program.actions import Program
-from hethub.simulate.engine import simulate
+from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.plan import Plan
 from hethub.timeline.record import COMPUTE_KINDS, Kind, Timeline
 from hethub.timeline.summary import step_numbers, step_seconds, summarize
@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # a benchmark runs as a file: only its own folder is on the path
 from tests.launch.pool import SETTINGS, Pool, Trained
 
-__all__ = ["Pool", "Run", "measure", "price_seconds", "problems", "reference_losses"]
+__all__ = ["Pool", "Run", "cheats", "measure", "price_seconds", "problems", "reference_losses"]
 
 MOST_REAL_MATH = 0.05
 MOST_OVERRUNS = 0.01
@@ -90,9 +90,19 @@ class Run:
         return self.bound_step_seconds / self.measured_step_seconds
 
     @cached_property
+    def _simulation(self) -> Simulation:
+        return simulate(self.program, self.compute, steps=3)
+
+    @property
+    def predicted(self) -> Timeline:
+        """The prediction as a launch makes it: a step between two others."""
+        assert self._simulation.timeline is not None
+        return self._simulation.timeline
+
+    @property
     def predicted_step_seconds(self) -> float:
         """What the simulator says."""
-        return simulate(self.program, self.compute, record=False, steps=3).step_seconds
+        return self._simulation.step_seconds
 
     @cached_property
     def losses_of_time(self) -> Waterfall:
@@ -164,8 +174,12 @@ def problems(run: Run, *, rival: bool = False) -> list[str]:
     A rival must not be slowed by its emulation, so it is held to MIN_OF_PREDICTION instead of to its real work, which
     in a tensor-parallel group holds waits of the members for each other.
     """
-    found = [*_cheats(run), *(_slowed(run) if rival else _unreal(run))]
-    return [f"{run.plan.name}: {text}" for text in found]
+    return cheats(run) + [f"{run.plan.name}: {text}" for text in (_slowed(run) if rival else _unreal(run))]
+
+
+def cheats(run: Run) -> list[str]:
+    """What a run did not do: actions left out, or quicker than their price or their link, or other math."""
+    return [f"{run.plan.name}: {text}" for text in _cheats(run)]
 
 
 def _unreal(run: Run) -> Iterator[str]:

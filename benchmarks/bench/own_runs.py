@@ -43,7 +43,7 @@ from hethub.timeline.summary import step_numbers, step_seconds
 from .crew import Crew
 from .engines import Ours, Training, take, text_of
 from .plans import cpu_cluster, llama_model, rank_of
-from .quota import CORES, CpuQuotas, check_quotas, core_shares, why_no_quotas
+from .quota import CORES, CpuQuotas, check_quotas, core_shares, settled_quotas, why_no_quotas
 
 __all__ = ["own_runs"]
 
@@ -258,7 +258,7 @@ def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
     with ExitStack() as stack:
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(core_shares()))
-        quota_checks = [check_quotas(quotas, core_shares())]
+        quota_checks = [settled_quotas(quotas, core_shares())]
         measured = measure(quotas)
         cluster = measured.cluster()
         first = random_plan(cluster, 0)

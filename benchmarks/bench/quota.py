@@ -37,6 +37,7 @@ __all__ = [
     "cpu_quota_share",
     "cut_rows",
     "mixed_plan",
+    "settled_quotas",
     "why_no_quotas",
 ]
 
@@ -46,6 +47,7 @@ CORES = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))  # name, share
 QUOTA_ERROR = 0.02
 _REPETITIONS = 9
 _STEPS = 1
+_CHECKS = 6
 _SPIN_SECONDS = 10.0  # in 3 a pause of 30 ms is 7 % of what the slowest worker does, a clock tick 2 %
 
 # Sizes at which the slowest worker's smallest action, the forward pass of its 8 rows, takes over 200 ms of CPU.
@@ -215,6 +217,19 @@ def check_quotas(quotas: CpuQuotas, shares: Sequence[float], seconds: float = _S
     return QuotaCheck(np.median(times, axis=0).tolist(), np.median(speeds, axis=0).tolist())
 
 
+def settled_quotas(quotas: CpuQuotas, shares: Sequence[float]) -> QuotaCheck:
+    """The first check that holds, of a few: what else runs on the machine may be over soon. If none does, the last."""
+    for _ in range(_CHECKS):
+        check = check_quotas(quotas, shares)
+        print(
+            f"CPU time over quota, less 1: {', '.join(f'{error:+.3f}' for error in check.time_errors)}",
+            flush=True,
+        )
+        if check.holds:
+            break
+    return check
+
+
 # -- the mixed run against the types' own ------------------------------------------------------------------
 
 
@@ -281,7 +296,7 @@ def cpu_quota_share(repetitions: int = _REPETITIONS) -> tuple[dict[str, float], 
     with ExitStack() as stack:
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(core_shares()))
-        check = check_quotas(quotas, core_shares())
+        check = settled_quotas(quotas, core_shares())
         mixed = _run(stack, quotas, mixed_plan(), range(len(core_shares())), text)
         own = {
             name: _run(stack, quotas, plan, numbers, text) for name, (plan, numbers) in own_plans().items()

@@ -28,7 +28,7 @@ from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
 from hethub.cli.top import top
 from hethub.cli.validate import validate
-from hethub.errors import HetHubError
+from hethub.errors import HetHubError, printable
 from hethub.interruption import listen, terminated
 
 __all__ = ["app", "main", "run"]
@@ -98,7 +98,7 @@ def run(*, launcher: bool = False) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         for line in error.message.splitlines():  # one line per problem
-            sys.stderr.write(f"hethub: {line}\n")
+            sys.stderr.write(f"hethub: {printable(line)}\n")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         # Typer turns a KeyboardInterrupt into an exit.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hethub.cli.plan import write_plan
-from hethub.cli.runs import Run
+from hethub.cli.runs import Run, printable_cells
 
 if TYPE_CHECKING:
     from hethub.planners.replan import Replanned
@@ -31,10 +32,12 @@ def replan(
     steps: Annotated[int, typer.Option(min=1, help="Calibrate from so many of the last steps.")] = _STEPS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Calibrate devices and links from the run's last steps, plan anew, and say what the new plan would gain.
+    """Calibrate devices and links from the run's last steps, plan anew, and say what the new plan would gain. While the
+    run goes on too: its driver writes its last steps down every few seconds.
 
     Example: hethub replan runs/demo
     """
+    from hethub.launch.run_state import read_run
     from hethub.planners.replan import pace_of_run
     from hethub.planners.replan import replan as plan_anew
     from hethub.simulate.comparison import compare_run
@@ -45,14 +48,18 @@ def replan(
     target = output or run / "replan.yaml"
     last = range(max(compared.first, compared.last - steps + 1), compared.last + 1)
     pace, chosen = pace_of_run(plan, compared.predicted, compared.measured, last)
-    constraints, objective = _wishes(run)
+    state = read_run(run)
+    constraints, objective = _wishes(run, state.job_file)
     found = plan_anew(plan, pace, constraints=constraints, objective=objective)
     content = _content(found, _measured_seconds(compared.measured, chosen), chosen)
     written = found.gain >= _WORTH
     if written:
         write_plan(found.plan, target)
     content["plan"] = str(target) if written else None
-    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(_lines(content, run)))
+    content["goes_on"] = state.goes_on
+    typer.echo(
+        json.dumps(content, indent=2) if as_json else "\n".join(map(printable_cells, _lines(content, run)))
+    )
 
 
 def _measured_seconds(measured: Any, chosen: list[int]) -> float:
@@ -64,14 +71,12 @@ def _measured_seconds(measured: Any, chosen: list[int]) -> float:
     return float(np.median(step_seconds(measured)[np.isin(numbers, chosen)]))
 
 
-def _wishes(run: Path) -> tuple[Constraints, Objective]:
+def _wishes(run: Path, file: str | None) -> tuple[Constraints, Objective]:
     """What the job's cluster file fixes and wants; nothing where the job file is no longer there or has changed."""
     from hethub.errors import InputError
-    from hethub.launch.run_state import read_run
     from hethub.specs.constraints import FASTEST, FREE
     from hethub.specs.job import load_job
 
-    file = read_run(run).job_file
     try:
         job = None if file is None else load_job(Path(file))
     except InputError:
@@ -119,7 +124,9 @@ def _lines(content: dict[str, Any], run: Path) -> list[str]:
     lines += [
         f"new plan\t{content['new_step_seconds']:.4g} s a step: {content['gain']:.1%} more tokens per second",
         f"wrote\t{content['plan']}",
-        f"what changes\thethub diff {run / 'plan.yaml'} {content['plan']}",
-        f"go on with it\thethub launch --resume {run} --plan {content['plan']}",
+        f"what changes\thethub diff {quote(str(run / 'plan.yaml'))} {quote(content['plan'])}",
+        f"go on with it\thethub launch --resume {quote(str(run))} --plan {quote(content['plan'])}",
     ]
+    if content["goes_on"]:
+        lines.insert(-1, f"stop the run first\thethub stop {quote(str(run))}")
     return lines

@@ -37,6 +37,12 @@ def simulate(
     waterfall: Annotated[
         bool, typer.Option("--waterfall", help="Show what takes the time of all devices together, by cause.")
     ] = False,
+    faults: Annotated[
+        Path | None,
+        typer.Option(
+            help="A job file: also say what its faults, checkpoints and policy make of the training."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome/Perfetto trace of the step here.")
@@ -50,7 +56,9 @@ def simulate(
     Example: hethub simulate plan.yaml --what-if device:a/0/3=0.8x --trace step.json
     """
     with uncollected():
-        _simulate(plan, what_if or [], tokens, waterfall, as_json, trace, profiles, strict, calibration)
+        _simulate(
+            plan, what_if or [], tokens, waterfall, faults, as_json, trace, profiles, strict, calibration
+        )
 
 
 def _simulate(
@@ -58,6 +66,7 @@ def _simulate(
     what_if: list[str],
     tokens: float | None,
     waterfall: bool,
+    faults: Path | None,
     as_json: bool,
     trace: Path | None,
     profiles: Path | None,
@@ -65,6 +74,7 @@ def _simulate(
     calibration: Path | None,
 ) -> None:
     from hethub.cli.measured import read_measured
+    from hethub.cli.outages import outage_facts, outage_figures, predict_outages
     from hethub.cli.waterfall import predicted_waterfall, waterfall_lines
     from hethub.program.check import require_valid
     from hethub.simulate.energy import job_of
@@ -90,12 +100,14 @@ def _simulate(
     figures = figures_of(loaded, modelled, measured.ratio_interval)
     _write_trace(trace, modelled.simulation)
     lost = predicted_waterfall(modelled)
+    outages = None if faults is None else predict_outages(faults, path, measured)
     speed, joules, usd = (
         figures[key] for key in ("tokens_per_second", "joules_per_token", "usd_per_million_tokens")
     )
     job = None if tokens is None else asdict(job_of(tokens, speed, joules, usd))
     if as_json:
         added: dict[str, Any] = {"waterfall": lost.total, "what_if": what_if, "job": job}
+        added["faults"] = None if outages is None else outage_figures(outages)
         typer.echo(json.dumps(figures | added, indent=2))
         return
     from hethub.cli.split import print_split
@@ -106,6 +118,8 @@ def _simulate(
     print_split(heading, stage_rows(loaded, modelled), figures)
     if job is not None:
         typer.echo(f"job\t{_job_text(job)}")
+    if outages is not None:
+        typer.echo("\n".join(outage_facts(outages)))
     if waterfall:
         typer.echo("\n".join(f"{cause}\t{text}" for cause, text in waterfall_lines(lost)))
 

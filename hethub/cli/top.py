@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hethub.cli.runs import Run, run_lines
+from hethub.cli.runs import Run, printable_cells, run_lines
+from hethub.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -44,7 +45,8 @@ def top(
 ) -> None:
     """Watch a run: step, loss, speed against prediction and bounds, and where every device's time goes. Ctrl-C leaves.
 
-    Reads the endpoints that the run names, so it works for nodes elsewhere. Without a terminal it looks once.
+    Reads the endpoints that the run names, so it works for nodes elsewhere. Without a terminal it looks twice, and
+    prints what was done between the looks.
 
     Example: hethub top runs/demo
     """
@@ -102,7 +104,7 @@ def _plain(view: RunView) -> list[str]:
         shares = [f"{device.shares[part]:.4f}" if device.shares else "" for part in _PARTS]
         pace = "" if device.pace is None else f"{device.pace:.3f}"
         lines.append("\t".join([device.name, device.device_type, device.stage, *shares, pace]))
-    return lines
+    return [printable_cells(line) for line in lines]
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:
@@ -154,21 +156,25 @@ def _screen(view: RunView, console: Console) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    facts = Text("   ").join(Text.assemble((name, "dim"), " ", words) for name, words in _facts(view))
+    facts = Text("   ").join(
+        Text.assemble((name, "dim"), " ", printable(words)) for name, words in _facts(view)
+    )
     parts = Text("   ").join(
         Text.assemble((mark if console.no_color else "\u2588", colour), " ", name.replace("_", " "))
         for name, (colour, mark) in _PARTS.items()
     )
-    alerts = [Text(f"! {alert}", "bold red", overflow="ellipsis", no_wrap=True) for alert in view.alerts]
+    alerts = [
+        Text(printable(f"! {alert}"), "bold red", overflow="ellipsis", no_wrap=True) for alert in view.alerts
+    ]
     room = max(1, console.height - _HEAD_LINES - len(alerts))
-    shown = _shown(view.devices, room)
-    rows = [_row(device, console) for device in shown]
-    hidden = len(view.devices) - len(shown)
+    chosen = _least_busy(view.devices, room)
+    rows = [_row(device, console) for device in chosen]
+    hidden = len(view.devices) - len(chosen)
     more = [Text(f"and {hidden} devices that are busier", "dim")] if hidden else []
     return Group(facts, Text(), *alerts, *rows, *more, Text(), parts)
 
 
-def _shown(devices: tuple[DeviceView, ...], room: int) -> list[DeviceView]:
+def _least_busy(devices: tuple[DeviceView, ...], room: int) -> list[DeviceView]:
     """All devices, or those least busy where there is no room for all, in the order of their names."""
     least = sorted(devices, key=lambda device: device.shares.get("busy", 0.0))[:room]
     return [device for device in devices if device in least]
@@ -179,7 +185,8 @@ def _row(device: DeviceView, console: Console) -> Text:
     from rich.text import Text
 
     wide = console.width >= 100
-    name = f"{device.name:<{14 if wide else 10}.{14 if wide else 10}} {device.device_type:<10.10} "
+    long = 14 if wide else 10
+    name = f"{printable(device.name):<{long}.{long}} {printable(device.device_type):<10.10} "
     tail = f" {100 * device.shares.get('busy', 0.0):5.1f} %" if device.shares else "       "
     pace = "" if device.pace is None else f" {device.pace:4.2f}x"
     memory = ""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hethub.data.tokenizers import Tokenizer
-from hethub.errors import InputError
+from hethub.errors import InputError, printable
 from hethub.files import whole_file
 
 __all__ = [
@@ -286,7 +286,9 @@ def open_token_file(path: Path) -> TokenFile:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path}: a damaged token file: {reason}. Build it again with `hethub data build`.")
+    return InputError(
+        f"{path}: a damaged token file: {printable(reason)}. Build it again with `hethub data build`."
+    )
 
 
 def _read_header(path: Path, stream: BinaryIO) -> tuple[TokenHeader, int]:

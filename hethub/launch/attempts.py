@@ -5,25 +5,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hethub.checkpoints.manifest import TrainingSpec
 from hethub.checkpoints.restarts import Cause, decide
 from hethub.checkpoints.store import CHECKPOINTS, Store
-from hethub.errors import InputError, RunError
+from hethub.errors import RunError
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
 from hethub.launch.crew import WorkerFailedError
 from hethub.launch.drift import Moved
-from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, HistorySettings, read_history
 from hethub.launch.journal import Event, Journal, read_journal
 from hethub.launch.keeper import Keeper, SaveCounts
 from hethub.launch.outcome import RunOutcome
 from hethub.launch.session import Attempt, Session
+from hethub.program.faults import faults_left, plan_faults
 from hethub.specs.job import COMPUTE, JOIN, Fault, Job
-from hethub.specs.plan import save_plan
 
 __all__ = ["Attempts", "next_attempt"]
 
@@ -187,7 +186,7 @@ class Attempts:
     def _recover(self, attempt: Attempt, failure: WorkerFailedError) -> None:
         """Make the next attempt ready. Raises RunError where the policy does not go on."""
         now = time.monotonic()
-        cause, dead = self._what_failed(failure)
+        failure, cause, dead = self._what_failed(failure)
         self._reached = max(self._reached, attempt.done)
         decision = decide(cause, self.job.on_failure, self.restarts_at, now)
         lost = tuple(sorted({failure.device, *dead})) if decision.without_the_lost else ()
@@ -220,8 +219,8 @@ class Attempts:
         self.number += 1
         self.goes_on = True
 
-    def _what_failed(self, failure: WorkerFailedError) -> tuple[Cause, Collection[str]]:
-        """The cause, a node where all of its workers are gone; and the names of the dead."""
+    def _what_failed(self, failure: WorkerFailedError) -> tuple[WorkerFailedError, Cause, Collection[str]]:
+        """Who failed first, the cause, a node where all of its workers are gone; and the names of the dead."""
         crew = self.session.crew
         everyone = crew.cluster.devices()
         dead = {everyone[d].name for d in crew.dead()}
@@ -230,22 +229,24 @@ class Attempts:
         while dead and time.monotonic() < end:
             look.wait(_MORE_DEATHS_SECONDS / 5)
             dead |= {everyone[d].name for d in crew.dead()}
+        gone = [d for d in crew.devices if everyone[d].name in dead]
+        if (
+            gone and failure.cause == Cause.LINK
+        ):  # a survivor told first that it had lost its connection to them
+            failure = crew.died(gone[0])
         node = failure.device.rpartition("/")[0]
         beside = {everyone[d].name for d in crew.devices if everyone[d].name.rpartition("/")[0] == node}
-        return (Cause.NODE if len(beside) > 1 and beside <= dead else failure.cause), dead
+        return failure, Cause.NODE if len(beside) > 1 and beside <= dead else failure.cause, dead
 
     def _replan(self, lost: Collection[str]) -> None:
         cluster = self.job.cluster
-        names = [device.name for device in cluster.devices()]
         self.job = replace(self.job, plan=None, cluster=replace(cluster, exclude=cluster.exclude | set(lost)))
         plan, _ = choose_plans(replace(self.job, compare_even_steps=0))
         self.compiled = compile_plan(plan)
-        save_plan(plan, self.folder / "plan.yaml")
-        self.compiled.predicted.save(self.folder / "predicted.npz")
-        index = {device.name: d for d, device in enumerate(self.job.cluster.devices())}
-        left = [fault for fault in self.faults if fault.link or names[fault.device] in index]
-        moved = [_moved(fault, names, index) for fault in left]
-        self.faults = tuple(fault for fault in moved if _possible(fault, self.compiled))
+        self.compiled.save(self.folder)
+        self.faults = faults_left(
+            self.faults, cluster, self.job.cluster, self.compiled.program, self.compiled.seconds
+        )
 
     def _drop_faults(self) -> None:
         """Faults that have had their chance do not come again, or the run would never get past them: by where their
@@ -260,16 +261,3 @@ class Attempts:
                 if where(planned.device) < (planned.step, planned.action):
                     left.append(fault)
         self.faults = tuple(left)
-
-
-def _moved(fault: Fault, names: list[str], index: Mapping[str, int]) -> Fault:
-    """A fault of a device, under another numbering."""
-    return fault if fault.link else replace(fault, device=index[names[fault.device]])
-
-
-def _possible(fault: Fault, compiled: Compiled) -> bool:
-    """Whether another plan has the action of a fault."""
-    try:
-        return bool(plan_faults([fault], compiled.program, compiled.seconds))
-    except InputError:
-        return False

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.planners.answer import answer
@@ -21,14 +19,15 @@ from hethub.program.check import require_valid, same_cluster
 from hethub.program.compile import compile_program
 from hethub.program.memory import program_memory
 from hethub.program.prove import prove
-from hethub.simulate.engine import simulate
+from hethub.simulate.comparison import MEASURED, PREDICTED
+from hethub.simulate.engine import seconds_by_action, simulate
 from hethub.simulate.modelled import Modelled
 from hethub.simulate.report import figures
 from hethub.specs.document import dump_yaml
 from hethub.specs.job import Job
 from hethub.specs.layout import lay_out
-from hethub.specs.plan import Plan, load_plan, plan_to_spec
-from hethub.timeline.record import Kind, Timeline
+from hethub.specs.plan import Plan, load_plan, plan_to_spec, save_plan
+from hethub.timeline.record import Timeline
 
 __all__ = ["Compiled", "choose_plans", "compile_plan", "read_plan"]
 
@@ -50,11 +49,7 @@ class Compiled:
     @cached_property
     def action_seconds(self) -> Mapping[tuple[int, int], float]:
         """(device, action) -> predicted seconds; of a receive: from the message's sending to its arrival."""
-        records = self.predicted.records
-        records = records[(records["step"] == 0) & (records["kind"] != Kind.COLLECTIVE)]
-        since = np.where(np.isnan(records["sent"]), records["start"], records["sent"])
-        keys = zip(records["device"].tolist(), records["action"].tolist(), strict=True)
-        return dict(zip(keys, (records["end"] - since).tolist(), strict=True))
+        return seconds_by_action(self.predicted)
 
     def seconds(self, device: int, action: int) -> float:
         """Predicted seconds of an action of the training program."""
@@ -81,6 +76,12 @@ class Compiled:
         """Names of the devices in use, by their index."""
         devices = self.plan.cluster.devices()
         return tuple(devices[d].name for d in self.program.layout.used)
+
+    def save(self, folder: Path) -> None:
+        """Write plan and prediction into a run folder, where steps that were measured under another are forgotten."""
+        (folder / f"{MEASURED}.npz").unlink(missing_ok=True)
+        save_plan(self.plan, folder / "plan.yaml")
+        self.predicted.save(folder / f"{PREDICTED}.npz")
 
 
 def compile_plan(plan: Plan) -> Compiled:

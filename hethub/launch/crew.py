@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -22,6 +23,8 @@ from hethub import catalog
 from hethub.checkpoints.restarts import Cause
 from hethub.errors import HeadLostError, MachineError, RunError
 from hethub.interruption import stop_if_asked
+from hethub.launch.environment import code_digest
+from hethub.launch.host_watch import HOST_SILENT_SECONDS, HostWatch
 from hethub.launch.node_host import NodeHost
 from hethub.launch.worker_process import Failure, pack, unpack
 from hethub.specs.cluster import Cluster
@@ -38,12 +41,23 @@ _DIED = (
     "out-of-memory killer"
 )
 _NODE_DIED = "the node's host process died, and with it all of its workers. Look into Ray's log of that node"
+_NODE_SILENT = (
+    f"the node's host has answered nothing for {HOST_SILENT_SECONDS:.0f} s: it is stopped, hung or cut off"
+)
 _SHORT_BYTES = 10_000
 _CLOSE_SECONDS = 3.0
+# Of Ray's own looks at its nodes, where Ray is started here: a dead one is known after 3 s, a hung one after 15.
+_RAY_HEALTH = {
+    "health_check_initial_delay_ms": 5000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 4000,
+    "health_check_failure_threshold": 3,
+}
 _HEAD_LOOK_SECONDS = 1.0
 _HEAD_LOOKS = 3  # in a row without an answer: lost
 _PLACEMENT_TIMEOUT_SECONDS = 60.0
 _LEAVE_SECONDS = 3.0  # for workers to notice that another is gone; who has not by then is replaced
+_STACKS_SECONDS = 1.0
 _ALIVE_SECONDS = 3.0  # for a host to say who has died; one that does not is lost
 _GATHER_FAILURES_SECONDS = (
     1.5  # a dead peer's neighbours fail within milliseconds; the cause may come after them
@@ -88,6 +102,7 @@ class Crew:
         self._working: set[int] = set()  # devices that have a worker
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only
+        self._watch: HostWatch[_Node] = HostWatch()
         self._folder: Path | None = None
         self._head = ("", 0)  # address of Ray's head
         self._head_silent = 0  # looks in a row
@@ -150,8 +165,11 @@ class Crew:
         else:
             try:
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
+            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+                raise MachineError(
+                    f"ray address {self.address}: {str(error).splitlines()[0]}. Is it up? If it asks for a token, set "
+                    "RAY_AUTH_MODE=token and give the token (docs/security.md)."
+                ) from error
 
     def _note_head(self) -> None:
         import ray
@@ -256,6 +274,7 @@ class Crew:
         """Start the workers that are missing, with all imported that they need. Raises RunError naming one that
         cannot."""
         everyone = self.cluster.devices()
+        self._require_same_code()
         asked: dict[int, Any] = {}
         for device in self.devices:
             if device in self._working:
@@ -279,6 +298,23 @@ class Crew:
             if self.address is None:
                 with contextlib.suppress(ProcessLookupError):
                     self._processes[device] = os.pidfd_open(found)
+
+    def _require_same_code(self) -> None:
+        """Raise MachineError where a host of another node runs another program than this one: plans, programs and
+        answers go between them as Python objects."""
+        if self.address is None:
+            return
+        ours = code_digest()
+        asked = {node: self._hosts[node].code.remote() for node in self._members}
+        for node, reference in asked.items():
+            found = self._got(self._members[node][0], reference, "start", _PLACEMENT_TIMEOUT_SECONDS)
+            if isinstance(found, Failure):
+                raise self.failed(found.device, found.action, found.reason, found.cause)
+            if found != ours:
+                raise MachineError(
+                    f"node {'/'.join(map(str, node))} runs another HetHub: the digest of its code is {found[:16]}, the "
+                    f"driver's {ours[:16]}. Install the same on all nodes."
+                )
 
     def _host(self, device: int) -> Any:
         return self._hosts[self._node(device)]
@@ -320,7 +356,7 @@ class Crew:
             stop_if_asked()
             self._look_for_head()
             done, _ = ray.wait(list(pending), num_returns=1, timeout=poll_seconds)
-            failures = self._deaths(pending)
+            failures = self._deaths(pending) + self._silent_hosts()
             for reference in done:
                 device = pending.pop(reference)
                 answer = self._answer(device, reference)
@@ -383,6 +419,26 @@ class Crew:
             Failure(device, self.explain(device), _DIED, False)
             for device in self._ended()
             if device in pending.values()
+        ]
+
+    def _silent_hosts(self) -> list[Failure]:
+        """Failures of all devices whose host, on another machine, answers nothing any more. It is given up: Ray ends it
+        should its node come back."""
+        import ray
+
+        if self.address is None:
+            return []
+        lost = self._watch.look(
+            self._hosts,
+            lambda node: self._hosts[node].dead.remote(),
+            lambda asked: ray.wait(asked, num_returns=len(asked), timeout=0)[0],
+        )
+        for node in lost:
+            ray.kill(self._hosts.pop(node), no_restart=True)
+        return [
+            Failure(device, self.explain(device), _NODE_SILENT, False, Cause.NODE)
+            for device in self.devices
+            if self._node(device) in lost
         ]
 
     def _ended(self) -> list[int]:
@@ -450,6 +506,14 @@ class Crew:
             if host is not None:
                 host.end.remote(self.cluster.devices()[device].name)
 
+    def save_stacks(self) -> None:
+        """Let all workers write into their logs where they are: for whoever looks at a job that stood still."""
+        import ray
+
+        asked = [host.save_stacks.remote() for host in self._hosts.values()]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=_STACKS_SECONDS)
+
     def failed(self, number: int, action: str, reason: str, cause: Cause = Cause.STALL) -> WorkerFailedError:
         """The error that names a device, what it was at and why it ends the run."""
         device = self.cluster.devices()[number]
@@ -461,6 +525,11 @@ class Crew:
             reason,
             cause,
         )
+
+    def died(self, number: int) -> WorkerFailedError:
+        """The error that names a device whose worker, or its host, is gone."""
+        reason = _DIED if self._node(number) in self._hosts else _NODE_DIED
+        return self.failed(number, self.explain(number), reason, Cause.WORKER)
 
     def ask(self, method: str, devices: Collection[int], timeout_seconds: float) -> dict[int, Any]:
         """Answers of a quick method while another runs, by device; without those that do not answer in time or fail."""
@@ -514,3 +583,7 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if local:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for name, value in _RAY_HEALTH.items():
+            os.environ.setdefault(f"RAY_{name}", str(value))
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":  # a stranger's calls are refused
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -26,7 +26,6 @@ from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
 from hethub.launch.crew import Crew
 from hethub.launch.environment import environment
-from hethub.launch.faults import plan_faults
 from hethub.launch.history import HISTORY, read_history
 from hethub.launch.history_check import check_history, check_journal, committed_steps
 from hethub.launch.journal import Event, Journal, read_journal
@@ -34,6 +33,8 @@ from hethub.launch.outcome import RunOutcome, draw, summary_of, write_metrics
 from hethub.launch.run_folder import RunFolder
 from hethub.launch.session import Session
 from hethub.launch.telemetry import Telemetry
+from hethub.program.faults import plan_faults
+from hethub.simulate.comparison import MEASURED
 from hethub.specs.job import Job
 from hethub.specs.llama_config import config_of
 from hethub.specs.plan import save_plan
@@ -272,8 +273,7 @@ def _require_same_training(job: Job, training: TrainingSpec) -> None:
 def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
     job, folder, compiled = run.job, run.folder.path, run.compiled
     unigram = unigram_loss(run.batches, job.evaluate_rows) if job.evaluate_rows else None
-    save_plan(compiled.plan, folder / "plan.yaml")
-    compiled.predicted.save(folder / "predicted.npz")
+    compiled.save(folder)
     plans = [compiled] if run.even is None else [compiled, run.even]
     devices = sorted({device for c in plans for device in c.program.layout.used})
     say(f"{len(devices)} workers start; logs in {folder / 'logs'}")
@@ -312,7 +312,7 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
         )
         try:
             outcome = attempts.train(ready, "uneven" if run.even else "train")
-            outcome.timeline.save(folder / "measured.npz")
+            outcome.timeline.save(folder / f"{MEASURED}.npz")
             if outcome.stopped:
                 raise KeyboardInterrupt
             session.save_weights(attempts.compiled, folder / "model.safetensors")

@@ -20,7 +20,7 @@ from hethub.cost.shapes import parameter_span
 from hethub.data.batches import Batches
 from hethub.launch.communicator import Communicator, Delivery
 from hethub.launch.devices import ComputeDevice, Timing
-from hethub.launch.faults import Hook, Phase
+from hethub.launch.faults import Hook
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import SoloGroup
@@ -32,6 +32,7 @@ from hethub.launch.recorder import Recorder
 from hethub.launch.shards import Shards
 from hethub.launch.tally import DeviceMemoryError, Held
 from hethub.program.actions import SUMS, Action, Program, Transfer, What
+from hethub.program.faults import Phase
 from hethub.program.memory import opens_parameters
 from hethub.specs.job import OptimizerSettings
 from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace, sequence_span

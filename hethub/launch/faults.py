@@ -1,4 +1,4 @@
-"""Interruptions on purpose: which of them stands at an action, and the doing of it.
+"""Interruptions on purpose: the doing of them.
 
 The executor calls one hook before, during and after every action; without a fault for its device there is no hook, so
 that nothing is spent. *During* a compute action is inside its math, once a tensor-parallel group has met; during a send
@@ -13,40 +13,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from hethub.errors import InputError
-from hethub.program.actions import Program
-from hethub.specs.job import COMPUTE, JOIN, Deed, Fault
-from hethub.specs.nearest import unknown_name
+from hethub.program.faults import Phase, PlannedFault
+from hethub.specs.job import Deed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hethub.launch.devices import ComputeDevice
 
-__all__ = [
-    "Hook",
-    "InjectedFaultError",
-    "Interruptions",
-    "Phase",
-    "PlannedFault",
-    "do_to_process",
-    "join_faults",
-    "plan_faults",
-]
+__all__ = ["Hook", "InjectedFaultError", "Interruptions", "do_to_process"]
 
 _HUGE_BYTES = 1 << 60
-
-
-class Phase(IntEnum):
-    """Where in an action."""
-
-    BEFORE = 0
-    DURING = 1
-    AFTER = 2
 
 
 Hook = Callable[[int, int, Phase], None]
@@ -55,91 +34,6 @@ Hook = Callable[[int, int, Phase], None]
 
 class InjectedFaultError(Exception):
     """Raised by a fault of the job file."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedFault:
-    """A fault at an action of a program.
-
-    `slow_seconds` is how long a slow one waits, in modelled seconds. One that lasts for `steps` whole steps has no
-    action (-1): all compute of the device takes `factor` times as long, or the `link` (and no device) has a `factor`-th
-    of its bandwidth.
-    """
-
-    device: int
-    step: int
-    action: int
-    phase: Phase
-    do: Deed
-    slow_seconds: float = 0.0
-    steps: int = 1
-    factor: float = 1.0
-    link: str = ""
-
-
-def plan_faults(
-    faults: Sequence[Fault], program: Program, predicted_seconds: Callable[[int, int], float]
-) -> tuple[PlannedFault, ...]:
-    """Find the action of each fault inside a step.
-
-    `predicted_seconds(device, action)` sizes the slow ones. Raises InputError, at the fault's line of the job file,
-    when the plan leaves the device out or its list has no such action.
-    """
-    planned = []
-    for fault in faults:
-        if fault.link or fault.action == COMPUTE:
-            planned.append(_lasting(fault, program))
-            continue
-        if not program.devices[fault.device]:
-            raise InputError(f"{fault.place}: the plan leaves this device out. Name a device that it uses.")
-        if fault.action == JOIN:
-            continue
-        action = _find_action(fault, program)
-        seconds = 0.0
-        if fault.do == "slow":
-            # An emulated device waits for its deadline anyway, so inside the math all of the time has to pass.
-            times = fault.factor if fault.phase == "during" else fault.factor - 1
-            seconds = times * predicted_seconds(fault.device, action)
-        phase = Phase[fault.phase.upper()]
-        planned.append(PlannedFault(fault.device, fault.step, action, phase, fault.do, seconds))
-    return tuple(planned)
-
-
-def _lasting(fault: Fault, program: Program) -> PlannedFault:
-    if not fault.link and not program.devices[fault.device]:
-        raise InputError(f"{fault.place}: the plan leaves this device out. Name a device that it uses.")
-    return PlannedFault(
-        device=fault.device,
-        step=fault.step,
-        action=-1,
-        phase=Phase.BEFORE,
-        do=fault.do,
-        steps=fault.steps,
-        factor=fault.factor,
-        link=fault.link,
-    )
-
-
-def _find_action(fault: Fault, program: Program) -> int:
-    count = len(program.devices[fault.device])
-    if isinstance(fault.action, int):
-        if not 0 <= fault.action < count:
-            raise InputError(
-                f"{fault.place}: the device has actions 0 to {count - 1}, not {fault.action}. Name one of them."
-            )
-        return fault.action
-    known: dict[str, int] = {}
-    for number in range(count):
-        known.setdefault(program.describe(fault.device, number), number)
-    if fault.action not in known:
-        what = f'the device has no action "{fault.action}"'
-        raise InputError(f"{fault.place}: {unknown_name(what, fault.action, known)}")
-    return known[fault.action]
-
-
-def join_faults(faults: Sequence[Fault]) -> Mapping[int, Deed]:
-    """Device -> what happens to its worker when it joins."""
-    return {fault.device: fault.do for fault in faults if fault.action == JOIN}
 
 
 class Interruptions:

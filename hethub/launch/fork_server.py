@@ -8,6 +8,7 @@ memory. It ends when its owner does, and takes all workers with it, stopped ones
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -23,7 +24,9 @@ from hethub.errors import MachineError
 from hethub.launch.parents import end_with
 from hethub.launch.worker_process import serve
 
-__all__ = ["ForkServer"]
+__all__ = ["STACKS_SIGNAL", "ForkServer"]
+
+STACKS_SIGNAL = signal.SIGUSR1  # a worker writes the stacks of all its threads into its log
 
 _READY = b"ready"
 _REQUEST_BYTES = 1 << 16
@@ -127,7 +130,11 @@ def _become_worker(request: dict[str, object], descriptor: int, parent: int) -> 
     assert isinstance(environment, dict)
     os.environ.update(environment)
     device = int(str(request["device"]))
-    print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}", flush=True)  # noqa: T201
+    sees = "".join(f", {name}={value}" for name, value in environment.items())
+    print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}{sees}", flush=True)  # noqa: T201
+    faulthandler.register(
+        STACKS_SIGNAL, file=2, all_threads=True
+    )  # needs no lock that a hung thread may hold
     serve(socket.socket(fileno=descriptor), device)
 
 

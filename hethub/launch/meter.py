@@ -30,6 +30,7 @@ from hethub.telemetry.describe import (
     predicted_compute_seconds,
     write_nodes,
 )
+from hethub.telemetry.folder import MOMENTS
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, STEP_BUCKETS_SECONDS
 from hethub.timeline.record import Kind
 
@@ -79,7 +80,7 @@ def ready_to_count(
     """
     nodes = describe(program, graph, workload, run=run, time_scale=time_scale, peak_bytes=peak_bytes)
     write_nodes(folder, nodes)
-    moments = folder / "moments.bin"
+    moments = folder / MOMENTS
     transfers = [program.transfer(message) for message in range(len(program.messages))]
     seconds = [
         predicted_seconds[m]

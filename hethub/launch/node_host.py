@@ -14,7 +14,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hethub.launch.fork_server import ForkServer
+from hethub.launch.environment import code_digest
+from hethub.launch.fork_server import STACKS_SIGNAL, ForkServer
 from hethub.launch.worker_process import HEADER, frame
 from hethub.telemetry.folder import start_agent
 
@@ -28,6 +29,10 @@ class NodeHost:
         self._forks = ForkServer()
         self._workers: dict[str, _Line] = {}
         self._agent: subprocess.Popen[bytes] | None = None
+
+    async def code(self) -> str:
+        """Digest of the program that runs here."""
+        return code_digest()
 
     async def begin(self, name: str, device: int, log_file: str, variable: str, position: int) -> int:
         """Start the worker of a device; returns its process id.
@@ -53,6 +58,11 @@ class NodeHost:
     async def dead(self) -> list[str]:
         """Those whose processes have ended."""
         return [name for name, line in self._workers.items() if line.ended]
+
+    async def save_stacks(self) -> None:
+        """Let all workers write into their logs where each of their threads is."""
+        for line in self._workers.values():
+            line.send(STACKS_SIGNAL)
 
     async def end(self, name: str) -> None:
         """Kill a worker."""
@@ -112,9 +122,13 @@ class _Line:
         self._waiting.clear()
         self.writer.close()
 
-    def kill(self) -> None:
+    def send(self, number: int) -> None:
         if self.process >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.process, signal.SIGKILL)
+                signal.pidfd_send_signal(self.process, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        if self.process >= 0:
             os.close(self.process)
             self.process = -1

@@ -16,6 +16,8 @@ __all__ = ["Recorder"]
 
 Records = npt.NDArray[np.void]
 
+_RECENT_STEPS = 6
+
 
 class Recorder:
     """Records of one device under one program."""
@@ -62,15 +64,15 @@ class Recorder:
         return np.concatenate((rows, _collectives(rows, timings)))
 
     def recent(self, step: int) -> Records:
-        """The records of `step` and the one before it, both done; they stay here. May be asked while others come."""
-        wanted = (step - 1, step)
+        """The records of `step` and a few before it, all done; they stay here. May be asked while others come."""
+        wanted = range(step - _RECENT_STEPS + 1, step + 1)
         done = [
             entry for entry in list(self._done) if entry[0] in wanted
         ]  # first: they may move on meanwhile
         here = {entry[0] for entry in done}
         chosen = [self._records(done)]
         for part in reversed(list(self._parts)):
-            if len(part) and part["step"].max() < step - 1:
+            if len(part) and part["step"].max() < wanted[0]:
                 break
             chosen.append(part[np.isin(part["step"], [s for s in wanted if s not in here])])
         return np.concatenate(chosen[::-1])

@@ -21,8 +21,7 @@ from hethub.interruption import terminated
 from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
-from hethub.launch.drift import DriftWatch, Moved
-from hethub.launch.faults import join_faults, plan_faults
+from hethub.launch.drift import Moved
 from hethub.launch.history import HistorySettings
 from hethub.launch.keeper import Keeper
 from hethub.launch.lease import Lease
@@ -31,10 +30,11 @@ from hethub.launch.outcome import RunOutcome, median_step_seconds
 from hethub.launch.progress import Progress
 from hethub.launch.sockets import open_store
 from hethub.launch.stall import StallWatch, where
+from hethub.launch.step_watch import StepWatch
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
-from hethub.simulate.comparison import WARM_UP_STEPS
-from hethub.simulate.pace import Expected, Pace
+from hethub.program.faults import join_faults, plan_faults
+from hethub.simulate.comparison import MEASURED
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
@@ -52,10 +52,8 @@ _JOIN_SECONDS = 8.0  # for all workers to meet once they have imported what they
 _JOIN_SECONDS_PER_WORKER = 0.1
 _SILENT_SECONDS = 8.0  # a process that answers nothing for so long is stopped or hung
 _PING_SECONDS = 1.0
-_DRIFT_LOOK_SECONDS = 1.0  # between looks at how fast devices and links are, or where one takes long:
-_DRIFT_LOOK_SHARE = 50.0  # times as long
 _SILENT_WORDS = "; the process is stopped or hung. Continue or replace it, and run again"
-_STUCK_WORDS = "; the process answers, the action does not end. Look into its log for what it waits for"
+_STUCK_WORDS = "; the process answers, the action does not end. Its log has the stacks of its threads"
 
 
 @dataclass(slots=True)
@@ -105,6 +103,7 @@ class Session:
         self.emulated = job.cluster.emulated_time_scale is not None
         self.one_clock = self.emulated or job.ray_address is None
         self.start: dict[str, float] = {}  # seconds by part of the start
+        self.steps: StepWatch | None = None  # of the attempt, until the records of all its steps are here
         self.beacon_file = folder / "beacon.bin"
         self.links_file = folder / "links.bin"
         self._watch_beacon()
@@ -115,7 +114,9 @@ class Session:
         self.beacon = Beacon(self.beacon_file, count)
 
     def clean(self) -> None:
-        """Remove what only a running job needs."""
+        """Remove what only a running job needs; of an attempt that did not come to its end its last steps are kept."""
+        if self.steps is not None:
+            self.steps.write()
         self.beacon_file.unlink(missing_ok=True)
         self.links_file.unlink(missing_ok=True)
 
@@ -209,6 +210,7 @@ class Session:
             stall = watcher.look(pending)
             if stall is None:
                 return
+            self.crew.save_stacks()
             silent = self.crew.silent(stall.members or (stall.device,), _PING_SECONDS)
             device = silent[0] if silent else stall.device
             names = self.job.cluster.devices()
@@ -355,6 +357,7 @@ class Session:
             attempt.done = first_step
             attempt.begins(first_step)
             keeper = attempt.keeper_from(first_step)
+            self.steps = StepWatch(compiled, scale, self.folder, links=self.one_clock)
         workload = compiled.plan.workload
         tokens = workload.global_batch * workload.sequence_length
         progress = Progress(title, steps, tokens, compiled.predicted_step_seconds, scale, self.emulated)
@@ -373,6 +376,7 @@ class Session:
             keeper.take(self.crew.call("all_saved"))
             self.telemetry.saved(keeper.counts, keeper.made_step)
         timeline = self._timeline(compiled, scale)
+        self.steps = None
         return RunOutcome(
             tuple(loss for _, loss, _ in segments.reports),
             tuple(norm for _, _, norm in segments.reports),
@@ -390,7 +394,7 @@ class Session:
 
     def _timeline(self, compiled: Compiled, scale: float) -> Timeline:
         parts = self.crew.call("records")
-        info = replace(compiled.predicted.info, origin="measured", time_scale=scale)
+        info = replace(compiled.predicted.info, origin=MEASURED, time_scale=scale)
         return Timeline(info, np.concatenate([parts[device] for device in sorted(parts)]))
 
     def save_weights(self, compiled: Compiled, path: Path) -> None:
@@ -423,9 +427,6 @@ class _Segments:
         self._modelled = 0.0
         self._begin = time.monotonic()
         self._asked_to_stop_at: float | None = None
-        self._expected = Expected(compiled.predicted, compiled.graph)
-        self._drift = DriftWatch()
-        self._next_look_at_drift = self._begin
         self.reports: list[tuple[int, float, float]] = []
         self.stopped = False
 
@@ -470,29 +471,13 @@ class _Segments:
             used = self._compiled.program.layout.used
             self._keeper.take(session.crew.ask("saved", used, _PING_SECONDS))
             session.telemetry.saved(self._keeper.counts, self._keeper.made_step)
-        if attempt is not None and fresh:
-            self._look_at_drift(attempt)
-
-    def _look_at_drift(self, attempt: Attempt) -> None:
-        """Hold the last step that all have done against its prediction, now and then."""
-        begin = time.monotonic()
-        if begin < self._next_look_at_drift or len(self.reports) <= WARM_UP_STEPS:
-            return
-        used = self._compiled.program.layout.used
-        found = self._session.crew.ask("recent_records", used, _PING_SECONDS)
-        self._next_look_at_drift = time.monotonic() + max(
-            _DRIFT_LOOK_SECONDS, _DRIFT_LOOK_SHARE * (time.monotonic() - begin)
-        )
-        if len(found) < len(used) or not all(len(records) for records in found.values()):
-            return
-        step = min(int(records["step"].max()) for records in found.values())
-        records = np.concatenate([found[device] for device in sorted(found)])
-        pace = self._expected.pace(records, step, self._scale)
-        if not self._session.one_clock:  # when a message was sent is told by another clock than when it came
-            pace = Pace(pace.devices)
-        for moved in self._drift.look(pace):
-            self._session.say(f"step {step}: {moved.words}")
-            attempt.moved(step, moved)
+        if attempt is not None and session.steps is not None and fresh:
+            step, moved = session.steps.look(
+                len(self.reports), lambda used: session.crew.ask("recent_records", used, _PING_SECONDS)
+            )
+            for who in moved:
+                session.say(f"step {step}: {who.words}")
+                attempt.moved(step, who)
 
     def _end_in_good_time(self) -> None:
         """After SIGTERM: a checkpoint at the next step where the notice suffices, else the end at once."""

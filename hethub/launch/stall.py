@@ -13,15 +13,10 @@ from dataclasses import dataclass
 
 from hethub.launch.beacon import Beacon
 from hethub.program.actions import Action, Program
+from hethub.simulate.course import STALL_LEAST_SECONDS, stall_limit_seconds
 from hethub.timeline.record import Kind
 
 __all__ = ["Stall", "StallWatch", "where"]
-
-LEAST_SECONDS = 5.0  # no shorter stay is a stall, however quick the action should be
-_TIMES_PREDICTED = 5.0
-_OUTSIDE_SECONDS = (
-    60.0  # between steps, before the first action, and in a real device's first step (kernels load)
-)
 
 Place = tuple[int, int]
 """(step, action) of a device; the action is the length of its list when the step is done."""
@@ -91,7 +86,7 @@ class StallWatch:
             self._follow(device, now)
         roots: dict[int, list[int]] = {}
         for device in pending:
-            if device in self._since and now - self._since[device][1] > LEAST_SECONDS:
+            if device in self._since and now - self._since[device][1] > STALL_LEAST_SECONDS:
                 roots.setdefault(self._root(device), []).append(device)
         for root, behind in sorted(roots.items()):
             place, since = self._since[root]
@@ -124,9 +119,8 @@ class StallWatch:
     def _limit(self, device: int, place: Place) -> float:
         seconds = self._seconds(device, place)
         if not self._inside(device, place) or (not self._emulated and place[0] <= 0):
-            return max(_OUTSIDE_SECONDS, _TIMES_PREDICTED * seconds)
-        longest = 0.0 if self._emulated else self._longest
-        return max(LEAST_SECONDS, _TIMES_PREDICTED * max(seconds, longest))
+            return stall_limit_seconds(seconds, outside=True)
+        return stall_limit_seconds(max(seconds, 0.0 if self._emulated else self._longest))
 
     def _root(self, device: int) -> int:
         """The device at the end of the waits that begin here."""

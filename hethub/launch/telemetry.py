@@ -18,6 +18,7 @@ from hethub.telemetry.counters import FIELDS, CountersFile
 from hethub.telemetry.describe import counters_file
 from hethub.telemetry.folder import (
     AGENTS,
+    MOMENTS,
     TARGETS,
     TELEMETRY,
     address,
@@ -44,7 +45,8 @@ _SHARES = ("busy", "recompute", "exposed_communication", "bubble", "idle", "unac
 class Telemetry:
     """What a driver does for telemetry as its run goes on; nothing where the job turns it off.
 
-    Use as a context manager: leaving it takes the targets back, when the hosts' agents have ended.
+    Use as a context manager: leaving it takes the targets back, when the hosts' agents have ended, and leaves the
+    counters.
     """
 
     def __init__(self, job: Job, folder: Path, say: Callable[[str], None]) -> None:
@@ -101,10 +103,12 @@ class Telemetry:
             self._server.server_close()
         if self._root is not None:
             self._root.close()
-        self._target_files[-1].unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._target_files[-1].parent.rmdir()
+        for file in (*self._target_files, self.folder / MOMENTS):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / AGENTS, ignore_errors=True)  # what devices counted stays, for reports
+        for parent in (self.folder, self._target_files[-1].parent):
+            with contextlib.suppress(OSError):  # another run is told of there, or devices have counted
+                parent.rmdir()
 
     def tick(self) -> None:
         """Tell Prometheus who serves now, and a person which agent does not."""

@@ -36,7 +36,7 @@ from hethub.launch.executor import (
     local_shards,
     training_rows,
 )
-from hethub.launch.faults import Interruptions, PlannedFault, do_to_process
+from hethub.launch.faults import Interruptions, do_to_process
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import ExchangeGroup, Library, NativeGroup
@@ -58,6 +58,7 @@ from hethub.launch.streams import DeviceStreams
 from hethub.launch.tally import DeviceMemoryError, is_out_of_memory
 from hethub.launch.weights import initial_weight
 from hethub.program.actions import Program
+from hethub.program.faults import PlannedFault
 from hethub.simulate.what_if import with_links
 from hethub.specs.cluster import Cluster
 from hethub.specs.job import Deed, OptimizerSettings
@@ -580,7 +581,7 @@ class Worker:
         return set(self.agreed.neighbours) if self.training is not None else set()
 
     def recent_records(self) -> npt.NDArray[np.void]:
-        """This device's records of the last two steps that it has done; may be asked while training."""
+        """This device's records of the last steps that it has done; may be asked while training."""
         return self.recorder.recent(self._done)
 
     def records(self) -> npt.NDArray[np.void]:

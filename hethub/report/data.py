@@ -4,7 +4,7 @@ told."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +17,11 @@ from hethub.launch.history_check import committed_steps
 from hethub.launch.journal import Event, read_journal
 from hethub.launch.run_folder import MARK, SUMMARY
 from hethub.launch.run_state import RunState, read_run
-from hethub.simulate.comparison import Comparison, compare_run, load_timeline
+from hethub.simulate.comparison import PREDICTED, Comparison, compare_run, load_timeline
 from hethub.simulate.energy import joules_of
 from hethub.specs.plan import Plan, load_plan
+from hethub.telemetry.folder import TELEMETRY
+from hethub.telemetry.peaks import Peak, peaks_in
 from hethub.timeline.record import Kind, Timeline
 
 __all__ = ["RunData", "load_run_data"]
@@ -30,7 +32,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
     """A run folder's content. `step` is the one that charts show; `losses` are (steps done, training loss), `held_out`
-    (steps done, loss); `lacking` says in words what could not be shown."""
+    (steps done, loss); `peaks` are devices' most memory; `lacking` says in words what could not be shown."""
 
     name: str
     state: RunState
@@ -42,6 +44,7 @@ class RunData:
     step: int | None
     losses: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
+    peaks: Mapping[str, Peak]
     events: tuple[Event, ...]
     lacking: tuple[str, ...]
 
@@ -131,7 +134,7 @@ def load_run_data(folder: Path, step: int | None = None) -> RunData:
             return None
 
     plan = tried("the split", lambda: load_plan(folder / "plan.yaml")[0])
-    predicted = tried("the prediction", lambda: load_timeline(folder, "predicted"))
+    predicted = tried("the prediction", lambda: load_timeline(folder, PREDICTED))
     comparison = tried("measured times", lambda: compare_run(folder))
     if step is not None and comparison is not None:
         compare_run(folder, step)
@@ -139,17 +142,20 @@ def load_run_data(folder: Path, step: int | None = None) -> RunData:
     events, torn = read_journal(folder)
     lacking += torn
     losses = tried("the loss", lambda: _losses(folder)) or ()
+    summary = _summary(folder / SUMMARY)
+    peaks = tried("memory", lambda: _peaks(folder, summary)) or {}
     return RunData(
         name=folder.resolve().name,
         state=state,
         mark=json.loads((folder / MARK).read_text(encoding="utf-8")),
-        summary=_summary(folder / SUMMARY),
+        summary=summary,
         plan=plan,
         predicted=predicted,
         comparison=comparison,
         step=chosen,
         losses=losses,
         held_out=tuple((e.step, e.loss) for e in events if e.event == "evaluated" and e.loss is not None),
+        peaks=peaks,
         events=tuple(events),
         lacking=tuple(lacking),
     )
@@ -161,6 +167,14 @@ def _summary(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _peaks(folder: Path, summary: dict[str, Any] | None) -> Mapping[str, Peak]:
+    """Of a run that has come to its end by its summary, else by what its devices have counted so far."""
+    if summary is None:
+        return peaks_in(folder / TELEMETRY)
+    written = summary.get("peak_bytes") or {}
+    return {name: Peak(peak["predicted"], peak["measured"]) for name, peak in written.items()}
 
 
 def _losses(folder: Path) -> tuple[tuple[int, float], ...]:

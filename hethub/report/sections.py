@@ -11,6 +11,7 @@ from hethub.report.charts import PALETTE, Bar, bars, heat_map, lines, stacked
 from hethub.report.data import RunData
 from hethub.report.markup import Html, element, joined, table
 from hethub.report.pictures import gantt, split
+from hethub.telemetry.peaks import Peak
 from hethub.timeline.panels import panel_of
 from hethub.timeline.waterfall import CAUSES
 
@@ -111,6 +112,7 @@ def _speeds(run: RunData) -> dict[str, str]:
     if comparison is not None and seconds is not None:
         found["step time, predicted"] = f"{comparison.predicted_step_seconds:.4g} s"
         found["step time, measured"] = f"{seconds:.4g} s (median)"
+        found["steps that count"] = f"{comparison.first} to {comparison.last}"
         found["measured speed over predicted"] = _percent(comparison.predicted_step_seconds / seconds)
     elif run.plan is not None and run.plan.prediction is not None and tokens is not None:
         found["step time, predicted"] = f"{run.plan.prediction.get('step_seconds', float('nan')):.4g} s"
@@ -201,20 +203,19 @@ def _devices(runs: Runs) -> Html | None:
 
 def _memory(runs: Runs) -> Html | None:
     def chart(run: RunData) -> Html | None:
-        peaks = (run.summary or {}).get("peak_bytes")
-        if not peaks or run.plan is None:
+        if not run.peaks or run.plan is None:
             return None
         limits = {device.name: usable_bytes(device.type) for device in run.plan.cluster.devices()}
         rows = [
             Bar(
                 device,
                 {
-                    word: None if peak[word] is None else peak[word] / _MIB
-                    for word in ("predicted", "measured")
+                    word: None if size is None else size / _MIB
+                    for word, size in zip(Peak._fields, peak, strict=True)
                 },
                 limits[device] / _MIB if device in limits else None,
             )
-            for device, peak in list(peaks.items())[:_MOST_ROWS]
+            for device, peak in list(run.peaks.items())[:_MOST_ROWS]
         ]
         return bars(rows, "MiB", "peak memory of every device")
 
@@ -316,7 +317,7 @@ def _environment(runs: Runs) -> Html | None:
 
 
 SECTIONS: Mapping[str, tuple[str, str, Callable[[Runs], Html | None]]] = {
-    "summary": ("Summary", "Speeds are of the median step after the first three.", _summary),
+    "summary": ("Summary", "Speeds are of the median of the steps that count.", _summary),
     "split": (
         "The split",
         "Who holds which layers and how many rows of every micro-batch; hover for the shares of each rank.",

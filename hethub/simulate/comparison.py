@@ -18,7 +18,11 @@ from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
 from hethub.timeline.waterfall import Waterfall, waterfall
 
-__all__ = ["WARM_UP_STEPS", "Comparison", "compare_run", "load_timeline"]
+__all__ = ["MEASURED", "PREDICTED", "WARM_UP_STEPS", "Comparison", "compare_run", "load_timeline"]
+
+PREDICTED, MEASURED = "predicted", "measured"
+"""The origins of a run folder's timelines, and the names of their files. Of a run that goes on, or did not come to its
+end, the measured one has some of the last steps."""
 
 WARM_UP_STEPS = 3
 """Steps at the start of a run that are left out unless asked for: caches fill and memory is first touched."""
@@ -54,7 +58,7 @@ def compare_run(run: Path, step: int | None = None) -> Comparison:
 
     Raises InputError when `run` is not the folder of a run or lacks the step.
     """
-    predicted, measured = load_timeline(run, "predicted"), load_timeline(run, "measured")
+    predicted, measured = load_timeline(run, PREDICTED), load_timeline(run, MEASURED)
     if predicted.info.devices != measured.info.devices:
         raise InputError(f"{run}: predicted.npz is of other devices than measured.npz. Run the job again.")
     numbers, durations = step_numbers(measured), step_seconds(measured)
@@ -105,7 +109,9 @@ def load_timeline(run: Path, origin: str) -> Timeline:
         raise InputError(f"{run}: no such folder. Give the folder of a run, as `hethub launch` writes it.")
     path = run / f"{origin}.npz"
     if not path.exists():
-        raise InputError(f"{run}: not a finished run, it holds no {path.name}. Give another folder.")
+        raise InputError(
+            f"{run}: holds no {path.name}: none of its steps has been measured. Give another folder."
+        )
     loaded = Timeline.load(path)
     if not len(loaded.records):
         raise InputError(f"{path}: holds no action. Give the folder of a run that finished a step.")

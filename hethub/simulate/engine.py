@@ -7,6 +7,7 @@ receive. Links and sends follow `Rules`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ from hethub.simulate.compiled import compiled_events
 from hethub.simulate.deadlock import deadlock_text
 from hethub.simulate.kernel import Rules, State, Tables, run_events
 from hethub.simulate.records import records_of
-from hethub.timeline.record import Timeline, TimelineInfo
+from hethub.timeline.record import Kind, Timeline, TimelineInfo
 
-__all__ = ["Rules", "Simulation", "simulate"]
+__all__ = ["Rules", "Simulation", "seconds_by_action", "simulate"]
 
 # Rows from which loading the compiled loop, a third of a second, pays; links that are shared take more events.
 _COMPILED = 400_000
@@ -89,6 +90,15 @@ def simulate(
     return Simulation(
         seconds, Timeline(info, records_of(program, columns, state, steps, sub_events=sub_events))
     )
+
+
+def seconds_by_action(predicted: Timeline) -> Mapping[tuple[int, int], float]:
+    """(device, action) -> predicted seconds in step 0; of a receive: from the message's sending to its arrival."""
+    records = predicted.records
+    records = records[(records["step"] == 0) & (records["kind"] != Kind.COLLECTIVE)]
+    since = np.where(np.isnan(records["sent"]), records["start"], records["sent"])
+    keys = zip(records["device"].tolist(), records["action"].tolist(), strict=True)
+    return dict(zip(keys, (records["end"] - since).tolist(), strict=True))
 
 
 def _pays(rows: int, rules: Rules) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hethub.errors import InputError
+from hethub.errors import InputError, printable
 from hethub.specs.yaml_text import dump_yaml
 
 __all__ = [
@@ -87,7 +87,7 @@ class Document:
 
     def line(self, keys: Sequence[Key], text: str) -> str:
         """One line of a message: place, key, what is wrong."""
-        return " ".join(filter(None, (self.where(keys), key_path(keys)))) + f": {text}"
+        return " ".join(filter(None, (self.where(keys), printable(key_path(keys))))) + f": {printable(text)}"
 
 
 class _RefusedError(Exception):

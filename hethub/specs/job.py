@@ -303,7 +303,7 @@ def load_job(path: Path, *, cluster_file: Path | None = None, plan_file: Path | 
     _check_evaluation(spec, problems)
     _check_recovery(spec, problems)
     initial = None if spec.initial_weights is None else _absolute(document, spec.initial_weights)
-    if initial is not None and not initial.is_dir():
+    if initial is not None and not os.path.isdir(initial):
         problems.add(
             ("initial_weights",), f"there is no folder {initial}. Mend the path, relative to this file."
         )
@@ -346,7 +346,7 @@ def _absolute(document: Document, name: str) -> Path:
 
 def _file(name: str, document: Document, problems: Problems, *keys: str) -> Path:
     path = _absolute(document, name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that cannot be one, too
         problems.add(keys, f"there is no file {path}. Mend the path, which is relative to this file.")
     return path
 

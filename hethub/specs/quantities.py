@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "BANDWIDTHS",
+    "LARGEST",
     "MEMORIES",
     "PEAKS",
     "one_of",
@@ -23,19 +24,26 @@ __all__ = [
 # writing.
 MEMORIES = {"gib": 2.0**30, "mib": 2.0**20}
 BANDWIDTHS = {"gb_s": 1e9, "gbit_s": 1e9 / 8, "mb_s": 1e6}
+LARGEST = 1e15  # of any unit: products of such numbers stay far from what a double holds
 PEAKS = {"tflops": 1e12, "gflops": 1e9}
 
 
 def one_of(spec: object, stem: str, units: Mapping[str, float]) -> tuple[Any, float] | None:
     """What stands at `stem` with any of the units' endings, and that unit; None when nothing does.
 
-    Raises ValueError when more than one is given.
+    Raises ValueError when more than one is given, or more than anything could be.
     """
     given = [(f"{stem}_{ending}", unit) for ending, unit in units.items()]
     given = [(key, unit) for key, unit in given if getattr(spec, key, None) is not None]
     if len(given) > 1:
         raise ValueError(f"give only one of {' and '.join(key for key, _ in given)}")
-    return (getattr(spec, given[0][0]), given[0][1]) if given else None
+    if not given:
+        return None
+    key, unit = given[0]
+    value = getattr(spec, key)
+    if max(value.values(), default=0.0) > LARGEST if isinstance(value, Mapping) else value > LARGEST:
+        raise ValueError(f"{key} is more than anything can have. Give a smaller number")
+    return value, unit
 
 
 def seconds_from_us(microseconds: float) -> float:

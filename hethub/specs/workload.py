@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,9 +85,9 @@ def _find_model(model: str | dict[str, Any], document: Document, keys: tuple[Key
 
 def _read_file(name: str, document: Document, keys: tuple[Key, ...]) -> Model:
     path = document.path.parent / name
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise document.error(
             keys, f"there is no file {path}. Give the path of a config.json, or a shipped model."
         )

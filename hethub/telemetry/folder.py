@@ -17,6 +17,7 @@ from hethub.files import write_json
 __all__ = [
     "AGENTS",
     "COUNTERS",
+    "MOMENTS",
     "NODES",
     "TARGETS",
     "TELEMETRY",
@@ -33,6 +34,7 @@ TELEMETRY = "telemetry"  # folder of the run folder
 NODES = "nodes"  # its folders: a file a node, ...
 COUNTERS = "counters"  # ... a device, ...
 AGENTS = "agents"  # ... an agent
+MOMENTS = "moments.bin"  # where senders say when
 TARGETS = "targets.json"  # for Prometheus' file_sd_configs
 
 

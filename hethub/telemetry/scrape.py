@@ -21,6 +21,9 @@ Labels = tuple[tuple[str, str], ...]
 _TIMEOUT_SECONDS = 2.0
 _AT_ONCE = 16
 _MOST_BYTES = 1 << 26  # of a target's answer
+_DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # a proxy would not reach a node's own address
 
 
 class Samples:
@@ -92,7 +95,7 @@ def _scrape(target: str) -> list[tuple[str, dict[str, str], float]] | None:
 
     try:
         # A plain http address from the run's own file; nothing is sent but the request.
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
+        with _DIRECT.open(f"http://{target}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
             text = answer.read(_MOST_BYTES).decode("utf-8", errors="replace")
         families = text_string_to_metric_families(text)
         return [(s.name, dict(s.labels), float(s.value)) for family in families for s in family.samples]

@@ -17,11 +17,14 @@ from hethub.checkpoints.reshard import Reader, needs
 from hethub.checkpoints.store import Store, open_checkpoint, verify_checkpoint
 from tests.chaos.three_types import check_invariants, launch, write_job
 from tests.checkpoints.made import make_checkpoint
+from tests.launch.small_job import listing
 from tests.plan_strategies import compile_plan, six_plans
+from tests.specs.mutated import READERS, refused_or_read, write_good_files
 
 pytestmark = pytest.mark.chaos
 
 POINTS = 200
+FILES = 99_999
 SECONDS = 3000.0
 
 
@@ -80,6 +83,21 @@ def test_a_thousand_damaged_checkpoints_are_never_read_and_the_one_before_is(tmp
         verify_checkpoint(intact[-1].path)
         shutil.rmtree(copy)
     assert silent == []
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("name", READERS)
+def test_a_hundred_thousand_files_that_are_nearly_right_are_read_or_refused(
+    tmp_path: Path, name: str
+) -> None:
+    """Rows 16 and 17, with tests/specs/test_mutated.py."""
+    write_good_files(tmp_path)
+    seed = new_seed()
+    print(f"seed {seed}")  # noqa: T201
+    before = set(listing(tmp_path))
+    for number in range(FILES // len(READERS)):
+        refused_or_read(tmp_path, name, seed * FILES + number)
+    assert set(listing(tmp_path)) - before == {f"changed-{name}"}
 
 
 def read_whole(folder: Path, program) -> None:

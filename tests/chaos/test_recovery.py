@@ -59,6 +59,22 @@ def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:
     assert (failed.cause, failed.device) == ("stall", "b/0/1")
 
 
+def test_another_worker_that_dies_while_the_first_is_replaced_is_replaced_too(
+    unbroken: Ran, tmp_path: Path
+) -> None:
+    """Row 2: the second fault comes during the recovery from the first."""
+    write_job(tmp_path, fault=fault("b/0/1", 4, "kill"), on_failure={"restart": "same", "max_restarts": 5})
+    started = Launch(tmp_path)
+    try:
+        started.says("attempt 1 failed")
+        kill(started.worker("a/0/0"))
+    finally:
+        ran = ended(started)
+    check_invariants(ran, unbroken, STEPS)
+    assert ran.killed() == 1
+    assert len((ran.run / "logs" / "a-0-0.log").read_text().split("device index ")) == 3
+
+
 def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_path: Path) -> None:
     """Row 3 and 15: another split, the same samples, the same losses within 1e-6."""
     write_job(tmp_path, fault=fault("b/0/0", 7, "kill"), on_failure={"restart": "replan"})
@@ -71,6 +87,36 @@ def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_pat
     first = [e for e in ran.history() if e.step == began[1].step]
     before, after = (float.fromhex(next(e.loss for e in first if e.attempt == n)) for n in (1, 2))
     assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_the_simulator_predicts_what_a_fault_costs(
+    capsys: pytest.CaptureFixture[str], unbroken: Ran, tmp_path: Path
+) -> None:
+    """The same job file: who fails, why, where the run goes on, and without whom."""
+    faults = [
+        fault("b/0/1", 2, "raise", action="backward stage 1 micro-batch 1"),
+        fault("c/0/0", 5, "kill", action="forward stage 0 micro-batch 1"),
+        fault("c/0/1", 8, "kill", action="backward stage 0 micro-batch 1"),
+    ]
+    policy = {"restart": "replan", "max_restarts": 5}
+    write_job(tmp_path, fault=faults, on_failure=policy)
+    text = (tmp_path / "cluster.yaml").read_text()
+    (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
+    result = hethub(capsys, tmp_path, "simulate", "plan.yaml", "--faults", "job.yaml", "--json")
+    predicted = json.loads(result.out)["faults"]
+    ran = launch(tmp_path)
+    check_invariants(ran, unbroken, STEPS, relative=1e-5)
+    events = ran.journal()
+    failed = [event for event in events if event.event == "failed"]
+    began = [event.step for event in events if event.event == "began"]
+    told = [
+        (event.device, event.cause, set(event.lost), step)
+        for event, step in zip(failed, began[1:], strict=True)
+    ]
+    expected = [
+        (one["device"], one["cause"], set(one["lost"]), one["from_step"]) for one in predicted["outages"]
+    ]
+    assert told == expected
 
 
 @pytest.mark.chaos

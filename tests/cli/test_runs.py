@@ -51,6 +51,22 @@ def test_its_status_says_the_same(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert any(line.startswith("devices\t1 of two (emulated): a/0/0") for line in lines)
 
 
+def test_a_name_or_a_reason_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
+) -> None:
+    """Seen to catch: a folder's name printed as it is, which ended in a traceback where it is no UTF-8."""
+    evil = run.with_name("\x1b[2J\x1b]0;title\x07\u202e\udcff")
+    run.rename(evil)
+    Journal(evil).add(Event(event="gave_up", attempt=1, step=4, reason="\x1b[31mdied\x1b[0m", exit_code=1))
+    for command in ("runs", "status", "stop", "top"):
+        told = hethub(capsys, tmp_path, command, *([] if command == "runs" else [evil]))
+        assert told.exit_code == 0, told.err
+        assert all(c.isprintable() or c in "\t\n" for c in told.out), told.out
+        assert r"\x1b[31mdied" in told.out and r"\x1b[2J" in told.out
+    refused = hethub(capsys, tmp_path, "status", evil / "\x1b[2J")
+    assert refused.exit_code == 2 and "\x1b" not in refused.err and r"\x1b[2J" in refused.err
+
+
 def test_logs_are_told_apart_and_a_last_line_without_an_end_is_shown(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, run: Path
 ) -> None:

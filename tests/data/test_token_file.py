@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from hethub.data import token_file
-from hethub.data.token_file import build_token_file, open_token_file, token_file_for
+from hethub.data.token_file import TokenHeader, build_token_file, open_token_file, token_file_for
 from hethub.data.tokenizers import ByteTokenizer, load_tokenizer
 from hethub.errors import InputError
 
@@ -142,6 +145,35 @@ def test_a_header_written_by_hand_is_checked_too(sources, tmp_path, old, new, na
     )
     with pytest.raises(InputError, match=named):
         open_token_file(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(list(TokenHeader.model_fields)) | st.text(max_size=8), JSON, min_size=1
+    )
+)
+def test_no_header_crashes_the_reader_though_its_digest_is_right(sources, tmp_path, changes):
+    """Seen to catch: an unknown key with a line break in it, which made two lines of the message."""
+    path = tmp_path / "c.tokens"
+    good = build_token_file(sources, ByteTokenizer(), path).header.model_dump(mode="json")
+    content = path.read_bytes()
+    rest = json.dumps({**good, **changes}).encode().ljust(4096 - 84)
+    assume(len(rest) == 4096 - 84)
+    path.write_bytes(
+        b"hethub-tokens 4096 " + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest + content[4096:]
+    )
+    try:
+        open_token_file(path)
+    except InputError as refused:
+        assert len(refused.message.splitlines()) == 1
 
 
 def test_an_absent_token_file_is_named(tmp_path):

@@ -18,7 +18,6 @@ import numpy as np
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
 from hethub.launch.beacon import Beacon
-from hethub.launch.faults import plan_faults
 from hethub.launch.history import HistorySettings
 from hethub.launch.links import LinkTable
 from hethub.launch.meter import ready_to_count
@@ -27,6 +26,7 @@ from hethub.launch.sockets import open_store
 from hethub.launch.worker import Fetched, Task, WorkerSetup, assemble
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.faults import plan_faults
 from hethub.program.memory import program_memory
 from hethub.program.prove import prove
 from hethub.specs.job import Fault, OptimizerSettings

@@ -162,12 +162,14 @@ _END_SECONDS = 90.0  # a launch that hangs fails its test
 class Launch:
     """`hethub launch` as a process group of its own, marked so that whatever it leaves behind is found."""
 
-    def __init__(self, folder: Path, *arguments: str, job: str = "job.yaml") -> None:
+    def __init__(self, folder: Path, *arguments: str, job: str = "job.yaml", before: str = "") -> None:
+        """`before` is Python that changes what the launch would do by itself."""
         self.folder = folder
+        program = ["-c", f"{before}\nfrom hethub.cli.main import run\nrun()"] if before else ["-m", "hethub"]
         # Not pytest's folder: Ray's sockets need a short path.
         self.temporary = Path(tempfile.mkdtemp(prefix="hh-"))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hethub", "launch", *([job] if job else []), *arguments],
+            [sys.executable, *program, "launch", *([job] if job else []), *arguments],
             cwd=folder,
             env={**os.environ, "TMPDIR": str(self.temporary)},
             stdout=subprocess.PIPE,
@@ -178,11 +180,15 @@ class Launch:
 
     def training(self) -> None:
         """Return when the first step is done."""
+        self.says(r"step \d+/")  # quick steps may come several at once
+
+    def says(self, pattern: str) -> None:
+        """Return when it has said such a line, after those that were waited for before."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if re.search(r"step \d+/", line):  # quick steps may come several at once
+            if re.search(pattern, line):
                 return
-        raise AssertionError("the launch ended before its first step")
+        raise AssertionError(f"the launch ended before it said {pattern}")
 
     def worker(self, device: str) -> int:
         """The process of a device, as its log tells."""

@@ -168,6 +168,19 @@ def test_where_a_device_cannot_write_there_is_no_checkpoint_and_training_goes_on
     assert Store(folder).listed() == []
 
 
+def test_after_a_checkpoint_that_could_not_be_written_the_next_one_is(pool: Pool, tmp_path: Path) -> None:
+    plan, folder = PLANS["unequal rows"], tmp_path / "checkpoints"
+    folder.mkdir()
+    Store(folder).partial(2, 1).write_text("in the way")
+    pool.train(plan, STEPS, held_out_rows=0, checkpoint=CheckpointSettings(folder=folder, attempt=1, every=2))
+    counts, told = SaveCounts(), []  # type: ignore[var-annotated]
+    keeper = keeper_of(pool, plan, folder, counts, told)
+    keeper.take(dict(enumerate(pool.call("all_saved"))))
+    assert (counts.made, counts.failed, len(told)) == (1, 1, 1)
+    assert [one.step for one in Store(folder).listed()] == [4]
+    verify_checkpoint(folder / "step-00000004")
+
+
 def test_a_step_that_one_device_could_not_save_is_given_up_for_all(pool: Pool, tmp_path: Path) -> None:
     """Seen to catch: a manifest made of the files that are there."""
     plan, folder = PLANS["unequal rows"], tmp_path / "checkpoints"

@@ -107,6 +107,9 @@ def test_a_worker_that_stands_still_is_named_and_not_the_one_that_waits(
     assert found, last
     assert float(found[1]) >= 5 > float(found[2])
     assert found[3] == ("is" if do == "stop" else "answers")
+    told = {name: (folder / "run" / "logs" / f"{name}.log").read_text() for name in ("a-0-0", "b-0-0")}
+    stands = "communicator.py" in told["a-0-0"], "faults.py" in told["b-0-0"]
+    assert stands == (True, do == "hang"), told  # a stopped process writes nothing
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.launch.small_job import Result, edit, left_behind, marked, wait_for_end, write_job
+from tests.telemetry.prometheus import until
 
 _WAIT_SECONDS = 90.0
 STEPS = 400
@@ -56,6 +57,10 @@ class Operator:
             if (state[key] or 0) >= least:
                 return state
         raise AssertionError(f"{key} is {state[key]}, not {least}")
+
+    def there(self, name: str) -> None:
+        """Return once the run has a file."""
+        until((self.folder / "run" / name).exists, _WAIT_SECONDS, name)
 
     def left(self) -> list[str]:
         """Processes of this operator's launches, once the launcher, the last to end, has done so."""
@@ -118,7 +123,13 @@ def test_a_detached_run_is_watched_stopped_with_a_checkpoint_and_lost_when_kille
     assert again.exit_code == 0, again.err
     assert f"going on from step-{state['steps_done']:08d}" in again.err
     assert again.err.count("workers start") == 1  # what was written before is not shown again
-    state = operator.until("steps_done", state["steps_done"] + 1)
+    began_at = state["steps_done"]
+    state = operator.until("steps_done", began_at + 1)
+    operator.there("measured.npz")  # of the last steps, while it goes on
+    told = operator.do("replan", "run", "--json")
+    assert told.exit_code == 0, told.err
+    calibrated = json.loads(told.out)
+    assert calibrated["goes_on"] and calibrated["steps"][0] >= began_at
     os.kill(state["process"], signal.SIGKILL)
     lost = operator.status()
     assert lost["state"] == "lost" and f"process {state['process']}" in lost["why"]
@@ -129,7 +140,7 @@ def test_a_detached_run_is_watched_stopped_with_a_checkpoint_and_lost_when_kille
 def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator) -> None:
     edit(operator.folder / "job.yaml", ("checkpoint: {every: 5}\n", ""))
     assert operator.do("launch", "job.yaml", "--detach").exit_code == 0
-    operator.until("steps_done", 1)
+    operator.there("measured.npz")
     stopped = operator.do("stop", "run")
     assert "there is no checkpoint to go on from" in stopped.out
     assert operator.left() == []

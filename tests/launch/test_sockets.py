@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,67 @@ def test_the_store_of_a_job_listens_on_one_address_and_serves_there() -> None:
     assert dist.TCPStore("127.0.0.1", store.port, is_master=False).get("key") == b"value"
     with pytest.raises(OSError, match="assign"):
         open_store("192.0.2.77")
+
+
+STRANGER = """
+import sys
+import ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False)
+except BaseException as error:
+    print("refused", type(error).__name__, error)
+else:
+    print("let in")
+"""
+
+
+def test_a_stranger_is_not_let_into_the_ray_that_a_run_starts(tmp_path: Path) -> None:
+    """Its servers listen on every interface, and who is let in runs code. Seen to fail with RAY_AUTH_MODE=disabled."""
+    write_job(tmp_path)
+    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
+    launch = Launch(tmp_path)
+    try:
+        launch.training()
+        (head,) = [
+            n for n in marked(launch.temporary) if b"gcs_server" in content(n, "cmdline").split(b"\0")[0]
+        ]
+        table = listeners()
+        ports = [table[inode][1] for inode in sockets_of(head) if inode in table]
+        answers = [
+            subprocess.run(
+                [sys.executable, "-c", STRANGER, f"127.0.0.1:{port}"],
+                env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            ).stdout
+            for port in ports
+        ]
+        assert answers and all(answer.startswith("refused") for answer in answers), answers
+        launch.process.send_signal(signal.SIGINT)
+        launch.end()
+    finally:
+        launch.close()
+
+
+def test_who_joins_a_ray_without_its_token_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: Ray's own error, which is none of those that a wrong address raises, as a traceback."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a token would lie
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    write_job(tmp_path)
+    edit(tmp_path / "job.yaml", ("output: run", "output: run\nray: {address: '127.0.0.1:6379'}"))
+    launch = Launch(tmp_path)
+    try:
+        result = launch.end()
+    finally:
+        launch.close()
+    assert result.exit_code == 4 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("hethub: ray address 127.0.0.1:6379: Token authentication")
 
 
 def test_workers_and_the_agent_of_a_run_listen_on_loopback_only(tmp_path: Path) -> None:

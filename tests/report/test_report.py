@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import pytest
 from hethub.report.data import load_run_data
 from hethub.report.page import report_page, write_report
 from hethub.report.sections import SECTIONS
+from hethub.simulate.comparison import WARM_UP_STEPS
 from tests.launch.small_job import edit, hethub, launched, write_job
 from tests.report.chromium import CHROMIUM, Browser
 from tests.report.test_markup import Parsed
+from tests.telemetry.prometheus import until
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)<\u2215script>\"'&lt;b&gt; ☃"
 MOST_BYTES = 3_000_000
@@ -47,9 +51,23 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit(
         folder / "job.yaml",
         ("steps: 3", "steps: 8"),
-        ("output: run", "output: run\nfault: {device: b/0/0, step: 5, action: update, do: raise}"),
+        ("output: run", "output: run\nfault: {device: b/0/0, step: 2, action: update, do: raise}"),
     )
     with launched(folder) as launch:
+        assert launch.end().exit_code == 1
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that failed once the driver had seen some of its steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_job(folder)
+    edit(folder / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
+    with launched(folder) as launch:
+        launch.training()
+        until((folder / "run" / "measured.npz").exists, 60, "some steps are written")
+        os.kill(launch.worker("b/0/0"), signal.SIGKILL)
         assert launch.end().exit_code == 1
     return folder / "run"
 
@@ -85,8 +103,22 @@ def test_a_failed_run_has_what_there_is_and_says_what_there_is_not(failed: Path)
     assert "state failed: rank 1, device b/0/0" in words
     assert "not shown of run: measured times" in words
     ids = {value for key, value in Parsed(page).attributes if key == "id"}
-    assert {"summary", "split", "gantt", "loss", "events", "environment"} <= ids
+    assert {"summary", "split", "gantt", "memory", "loss", "events", "environment"} <= ids
     assert "waterfall" not in ids
+
+
+def test_a_run_that_failed_in_its_midst_shows_its_last_steps(killed: Path) -> None:
+    """Seen to catch: the last steps written only where the run comes to its end."""
+    data = load_run_data(killed)
+    assert data.lacking == () and data.comparison is not None
+    assert data.state.state == "failed" and data.comparison.last >= WARM_UP_STEPS
+    page = report_page([data])
+    ids = {value for key, value in Parsed(page).attributes if key == "id"}
+    assert ids == set(SECTIONS)
+    assert f"measured step {data.step}" in text_of(page)
+    # Counted by the devices, since nobody was left to be asked.
+    assert all(peak.measured and peak.predicted for peak in data.peaks.values())
+    assert list(data.peaks) == ["a/0/0", "b/0/0"]
 
 
 def test_a_run_that_has_only_begun_is_reported(finished: Path, tmp_path: Path) -> None:
@@ -120,6 +152,9 @@ def test_a_browser_shows_it_offline_without_a_word_of_complaint(
         "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 5)"
     )
     assert browser.value("document.querySelectorAll('#gantt ~ div rect, #gantt ~ * rect').length") > 20
+    # Waits that began in the step before end at the names of the lanes.
+    gantt = "[...document.querySelectorAll('svg[aria-label=\"Gantt chart of one step\"] rect')]"
+    assert browser.value(f"{gantt}.length > 20 && {gantt}.every(r => +r.getAttribute('x') > 189)")
     assert not browser.value("document.documentElement.scrollWidth > window.innerWidth")
 
 

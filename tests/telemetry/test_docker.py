@@ -48,7 +48,7 @@ def test_the_image_files_are_linted(tmp_path):
     answer = lint(BIN / "hadolint", *DOCKER.glob("Dockerfile*"))
     assert answer.returncode == 0 and answer.stdout == ""
     wrong = tmp_path / "Dockerfile"
-    wrong.write_text((DOCKER / "Dockerfile.cpu").read_text().replace(":3.11-slim", ""))
+    wrong.write_text((DOCKER / "Dockerfile.cpu").read_text().replace(":3.11.13-slim-bookworm", ""))
     assert lint(BIN / "hadolint", wrong).returncode == 1
 
 
@@ -56,6 +56,8 @@ def test_images_are_pinned(services):
     images = [service["image"] for service in services.values() if "build" not in service]
     assert len(images) == 2
     assert all(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image) for image in images)
+    bases = re.findall(r"^FROM (\S+)", (DOCKER / "Dockerfile.cpu").read_text(), re.MULTILINE)
+    assert bases and all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+", base) for base in bases)
 
 
 def test_nothing_listens_beyond_this_machine(services):

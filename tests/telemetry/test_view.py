@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import start_http_server
 
 from hethub.errors import InputError
+from hethub.telemetry.families import Series, registry_of
 from hethub.telemetry.scrape import Look, Samples, look_at, rates, targets_of
 from hethub.telemetry.view import view_of
 
@@ -73,3 +75,20 @@ def test_targets_are_those_of_the_file_and_silent_ones_are_named(tmp_path: Path)
     file.write_text("[{}]")
     with pytest.raises(InputError, match="names no endpoints"):
         targets_of(file)
+
+
+def test_targets_are_asked_directly_whatever_proxy_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    series = Series()
+    series.set("hethub_run_step", 7.0, {"run": "r"})
+    server, thread = start_http_server(0, addr="127.0.0.1", registry=registry_of(series.families))
+    try:
+        found = look_at([f"127.0.0.1:{server.server_port}"], 0.0)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert found.silent == () and found.samples.one("hethub_run_step", run="r") == 7.0

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hethub.cost.profiles.profile import LayerKey, LayerRow, Profile, TransferRow, load_profile, save_profile
@@ -57,6 +57,24 @@ def test_a_bad_file_names_file_line_and_column(tmp_path, change, place):
 
 def test_all_problems_are_told_at_once(tmp_path):
     assert len(problem(tmp_path, GOOD.replace("2.5", "-1").replace("A,2,4", "A,x,y")).splitlines()) == 3
+
+
+CELLS = st.sampled_from(["A", "1", "2.5", "-1", "nan", "1e999", "", '"', "#", "\x00", "9" * 5000]) | st.text(
+    max_size=5
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.lists(CELLS, max_size=4), max_size=4),
+    head=st.sampled_from(GOOD.splitlines()) | st.text(),
+)
+def test_no_text_crashes_the_reader(tmp_path, rows, head):
+    text = "\n".join([head, GOOD.splitlines()[1], *(",".join(row) for row in rows)])
+    try:
+        read(tmp_path, text)
+    except InputError as refused:
+        assert refused.message.startswith(str(tmp_path / "layers.csv"))
 
 
 names = st.text("abcXYZ019-_", min_size=1, max_size=8)
