@@ -221,7 +221,9 @@ def problems(program: Program, simulation: Simulation, compute: ComputeModel) ->
         if len(places) != MICRO_BATCHES * len(program.devices):
             found.append(f"not every device does every {kind.name.lower()}")
     gradients = (t for t in program.transfers if t.what in (What.REDUCE, What.REDUCE_SCATTER))
-    if len({end for t in gradients for end in t.members or (t.source, t.destination)}) != len(program.devices):
+    if len({end for t in gradients for end in t.members or (t.source, t.destination)}) != len(
+        program.devices
+    ):
         found.append("not every device sends or takes gradients")
     if done < INTERPRETED:
         again = simulate(program, compute, record=False, loop="interpreted").step_seconds
