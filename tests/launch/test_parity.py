@@ -112,7 +112,7 @@ _WITH_ISLANDS = [
 def test_collectives_inside_islands_train_like_one_process(
     pool: Pool, name: str, where: dict[int, int]
 ) -> None:
-    """Seen to catch an island's sum and a relay's weights that are not put into place, and a member's share left out."""
+    """Seen to catch an island's sum and a relay's weights not put into place, and a member's share left out."""
     plan = NAMED_PLANS[name]("fp64")
     trained = pool.train(plan, _ISLAND_STEPS, held_out_rows=_HELD_OUT_ROWS, islands=where)
     carried = {transfer.what for transfer in trained.program.transfers}
