@@ -220,8 +220,10 @@ def problems(program: Program, simulation: Simulation, compute: ComputeModel) ->
         places = np.unique(chosen["device"].astype(np.int64) * MICRO_BATCHES + chosen["micro_batch"])
         if len(places) != MICRO_BATCHES * len(program.devices):
             found.append(f"not every device does every {kind.name.lower()}")
-    gradients = (transfer for transfer in program.transfers if transfer.what == What.REDUCE)
-    if len({end for way in gradients for end in (way.source, way.destination)}) != len(program.devices):
+    gradients = (t for t in program.transfers if t.what in (What.REDUCE, What.REDUCE_SCATTER))
+    if len({end for t in gradients for end in t.members or (t.source, t.destination)}) != len(
+        program.devices
+    ):
         found.append("not every device sends or takes gradients")
     if done < INTERPRETED:
         again = simulate(program, compute, record=False, loop="interpreted").step_seconds

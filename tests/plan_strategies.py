@@ -5,7 +5,7 @@ All of them fit at most 6 CPU devices and a model so small that a step of real m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
 from hethub.program.actions import Program
 from hethub.program.compile import compile_program
+from hethub.program.islands import Islands
 from hethub.program.schedules import SCHEDULES
 from hethub.specs.cluster import Cluster, DeviceType, GroupLink, Link, NodeGroup
 from hethub.specs.layout import lay_out
@@ -25,6 +26,8 @@ __all__ = [
     "SEQUENCE",
     "VOCABULARY",
     "clusters",
+    "islands",
+    "joined",
     "models",
     "plans",
     "six_plans",
@@ -190,9 +193,14 @@ def compute_model(plan: Plan) -> ComputeModel:
     return ComputeModel(CostGraph(plan.cluster), plan.workload)
 
 
-def compile_plan(plan: Plan, *, training: bool = True) -> Program:
-    """The plan's program."""
-    return compile_program(lay_out(plan), compute_model(plan), training=training)
+def compile_plan(plan: Plan, *, training: bool = True, islands: Mapping[int, int] | None = None) -> Program:
+    """The plan's program; collectives carry gradients and weights inside `islands`."""
+    return compile_program(lay_out(plan), compute_model(plan), training=training, islands=joined(islands))
+
+
+def joined(islands: Mapping[int, int] | None) -> Islands | None:
+    """Islands in which small models' uneven shares may be padded."""
+    return None if islands is None else Islands(islands, most_padding=2.0)
 
 
 # -- named plans: global batch 8 each -----------------------------------------------------------------------
@@ -516,6 +524,12 @@ def clusters(draw: st.DrawFn) -> Cluster:
         ),
         emulated_time_scale=draw(st.sampled_from([None, 1.0])),
     )
+
+
+def islands() -> st.SearchStrategy[dict[int, int]]:
+    """Some of six devices in two islands, whatever they are."""
+    places = st.lists(st.sampled_from([0, 0, 0, 1, 1, -1]), min_size=6, max_size=6)
+    return places.map(lambda found: {d: place for d, place in enumerate(found) if place >= 0})
 
 
 def _split(draw: st.DrawFn, total: int, parts: int) -> list[int]:

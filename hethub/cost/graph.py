@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -272,6 +273,21 @@ class CostGraph:
             found = self._find(self.devices[source], self.devices[destination], key)
             found = self._paths[key] = self._staged(found, key) if found.transport == "host-staged" else found
         return found
+
+    def ring(self, members: Sequence[int]) -> Path:
+        """A ring of devices as one path, whose transfer is what each of them passes on in a reduce-scatter or
+        all-gather: all shares but one, in as many steps of which each takes the longest hop's latency. Every hop's
+        cells carry that much; a cell of several hops stands there as often."""
+        hops = [self.path(one, other) for one, other in zip(members, (*members[1:], members[0]), strict=True)]
+        cells = tuple(cell for hop in hops for cell in hop.cells)
+        uses = Counter(cell for cell, _ in cells)
+        return Path(
+            cells,
+            min([*(h.bandwidth_bytes_per_second for h in hops), *(speed / uses[c] for c, speed in cells)]),
+            (len(members) - 1) * max(hop.latency_seconds for hop in hops),
+            hops[0].transport,
+            tuple(crossing for hop in hops for crossing in hop.crossings),
+        )
 
     def slowest_links(self, source: int, destination: int) -> tuple[str, ...]:
         """The links that bound the path between two devices, as `Cluster.named_links` calls them: the slowest link

@@ -18,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
+from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
 from hethub.cost.graph import is_host
 from hethub.cost.shapes import (
@@ -362,9 +364,11 @@ def _rank_use(
     return _RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size, host)
 
 
-def _exchanged(found: _RankUse, workload: Workload, owned: int | None, incoming: int | None) -> MemoryUse:
+def _exchanged(
+    found: _RankUse, workload: Workload, owned: int | None, incoming: int | None, joint: int
+) -> MemoryUse:
     """Optimizer state of `owned` elements (None: of all), and messages with others' gradients (`incoming` elements)
-    and with the new weights that others update.
+    and with the new weights that others update; or collectives of `joint` elements, what pads their shares left out.
 
     An accelerator takes the ones before it takes the others. On a host there are buffers for all that is to come, and
     for what goes: gradients of what others update, and new weights to those whose gradients came.
@@ -374,7 +378,7 @@ def _exchanged(found: _RankUse, workload: Workload, owned: int | None, incoming:
     others = 0 if incoming is None else found.elements - mine
     come = incoming or 0
     apart = found.cut_inside * mine // max(1, found.elements) if mine < found.elements else 0
-    on_device = max(come * wide, others * found.size)
+    on_device = max(come * wide, joint * wide, others * found.size)
     return MemoryUse(
         weights=0,
         gradients=0,
@@ -387,16 +391,23 @@ def _exchanged(found: _RankUse, workload: Workload, owned: int | None, incoming:
     )
 
 
+def _has_collectives(compute: ComputeModel, device: int) -> bool:
+    """Whether collectives may carry a device's gradients and weights (see `program.islands`)."""
+    vendor = catalog.vendor(compute.graph.devices[device].type.vendor)
+    return vendor.has_native_collectives and compute.graph.cluster.emulated_time_scale is None
+
+
 def device_memory(
     compute: ComputeModel,
     layout: Layout,
     owned_elements: Mapping[int, int] | None = None,
     incoming_elements: Mapping[int, int] | None = None,
+    joint_elements: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[int, MemoryUse]:
     """Peak memory of every used device.
 
-    `owned_elements` and `incoming_elements` (device -> count) come from the ownership table; without them a
-    device is taken to update all that it holds, which is the most it can be given, and to wait for no one.
+    `owned_elements`, `incoming_elements` and `joint_elements` (device -> count) come from the ownership table; without
+    them a device is taken to update all that it holds, which is the most it can be given, and to wait for no one.
     """
     found: dict[int, _RankUse] = {}
     known: dict[tuple[object, ...], _RankUse] = {}  # alike ranks of alike stages
@@ -422,6 +433,7 @@ def device_memory(
             compute.workload,
             None if owned_elements is None else owned_elements.get(device, 0),
             None if incoming_elements is None else incoming_elements.get(device, 0),
+            joint_elements.get(device, 0) if _has_collectives(compute, device) else 0,
         )
         for device, one in found.items()
     }

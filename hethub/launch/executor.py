@@ -24,6 +24,7 @@ from hethub.launch.faults import Hook
 from hethub.launch.flights import Flight
 from hethub.launch.gradients import WeightGradients
 from hethub.launch.groups import SoloGroup
+from hethub.launch.island import Island
 from hethub.launch.meter import Meter
 from hethub.launch.model import StageModel
 from hethub.launch.parameters import ParameterLane
@@ -168,6 +169,7 @@ class Executor:
         self.sink = sink
         self.compute = compute
         self.communicator = communicator
+        self.island: Island | None = None  # runs the program's collectives, where it has any
         self.recorder = recorder
         self.total_steps = total_steps
         self.mark = mark
@@ -455,6 +457,9 @@ class Executor:
         def leave() -> None:
             if transfer.lane == Lane.ACTIVATIONS:
                 parts: Sequence[Tensor] = [self._leaving(transfer, action)]
+            elif transfer.members:
+                self._join(action.message)
+                return
             else:
                 parts = self.lane.outgoing(transfer)
             now = self.compute.clock.now()
@@ -464,6 +469,14 @@ class Executor:
             self._during()
 
         return self.compute.elapsed(leave)
+
+    def _join(self, message: int) -> None:
+        """Begin a collective."""
+        assert self.island is not None
+        if self.meter is not None:
+            self.meter.send(message, self.compute.clock.now())
+        self.island.begin(message)
+        self._during()
 
     def _leaving(self, transfer: Transfer, action: Action) -> Tensor:
         step = -1 if transfer.what == What.ACTIVATION else 1
@@ -479,6 +492,9 @@ class Executor:
 
         def arrive() -> None:
             self._during()
+            if transfer.members:
+                self._take_part(action.message)
+                return
             delivery = self.communicator.receive(action.message)
             if self.meter is not None:
                 self._sent = self.meter.received(action.message)
@@ -490,6 +506,13 @@ class Executor:
                 self._mail(transfer, delivery)
 
         return self.compute.elapsed(arrive)
+
+    def _take_part(self, message: int) -> None:
+        """End a collective."""
+        assert self.island is not None
+        self.lane.keep_weights(self.island.end(message))
+        if self.meter is not None:
+            self._sent = self.meter.received(message)
 
     def _taken(self, delivery: Delivery, transfer: Transfer) -> tuple[Tensor, Tensor | None]:
         """What came, on the device, and the buffer that it lies in, if it still does."""

@@ -15,9 +15,10 @@ from hethub.launch.communicator import guard
 from hethub.specs.layout import sequence_span
 from hethub.timeline.record import Lane
 
-__all__ = ["ExchangeGroup", "NativeGroup", "SoloGroup", "TensorGroup"]
+__all__ = ["ExchangeGroup", "Library", "NativeGroup", "SoloGroup", "TensorGroup", "Wait"]
 
 _EXCHANGE_TAG = len(Lane)
+Wait = Callable[[], object]
 
 
 class TensorGroup(Protocol):
@@ -89,39 +90,99 @@ class _Timed:
 
 
 # torch 2.13 renamed them; older ones know the second name only.
-_all_gather_whole: Callable[..., object] = (
+_all_gather_whole: Callable[..., dist.Work | None] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
-_reduce_scatter_whole: Callable[..., object] = (
+_reduce_scatter_whole: Callable[..., dist.Work | None] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
 
 
-class NativeGroup(_Timed):
-    """A tensor-parallel group inside one island: the vendor library's own collectives.
+class Library:
+    """A vendor library's collectives among some ranks of an island, which all make the same calls in the same order.
 
-    `whole_tensors` turns false when the library says that it lacks the collectives of one tensor; the group then
-    gathers lists and takes its part of an all-reduce.
+    A call returns how to wait for its end. With `overlaps` it only begins the collective: on an accelerator what is
+    queued after the wait waits, and the host goes on. `whole_tensors` turns false when the library says that it lacks
+    the collectives of one tensor; then lists are gathered, and a part of an all-reduce is taken.
     """
 
-    def __init__(self, ranks: Sequence[int], backend: str) -> None:
-        super().__init__()
+    def __init__(self, ranks: Sequence[int], backend: str, *, overlaps: bool = False) -> None:
         self.size = len(ranks)
         self.member = list(ranks).index(dist.get_rank())
         self.whole_tensors = True
+        self._overlaps = overlaps
         self._group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
-    def _call(self, collective: Callable[[], object]) -> None:
-        self.timed(lambda: guard(collective, -1))
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Wait:
+        """In place; every member gets the same bits."""
+        return guard(lambda: self._begin(dist.all_reduce, tensor, operation), -1)
+
+    def all_gather(self, found: Tensor, own: Tensor) -> Wait:
+        """Into found (size, ...) everyone's own (...), contiguous both."""
+        return self._try(
+            lambda: self._begin(_all_gather_whole, found.view(-1), own.view(-1)),
+            lambda: self._begin(dist.all_gather, list(found.unbind(0)), own),
+        )
+
+    def reduce_scatter(self, found: Tensor, given: Tensor) -> Wait:
+        """Into found (...) the sum of everyone's given (size, ...) at this member's place, contiguous both. The sum of
+        all may be formed in `given`."""
+
+        def by_sum() -> Wait:
+            wait = self.all_reduce(given, dist.ReduceOp.SUM)
+
+            def take() -> None:
+                wait()
+                found.copy_(given[self.member])
+
+            return take
+
+        return self._try(lambda: self._begin(_reduce_scatter_whole, found.view(-1), given.view(-1)), by_sum)
+
+    def _begin(self, collective: Callable[..., dist.Work | None], *tensors: object) -> Wait:
+        work = collective(*tensors, group=self._group, async_op=self._overlaps)
+        return (lambda: None) if work is None else lambda: guard(work.wait, -1)
+
+    def _try(self, whole: Callable[[], Wait], otherwise: Callable[[], Wait]) -> Wait:
+        """A library that lacks a collective says so before it sends anything, so all members turn to the other."""
+
+        def call() -> Wait:
+            if self.whole_tensors:
+                try:
+                    return whole()
+                except (NotImplementedError, RuntimeError) as error:
+                    if "support" not in str(error) and not isinstance(error, NotImplementedError):
+                        raise
+                    self.whole_tensors = False
+            return otherwise()
+
+        return guard(call, -1)
+
+
+class NativeGroup(_Timed):
+    """A tensor-parallel group inside one island: the vendor library's own collectives."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__()
+        self.size = library.size
+        self.member = library.member
+        self.library = library
+
+    def _run(self, begin: Callable[[], Wait]) -> None:
+        def run() -> None:
+            wait = begin()
+            wait()
+
+        self.timed(run)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """In place; every member gets the same bits."""
-        self._call(lambda: dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self._group))
+        self._run(lambda: self.library.all_reduce(tensor, dist.ReduceOp.SUM))
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """In place."""
-        self._call(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group))
+        self._run(lambda: self.library.all_reduce(tensor, dist.ReduceOp.MAX))
         return tensor
 
     def all_gather(self, shard: Tensor, length: int) -> Tensor:
@@ -132,10 +193,7 @@ class NativeGroup(_Timed):
             shard = torch.cat([shard, shard.new_zeros(rows, equal - held, *rest)], 1)
         shard = shard.contiguous()
         found = shard.new_empty(self.size, rows, equal, *rest)
-        self._try(
-            lambda: _all_gather_whole(found.view(-1), shard.view(-1), group=self._group),
-            lambda: dist.all_gather(list(found.unbind(0)), shard, group=self._group),
-        )
+        self._run(lambda: self.library.all_gather(found, shard))
         whole: Tensor = found.transpose(0, 1).flatten(1, 2)[:, :length].contiguous()
         return whole
 
@@ -148,31 +206,10 @@ class NativeGroup(_Timed):
             whole = torch.cat([whole, whole.new_zeros(rows, padding, *rest)], 1)
         given = whole.unflatten(1, (self.size, equal)).transpose(0, 1).contiguous()
         found = given.new_empty(rows, equal, *rest)
-
-        def by_sum() -> None:
-            dist.all_reduce(given, dist.ReduceOp.SUM, group=self._group)
-            found.copy_(given[self.member])
-
-        self._try(lambda: _reduce_scatter_whole(found.view(-1), given.view(-1), group=self._group), by_sum)
+        self._run(lambda: self.library.reduce_scatter(found, given))
         start, stop = sequence_span(length, self.size, self.member)
         shard: Tensor = found[:, : stop - start].contiguous()
         return shard
-
-    def _try(self, whole: Callable[[], object], otherwise: Callable[[], object]) -> None:
-        """A library that lacks a collective says so before it sends anything, so all members turn to the other."""
-
-        def call() -> None:
-            if self.whole_tensors:
-                try:
-                    whole()
-                    return
-                except (NotImplementedError, RuntimeError) as error:
-                    if "support" not in str(error) and not isinstance(error, NotImplementedError):
-                        raise
-                    self.whole_tensors = False
-            otherwise()
-
-        self._call(call)
 
 
 class ExchangeGroup(_Timed):

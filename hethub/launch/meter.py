@@ -85,7 +85,7 @@ def ready_to_count(
     seconds = [
         predicted_seconds[m]
         if m in predicted_seconds
-        else graph.path(t.source, t.destination).seconds(t.bytes)
+        else (graph.ring(t.members) if t.members else graph.path(t.source, t.destination)).seconds(t.bytes)
         for m, t in enumerate(transfers)
     ]
     Moments.create(moments, np.array(seconds), len(graph.devices))
@@ -117,7 +117,9 @@ class Meter:
             action.message
             for action in program.devices[device]
             if action.kind == Kind.RECEIVE and not settings.one_clock
-            if node_of(graph.devices[program.transfer(action.message).source]) != node_of(own)
+            if any(
+                node_of(graph.devices[d]) != node_of(own) for d in program.transfer(action.message).senders
+            )
         )
         self._flops = model_flops(program.layout, workload, device)
         self._predicted_compute = predicted_compute_seconds(program, device)
@@ -209,10 +211,10 @@ class Meter:
         self._numbers[_AT["energy_joules"]] += math.nan if spent is None else spent
 
     def _count_links(self, records: Records) -> None:
-        """Bytes of all that came; and how long it took, of what the device stood waiting for when it came."""
+        """Bytes of all messages that came; and how long it took, of what the device stood waiting for when it came."""
         if not len(self._links):
             return
-        received = records[records["kind"] == Kind.RECEIVE]
+        received = records[(records["kind"] == Kind.RECEIVE) & (records["peer"] >= 0)]
         place = self._link_of[received["peer"]]
         predicted = self._moments.predicted_seconds[received["message"]]
         least = np.maximum(_WAITED_SHARE * predicted, _WAITED_SECONDS / self._clock.time_scale)

@@ -71,7 +71,7 @@ class ParameterLane:
 
     def outgoing(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors that a message carries, one after the other."""
-        if transfer.what in (What.REDUCE, What.WEIGHTS):
+        if transfer.what in (What.REDUCE, What.WEIGHTS, What.RELAY):
             key = (transfer.what, transfer.slices)
             if key not in self._places:
                 place = self.shards.gradient if transfer.what == What.REDUCE else self.shards.weight
@@ -94,8 +94,15 @@ class ParameterLane:
         if transfer.what == What.REDUCE:
             for number, piece in pieces:
                 self._pieces[number][transfer.source] = piece
+        elif transfer.what == What.RELAY:
+            for number, piece in pieces:  # what is passed on is given from its place
+                self.shards.weight(number).copy_(piece)
         else:
             self._new.update(pieces)
+
+    def keep_weights(self, found: Mapping[int, Tensor]) -> None:
+        """Take new weights of slices, which GATHER puts into place."""
+        self._new.update(found)
 
     def _apart(self, transfer: Transfer, payload: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The slices of a message, shaped like this device's own: in the payload, or where a neighbour has them."""
@@ -116,7 +123,8 @@ class ParameterLane:
 
     @torch.no_grad()
     def reduce(self, bucket: int) -> None:
-        """Sum a bucket's slices over their holders in the order of device indices, into this device's own gradients.
+        """Sum a bucket's slices over those who sent them in the order of device indices, into this device's own
+        gradients: over their holders, or over islands, of which each has one to send its sum.
 
         Adding two numbers gives the same bits in either order, so only the sum before one's own is formed apart.
         """
@@ -125,7 +133,7 @@ class ParameterLane:
             own = self.shards.gradient(number)
             total: Tensor | None = None
             ours = False  # whether the sum may be changed: a neighbour's gradient may not
-            for holder in self.program.ownership.slices[number].holders:
+            for holder in sorted((*pieces, self.device)):
                 term = own if holder == self.device else pieces[holder]
                 if total is None:
                     total, ours = term, holder not in self.neighbours
@@ -179,9 +187,14 @@ class ParameterLane:
 
     def _first_not_finite(self, *, sums: bool) -> int | None:
         """The first slice whose gradient is not finite here: of those that this device updates, sums by now, or
-        of its own part of the others."""
+        or that its island added up here, or of its own part of the others."""
+        transfers = (
+            t for t in self.program.transfers if t.what == What.REDUCE_SCATTER and self.device in t.members
+        )
+        summed = {number for transfer in transfers for number in transfer.share(self.device)}
         for number, entry in enumerate(self.shards.ownership.slices):
-            mine = self.device in entry.holders and (entry.updater == self.device) == sums
+            is_sum = entry.updater == self.device or number in summed
+            mine = self.device in entry.holders and is_sum == sums
             if mine and not bool(torch.isfinite(self.shards.gradient(number)).all()):
                 return number
         return None

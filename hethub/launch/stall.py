@@ -72,9 +72,9 @@ class StallWatch:
         self._numbers: list[dict[Action, int]] = [
             {action: number for number, action in enumerate(actions)} for actions in program.devices
         ]
-        self._sends = {
-            action.message: number
-            for actions in program.devices
+        self._sends = {  # by message and sender
+            (action.message, device): number
+            for device, actions in enumerate(program.devices)
             for number, action in enumerate(actions)
             if action.kind == Kind.SEND
         }
@@ -138,10 +138,11 @@ class StallWatch:
             return None
         action = self._program.devices[device][place[1]]
         if action.kind == Kind.RECEIVE:
-            source = self._program.transfer(action.message).source
             step = place[0] - self._program.carried(action)  # new weights were sent in the step before
-            sent = self._since[source][0] > (step, self._sends[action.message])
-            return None if sent else source
+            for source in self._program.transfer(action.message).senders:
+                if self._since[source][0] <= (step, self._sends[action.message, source]):
+                    return source
+            return None
         for member in self._members(device, action):
             if self._since[member][0] < (place[0], self._numbers[member][action]):
                 return member

@@ -12,7 +12,18 @@ from hethub.program.ownership import Ownership
 from hethub.specs.layout import Layout, Span
 from hethub.timeline.record import Kind, Lane
 
-__all__ = ["SUMS", "Action", "Channel", "Message", "Price", "Program", "Transfer", "What"]
+__all__ = [
+    "CARRIED",
+    "SUMS",
+    "Action",
+    "Channel",
+    "Message",
+    "Price",
+    "Program",
+    "ProgramError",
+    "Transfer",
+    "What",
+]
 
 
 class What(IntEnum):
@@ -24,9 +35,13 @@ class What(IntEnum):
     NORM = 3  # sum of squares and loss of one updater, to the root
     TOTAL = 4  # their totals, from the root
     WEIGHTS = 5  # new weights of slices, to their holders
+    RELAY = 6  # new weights of slices, to the member that passes them on inside its island
+    REDUCE_SCATTER = 7  # a collective: gradients inside an island, to the members that get their sums
+    ALL_GATHER = 8  # a collective: new weights inside an island, to all members
 
 
 SUMS = frozenset({What.NORM, What.TOTAL})  # a few numbers, which are formed and read in host memory
+CARRIED = frozenset({What.WEIGHTS, What.ALL_GATHER})  # received in the step after the one that sent it
 
 
 class Action(NamedTuple):
@@ -47,7 +62,10 @@ class Transfer(NamedTuple):
     """A way that messages take every step: a rectangle of `rows` inside the micro-batch x `tokens` of each row, or
     `slices` of the ownership table.
 
-    `stage` is the receiving stage of activations and gradients.
+    `stage` is the receiving stage of activations and gradients. A collective has `members` (ascending) instead of
+    source and destination, which are -1: each of them sends and receives its one message. `shares` are the slices whose
+    sum each member gets, or whose new weights it gives, as many elements as in the longest with padding; `bytes` is
+    what a member sends around the ring.
     """
 
     what: What
@@ -59,6 +77,17 @@ class Transfer(NamedTuple):
     tokens: Span
     slices: tuple[int, ...]
     bytes: int
+    members: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def senders(self) -> tuple[int, ...]:
+        """Everyone who must have sent before it can be received."""
+        return self.members or (self.source,)
+
+    def share(self, device: int) -> tuple[int, ...]:
+        """A member's slices."""
+        return self.shares[self.members.index(device)]
 
 
 class Message(NamedTuple):
@@ -89,6 +118,10 @@ class Price(NamedTuple):
 
 
 Channel = tuple[int, int, Lane]
+
+
+class ProgramError(Exception):
+    """A compiled program breaks one of its promises; the text says which and where."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +173,7 @@ class Program:
         """Whether an action takes what the step before sent: the first step of a run leaves it out."""
         if action.kind == Kind.GATHER:
             return True
-        return action.kind == Kind.RECEIVE and self.transfer(action.message).what == What.WEIGHTS
+        return action.kind == Kind.RECEIVE and self.transfer(action.message).what in CARRIED
 
     def describe(self, device: int, action: int) -> str:
         """An action in words, for errors."""
@@ -156,8 +189,11 @@ class Program:
             words.append(f"bucket {entry.part}" if entry.kind != Kind.GATHER else f"{entry.part}")
         if entry.message >= 0:
             transfer = self.transfer(entry.message)
-            other = transfer.destination if entry.kind == Kind.SEND else transfer.source
-            words.append(
-                f"{transfer.what.name.lower()} {'to' if entry.kind == Kind.SEND else 'from'} rank {other}"
+            what, end = (
+                transfer.what.name.lower().replace("_", "-"),
+                "to" if entry.kind == Kind.SEND else "from",
             )
+            other = transfer.destination if entry.kind == Kind.SEND else transfer.source
+            ranks = ", ".join(map(str, transfer.members))
+            words.append(f"{what} {end} {f'ranks {ranks}' if transfer.members else f'rank {other}'}")
         return " ".join(words)

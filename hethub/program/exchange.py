@@ -1,18 +1,20 @@
 """What is exchanged around the pipeline: gradient slices to their updaters, new weights to their holders, and when.
 
 A device's own list decides: a gradient may leave behind the last action that adds to it, a new weight must be there
-before the first action that uses it.
+before the first action that uses it. Inside an island collectives carry both (`islands.py`), in one order at all
+members: a collective may begin behind its own moment, and not before the one ahead of it in that order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hethub.cost.shapes import layer_parameters
 from hethub.program.actions import Action
+from hethub.program.islands import Collective, Collectives, Islands, find_collectives
 from hethub.program.ownership import Ownership
 from hethub.program.parts import Parts
 from hethub.specs.layout import Layout, Span
@@ -21,7 +23,9 @@ from hethub.timeline.record import Kind
 __all__ = [
     "GRADIENT_KINDS",
     "Exchange",
+    "Gathering",
     "GradientSend",
+    "Reducing",
     "Reduction",
     "Uses",
     "WeightSend",
@@ -33,12 +37,14 @@ GRADIENT_KINDS = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)  # the last one of a stag
 
 
 class GradientSend(NamedTuple):
-    """Slices whose gradient is complete on `source` behind an action, for one updater."""
+    """Slices whose gradient is complete on `source` behind an action, for one updater. A relay's are its island's sum,
+    complete when the collective `reduced` (by number; else -1) is; it has no `behind`."""
 
     source: int
     destination: int
-    behind: Action
+    behind: Action | None
     slices: tuple[int, ...]
+    reduced: int = -1
 
 
 class Reduction(NamedTuple):
@@ -51,12 +57,31 @@ class Reduction(NamedTuple):
 
 
 class WeightSend(NamedTuple):
-    """New weights of an updater's bucket for one holder, which first uses them in `first_use`."""
+    """New weights of an updater's bucket for one holder, which first uses them in `first_use`; None for a relay, which
+    passes them on at once."""
 
     bucket: int
     destination: int
-    first_use: Action
+    first_use: Action | None
     slices: tuple[int, ...]
+
+
+class Reducing(NamedTuple):
+    """A reduce-scatter; member i joins it behind its action `behind[i]`."""
+
+    collective: Collective
+    behind: tuple[Action, ...]
+
+
+class Gathering(NamedTuple):
+    """An all-gather: member i joins it behind the update of its bucket `bucket[i]` (-1: of none), and first uses what
+    it brings in `first_use[i]`. It is `relayed` where a member gives weights that another island updates; those come
+    after all that are not, behind all updates."""
+
+    collective: Collective
+    bucket: tuple[int, ...]
+    first_use: tuple[Action, ...]
+    relayed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +89,12 @@ class Exchange:
     """Everything that goes over the parameter lane but norms.
 
     `gradients` stand in the order of each source's list; `reductions[d]`, `weights[d]` and `buckets[d]` are an
-    updater's, buckets in the order of first use, reductions in that of the backward.
+    updater's, buckets in the order of first use, reductions in that of the backward. `reducing` and `gathering` stand
+    in the order in which all members join them.
     """
 
+    reducing: tuple[Reducing, ...]
+    gathering: tuple[Gathering, ...]
     gradients: tuple[GradientSend, ...]
     reductions: Mapping[int, tuple[Reduction, ...]]
     weights: Mapping[int, tuple[WeightSend, ...]]
@@ -107,7 +135,11 @@ def touches(
 
 
 def plan_exchange(
-    ownership: Ownership, parts: Parts, layout: Layout, lists: Sequence[Sequence[Action]]
+    ownership: Ownership,
+    parts: Parts,
+    layout: Layout,
+    lists: Sequence[Sequence[Action]],
+    islands: Islands,
 ) -> Exchange:
     """Decide the exchange from the pipelines' finished lists (one a device)."""
     numbers = {parameter.name: n for n, parameter in enumerate(ownership.parameters)}
@@ -118,13 +150,56 @@ def plan_exchange(
                 spans[device][stage.index] = parts[pipeline.index, stage.index]
     uses = {d: touches(layout, spans[d], lists[d], numbers) for d in layout.used}
     buckets = {d: _buckets(ownership, d, uses[d]) for d in layout.used}
-    gradients = _gradients(ownership, uses, lists)
+    ready = {d: _ready(uses[d], lists[d]) for d in layout.used}
+    # counted from the end of the lists, where those of unlike length meet
+    reduced = find_collectives(ownership, islands, lambda d, n: ready[d][n] - len(lists[d]))
+    reduced = replace(reduced, each=tuple(sorted(reduced.each, key=_by_readiness)))
+    gathered = find_collectives(ownership, islands, lambda d, n: uses[d].first[n])
+    gradients = _gradients(ownership, ready, lists, reduced)
     return Exchange(
+        _reducing(reduced, lists),
+        _gathering(gathered, buckets, lists),
         gradients,
         _reductions(ownership, gradients, buckets),
-        {d: _weights(ownership, d, buckets[d], uses, lists) for d in layout.used},
+        {d: _weights(ownership, d, buckets[d], uses, lists, gathered) for d in layout.used},
         buckets,
     )
+
+
+def _by_readiness(one: Collective) -> tuple[object, ...]:
+    """First what is ready first at all members."""
+    return (max(one.moments), one)
+
+
+def _reducing(reduced: Collectives, lists: Sequence[Sequence[Action]]) -> tuple[Reducing, ...]:
+    begun: dict[int, int] = {}  # device -> where it joined the latest
+    found = []
+    for one in reduced.each:
+        for device, moment in zip(one.members, one.moments, strict=True):
+            begun[device] = max(begun.get(device, 0), moment + len(lists[device]))
+        found.append(Reducing(one, tuple(lists[d][begun[d]] for d in one.members)))
+    return tuple(found)
+
+
+def _gathering(
+    gathered: Collectives,
+    buckets: Mapping[int, tuple[tuple[int, ...], ...]],
+    lists: Sequence[Sequence[Action]],
+) -> tuple[Gathering, ...]:
+    """First what is used first by any member; what is relayed comes last."""
+    bucket_of = {n: bucket for own in buckets.values() for bucket, slices in enumerate(own) for n in slices}
+    relays = gathered.relays
+    found = []
+    for one in gathered.each:
+        given = [(d, n) for d, share in zip(one.members, one.shares, strict=True) for n in share]
+        latest = dict.fromkeys(one.members, -1)
+        for device, number in given:
+            if (number, device) not in relays:
+                latest[device] = max(latest[device], bucket_of[number])
+        relayed = any((number, device) in relays for device, number in given)
+        first_use = tuple(lists[d][moment] for d, moment in zip(one.members, one.moments, strict=True))
+        found.append(Gathering(one, tuple(latest.values()), first_use, relayed))
+    return tuple(sorted(found, key=lambda g: (g.relayed, min(g.collective.moments), g.collective)))
 
 
 def _buckets(ownership: Ownership, device: int, uses: Uses) -> tuple[tuple[int, ...], ...]:
@@ -135,22 +210,43 @@ def _buckets(ownership: Ownership, device: int, uses: Uses) -> tuple[tuple[int, 
     return tuple(tuple(numbers) for _, numbers in sorted(found.items()))
 
 
+def _ready(uses: Uses, actions: Sequence[Action]) -> dict[int, int]:
+    """Parameter -> the action behind which its gradient may leave."""
+    later = _leaving(actions)
+    return {parameter: later.get(last, last) for parameter, last in uses.last.items()}
+
+
 def _gradients(
-    ownership: Ownership, uses: Mapping[int, Uses], lists: Sequence[Sequence[Action]]
+    ownership: Ownership,
+    ready: Mapping[int, Mapping[int, int]],
+    lists: Sequence[Sequence[Action]],
+    reduced: Collectives,
 ) -> tuple[GradientSend, ...]:
-    """A device sends to all, neighbours in turn, what each action completes."""
+    """A device sends to all, neighbours in turn, what each action completes; then relays their islands' sums."""
     found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+    relayed: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     count = len(lists)
-    leaving = {source: _leaving(lists[source]) for source in uses}
-    for (source, updater), numbers in ownership.gradient_routes.items():
-        later = leaving[source]
-        for number in numbers:
-            behind = uses[source].last[ownership.slices[number].parameter]
-            behind = later.get(behind, behind)
-            found[source, behind, (updater - source) % count, updater].append(number)
+    relays = reduced.relays
+    carrier = {
+        (n, d): place
+        for place, one in enumerate(reduced.each if relays else ())
+        for d, share in zip(one.members, one.shares, strict=True)
+        for n in share
+    }
+    for number, entry in enumerate(ownership.slices):
+        updater = entry.updater
+        for source in reduced.left(number, entry.holders):
+            turn = (updater - source) % count
+            if (number, source) in relays:
+                relayed[source, carrier[number, source], turn, updater].append(number)
+            elif source != updater:
+                found[source, ready[source][entry.parameter], turn, updater].append(number)
     return tuple(
         GradientSend(source, updater, lists[source][behind], tuple(slices))
         for (source, behind, _, updater), slices in sorted(found.items())
+    ) + tuple(
+        GradientSend(source, updater, None, tuple(slices), place)
+        for (source, place, _, updater), slices in sorted(relayed.items())
     )
 
 
@@ -202,17 +298,21 @@ def _weights(
     buckets: Sequence[Sequence[int]],
     uses: Mapping[int, Uses],
     lists: Sequence[Sequence[Action]],
+    gathered: Collectives,
 ) -> tuple[WeightSend, ...]:
-    """Each bucket goes to all holders, neighbours in turn."""
+    """Each bucket goes to all holders that no collective serves, neighbours in turn; first to relays, who have others
+    waiting."""
     count = len(lists)
+    relays = gathered.relays
     sends = []
     for bucket, numbers in enumerate(buckets):
-        found: dict[int, list[int]] = defaultdict(list)
+        found: dict[tuple[bool, int, int], list[int]] = defaultdict(list)
         for number in numbers:
-            for holder in ownership.slices[number].holders:
+            for holder in gathered.left(number, ownership.slices[number].holders):
                 if holder != device:
-                    found[holder].append(number)
-        for holder, slices in sorted(found.items(), key=lambda entry: (entry[0] - device) % count):
+                    last = (number, holder) not in relays
+                    found[last, (holder - device) % count, holder].append(number)
+        for (last, _, holder), slices in sorted(found.items()):
             first = min(uses[holder].first[ownership.slices[n].parameter] for n in slices)
-            sends.append(WeightSend(bucket, holder, lists[holder][first], tuple(slices)))
+            sends.append(WeightSend(bucket, holder, lists[holder][first] if last else None, tuple(slices)))
     return tuple(sends)

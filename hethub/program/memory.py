@@ -85,6 +85,8 @@ def acknowledged(program: Program, senders: Iterable[int]) -> dict[int, tuple[in
     for sender in senders:
         received: dict[int, list[int]] = defaultdict(list)
         for action in program.devices[sender]:
+            if action.message < 0 or program.transfer(action.message).members:
+                continue
             if action.kind == Kind.RECEIVE:
                 received[program.transfer(action.message).source].append(action.message)
             elif action.kind == Kind.SEND:
@@ -344,6 +346,12 @@ class _Walk:
     def _receive(self, action: Action) -> int:
         transfer, size = self.program.transfer(action.message), self._size(action.message)
         buffers = self.lanes[transfer.lane]
+        if transfer.what == What.REDUCE_SCATTER:
+            buffers.free(self._joint_bytes(transfer))
+            return 0
+        if transfer.what == What.ALL_GATHER:
+            self.letters.append(self._joint_bytes(transfer))
+            return 0
         for message in (
             list(self.leaving) if transfer.what == What.TOTAL else self.told.get(action.message, ())
         ):
@@ -376,6 +384,9 @@ class _Walk:
     def _send(self, action: Action) -> int:
         """On a host a message is on its way until the receiver proves to have it."""
         transfer = self.program.transfer(action.message)
+        if transfer.members:
+            self.lanes[transfer.lane].take(self._joint_bytes(transfer))
+            return 0
         if self.on_host:
             self.leaving.add(action.message)
         if self._packs(transfer):
@@ -384,9 +395,16 @@ class _Walk:
 
     def _sent(self, action: Action) -> int:
         """What is not in a buffer of its own is held until it has left."""
-        if self._packs(self.program.transfer(action.message)) or not self.on_host:
+        transfer = self.program.transfer(action.message)
+        if not transfer.members and (self._packs(transfer) or not self.on_host):
             self._release_result(action.message)
         return 0
+
+    @staticmethod
+    def _joint_bytes(transfer: Transfer) -> int:
+        """What a collective takes from the join on: every member's padded share, and this one's beside them."""
+        others = len(transfer.members) - 1
+        return (others + 2) * (transfer.bytes // others)
 
     def _left(self, message: int) -> None:
         if message in self.leaving:

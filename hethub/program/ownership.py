@@ -99,6 +99,17 @@ class Ownership:
             found[entry.updater] += entry.elements * (len(entry.holders) - 1)
         return found
 
+    @cached_property
+    def joint_elements(self) -> Mapping[int, int]:
+        """Device -> elements of what it gives together with others and gets back where collectives carry that: all that
+        it shares, and its own part of the sums."""
+        found: dict[int, int] = defaultdict(int)
+        for entry in self.slices:
+            count = len(entry.holders)
+            for device in entry.holders if count > 1 else ():
+                found[device] += entry.elements + -(-entry.elements // count)
+        return found
+
     def route_elements(self, numbers: tuple[int, ...]) -> int:
         """Elements of these slices together."""
         slices = self.slices

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from hethub.program.actions import Action, Channel, Program, Transfer, What
+from hethub.program.actions import CARRIED, Action, Channel, Program, ProgramError, Transfer, What
 from hethub.program.exchange import Uses, touches
+from hethub.program.progress import prove_progress
 from hethub.specs.layout import Span
 from hethub.timeline.record import Kind
 
 __all__ = ["ProgramError", "prove"]
 
 
-class ProgramError(Exception):
-    """A compiled program breaks one of its promises; the text says which and where."""
-
-
 def prove(program: Program) -> None:
     """Check that
 
-    1. every message is sent once by its source and received once by its destination, and each channel's
-       stated order is the order of its sends,
+    1. every message is sent once by its source and received once by its destination, a collective's by all its
+       members, and each channel's stated order is the order of its sends,
     2. every micro-batch goes forward (and, in training, backward: whole, or first its input and then its weight
        part) once on every rank of every stage, in one action or in one for each part of the stage,
     3. what an action reads is there before it: inputs are received first, results are sent after they are made,
        gradients leave when they are complete, weights are there before their first use, and reduction, norm,
        update follow each other,
-    4. every gradient and weight of the ownership table's routes travels once,
+    4. every holder's gradient reaches the updater once and every new weight its holders, directly or through one
+       member of an island that passes it on,
     5. the program ends, step after step: executed with blocking receives, receive buffers of the stated depth
-       posted in the sender's order, and tensor-parallel groups that wait for all their members.
+       posted in the sender's order, tensor-parallel groups that wait for all their members, and devices that work off
+       one collective after the other in the order in which they joined them.
 
     Raises ProgramError with the waiting actions when there is a cycle.
     """
     _prove_messages(program)
+    _prove_collectives(program)
     _prove_work(program)
     _prove_routes(program)
     incoming: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
     for number, transfer in enumerate(program.transfers):
         if transfer.what == What.REDUCE:
             incoming[transfer.destination].append((number, transfer.slices))
+        elif transfer.what == What.REDUCE_SCATTER:
+            for member, share in zip(transfer.members, transfer.shares, strict=True):
+                incoming[member].append((number, share))
     spans: dict[int, dict[int, tuple[Span, ...]]] = defaultdict(dict)
     for (device, stage), parts in program.parts.items():
         spans[device][stage] = parts
@@ -48,7 +51,7 @@ def prove(program: Program) -> None:
     for device in program.layout.used:
         uses = touches(program.layout, spans[device], program.devices[device], numbers)
         _DeviceProof(program, device, uses, incoming[device]).run()
-    _prove_progress(program)
+    prove_progress(program)
 
 
 def _prove_messages(program: Program) -> None:
@@ -60,6 +63,8 @@ def _prove_messages(program: Program) -> None:
             if action.kind not in (Kind.SEND, Kind.RECEIVE):
                 continue
             transfer = program.transfer(action.message)
+            if transfer.members:
+                continue
             (sent if action.kind == Kind.SEND else received)[action.message] += 1
             end = transfer.source if action.kind == Kind.SEND else transfer.destination
             if action.kind == Kind.SEND:
@@ -67,7 +72,7 @@ def _prove_messages(program: Program) -> None:
             if end != device:
                 raise ProgramError(f"message {action.message} stands at rank {device}, not at {end}")
     for message in range(len(program.messages)):
-        if sent[message] != 1 or received[message] != 1:
+        if not program.transfer(message).members and (sent[message] != 1 or received[message] != 1):
             raise ProgramError(
                 f"message {message} is sent {sent[message]} and received {received[message]} times"
             )
@@ -77,6 +82,24 @@ def _prove_messages(program: Program) -> None:
             raise ProgramError(
                 f"channel {channel[0]} to {channel[1]}: its sends do not stand in the stated order"
             )
+
+
+def _prove_collectives(program: Program) -> None:
+    found = Counter(
+        (action.message, device, action.kind)
+        for device, actions in enumerate(program.devices)
+        for action in actions
+        if action.message >= 0 and program.transfer(action.message).members
+    )
+    wanted = {
+        (message, device, kind)
+        for message in range(len(program.messages))
+        for device in program.transfer(message).members
+        for kind in (Kind.SEND, Kind.RECEIVE)
+    }
+    if found.keys() != wanted or any(count != 1 for count in found.values()):
+        odd = sorted((found.keys() ^ wanted) | {key for key, count in found.items() if count != 1})[0]
+        raise ProgramError(f"rank {odd[1]} does not {odd[2].name.lower()} collective {odd[0]} once")
 
 
 def _prove_work(program: Program) -> None:
@@ -121,29 +144,68 @@ def _kinds(program: Program, recompute: str, split: bool) -> tuple[Kind, ...]:
 
 
 def _prove_routes(program: Program) -> None:
-    """What each pair of ranks exchanges of the ownership table is what the table says, no slice twice."""
+    """Whatever the way, each holder but the updater has one neighbour in it, towards the updater, at most two of them
+    away: a message's other end, which is the updater, or the member of a collective in whose share the slice is."""
     if not program.training:
         return
-    for what, routes in (
-        (What.REDUCE, program.ownership.gradient_routes),
-        (What.WEIGHTS, program.ownership.weight_routes),
+    for direct, collective in (
+        ((What.REDUCE,), What.REDUCE_SCATTER),
+        ((What.WEIGHTS, What.RELAY), What.ALL_GATHER),
     ):
-        travels: Counter[tuple[int, int, int]] = Counter()
+        towards: dict[tuple[int, int], int] = {}  # (slice, holder) -> neighbour
         for message in program.messages:
             transfer = program.transfers[message.transfer]
-            if transfer.what == what:
-                travels.update((transfer.source, transfer.destination, n) for n in transfer.slices)
-        wanted = {(*route, n) for route, numbers in routes.items() for n in numbers}
-        if set(travels) != wanted or any(count != 1 for count in travels.values()):
-            odd = sorted((set(travels) ^ wanted) | {key for key, count in travels.items() if count != 1})[0]
-            raise ProgramError(
-                f"{what.name.lower()} from rank {odd[0]} to {odd[1]}: slice {odd[2]} does not travel once"
-            )
+            if transfer.what in direct:
+                ends = (transfer.source, transfer.destination)
+                holder, updater = ends if transfer.what == What.REDUCE else ends[::-1]
+                ways = [(n, holder, updater) for n in transfer.slices]
+                if any(program.ownership.slices[n].updater != updater for n in transfer.slices):
+                    _fail_route(transfer.what, *ways[0])
+            elif transfer.what == collective:
+                ways = [
+                    (n, member, owner)
+                    for owner, share in zip(transfer.members, transfer.shares, strict=True)
+                    for n in share
+                    for member in transfer.members
+                    if member != owner
+                ]
+            else:
+                continue
+            for number, holder, neighbour in ways:
+                if (number, holder) in towards:
+                    _fail_route(transfer.what, number, holder, neighbour)
+                towards[number, holder] = neighbour
+        _prove_reach(program, direct[0], towards)
+
+
+def _fail_route(what: What, number: int, holder: int, neighbour: int) -> NoReturn:
+    name = what.name.lower().replace("_", "-")
+    raise ProgramError(f"{name} between ranks {holder} and {neighbour}: slice {number} does not travel once")
+
+
+def _prove_reach(program: Program, what: What, towards: Mapping[tuple[int, int], int]) -> None:
+    """Every holder reaches the updater, and nobody else takes part."""
+    reached = 0
+    for number, entry in enumerate(program.ownership.slices):
+        for holder in entry.holders:
+            if holder != entry.updater:
+                neighbour = towards.get((number, holder), -1)
+                if entry.updater not in (neighbour, towards.get((number, neighbour), -1)):
+                    _fail_route(what, number, holder, entry.updater)
+                reached += 1
+    if reached != len(towards):
+        slices = program.ownership.slices
+        odd = next(
+            (n, d, to)
+            for (n, d), to in towards.items()
+            if d == slices[n].updater or d not in slices[n].holders
+        )
+        _fail_route(what, *odd)
 
 
 # The order of what follows the pipeline on every device; all before it is phase 0.
 _PHASE_OF_KIND = {Kind.REDUCE: 2, Kind.NORM: 3, Kind.UPDATE: 6}
-_PHASE_OF_MESSAGE = {What.NORM: 4, What.TOTAL: 5}
+_PHASE_OF_MESSAGE = {What.NORM: 4, What.TOTAL: 5, What.RELAY: 6}
 
 
 class _DeviceProof:
@@ -156,12 +218,17 @@ class _DeviceProof:
         self.program = program
         self.device = device
         self.received: set[tuple[int, int]] = set()  # (transfer, micro-batch)
+        self.joined: set[int] = set()  # collectives (transfers)
         self.made: set[tuple[Kind, int, int, int]] = set()  # kind, stage, micro-batch, part
-        self.updated: set[int] = set()  # slices
+        self.updated: set[int] = set()  # slices with new weights: its own, and what it is to pass on
         self.mailed: set[int] = set()  # slices whose new weights have been received and not put into place
         self.first, self.last = uses.first, uses.last
         self.again = {a.stage for a in program.devices[device] if a.kind == Kind.RECOMPUTE}
         self.incoming = incoming
+        self.sums: dict[int, int] = {}  # slice -> the collective that adds it up here
+        for number, slices in incoming:
+            if program.transfers[number].members:
+                self.sums.update(dict.fromkeys(slices, number))
         self.phase = 0
         self.number = -1
 
@@ -194,24 +261,41 @@ class _DeviceProof:
         if transfer.what in (What.ACTIVATION, What.GRADIENT):
             if not self.has(*_makers(self.program, transfer), action.micro_batch):
                 self.fail()
-        elif transfer.what == What.REDUCE:
+        elif transfer.what in (What.REDUCE, What.REDUCE_SCATTER):
             if any(self.last[self.parameter(n)] > self.number for n in transfer.slices):
                 self.fail()
-        elif transfer.what == What.WEIGHTS:
-            if any(n not in self.updated for n in transfer.slices):
+            number = self.program.messages[action.message].transfer
+            self.joined.add(number)
+            if not self.has_all({self.sums[n] for n in transfer.slices if n in self.sums} - {number}):
+                self.fail()
+        elif transfer.what in (What.WEIGHTS, What.RELAY, What.ALL_GATHER):
+            given = transfer.share(self.device) if transfer.members else transfer.slices
+            if any(n not in self.updated for n in given):
                 self.fail()
         else:
             self.enter(_PHASE_OF_MESSAGE[transfer.what])
 
     def receive(self, action: Action) -> None:
-        transfer = self.program.transfer(action.message)
-        self.received.add((self.program.messages[action.message].transfer, action.micro_batch))
-        if transfer.what == What.WEIGHTS:
+        transfer, number = (
+            self.program.transfer(action.message),
+            self.program.messages[action.message].transfer,
+        )
+        self.received.add((number, action.micro_batch))
+        if transfer.what in CARRIED:
             self.mailed.update(transfer.slices)
             if any(self.first[self.parameter(n)] < self.number for n in transfer.slices):
                 self.fail()
+        elif transfer.what == What.REDUCE_SCATTER:
+            if number not in self.joined:
+                self.fail()
         elif transfer.what in _PHASE_OF_MESSAGE:
             self.enter(_PHASE_OF_MESSAGE[transfer.what])
+            if transfer.what == What.RELAY:
+                self.updated.update(transfer.slices)
+
+    def has_all(self, transfers: Iterable[int]) -> bool:
+        """Whether they have all been received."""
+        return all((number, -1) in self.received for number in transfers)
 
     def parameter(self, entry: int) -> int:
         return self.program.ownership.slices[entry].parameter
@@ -274,12 +358,11 @@ class _DeviceProof:
             return
         self.enter(_PHASE_OF_KIND[action.kind])
         if action.kind == Kind.REDUCE:
-            bucket = program.buckets[self.device][action.part]
-            if any(
-                (n, -1) not in self.received
-                for n, slices in self.incoming
-                if not set(bucket).isdisjoint(slices)
-            ):
+            bucket = set(program.buckets[self.device][action.part])
+            if not self.has_all(n for n, slices in self.incoming if not bucket.isdisjoint(slices)):
+                self.fail()
+        elif action.kind == Kind.NORM:
+            if not self.has_all(n for n, _ in self.incoming):
                 self.fail()
         elif action.kind == Kind.UPDATE and action.part >= 0:
             self.updated.update(program.buckets[self.device][action.part])
@@ -290,89 +373,3 @@ def _makers(program: Program, transfer: Transfer) -> tuple[tuple[Kind, ...], int
     if transfer.what == What.ACTIVATION:
         return (Kind.FORWARD,), transfer.stage - 1
     return (Kind.BACKWARD, Kind.BACKWARD_INPUT), transfer.stage + 1
-
-
-_STEPS = 2  # what the second step needs of the first is all that any step needs of the one before
-
-
-class _Progress:
-    """Executes the lists of two steps without times."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.at = [0] * len(program.devices)
-        self.sent: set[tuple[int, int]] = set()  # (step, message)
-        self.consumed: dict[Channel, int] = defaultdict(int)
-        self.position = {m: i for messages in program.order.values() for i, m in enumerate(messages)}
-        self.meeting: dict[tuple[int, ...], set[int]] = defaultdict(set)
-
-    def end(self, device: int) -> int:
-        return _STEPS * len(self.program.devices[device])
-
-    def action(self, device: int) -> Action:
-        actions = self.program.devices[device]
-        return actions[self.at[device] % len(actions)]
-
-    def blocked(self, device: int) -> bool:
-        """True when the device's next action cannot happen yet."""
-        program = self.program
-        action = self.action(device)
-        step = self.at[device] // len(program.devices[device])
-        if program.carried(action) and step == 0:
-            return False
-        if action.kind == Kind.RECEIVE:
-            return not self.takes(action, step - program.carried(action))
-        if action.kind == Kind.SEND:
-            self.sent.add((step, action.message))
-        elif len(group := program.group(device, action)) > 1:
-            return not self.meets(device, group)
-        return False
-
-    def takes(self, action: Action, step: int) -> bool:
-        """Consume a message if it was sent and one of the posted buffers has it."""
-        transfer = self.program.transfer(action.message)
-        channel = (transfer.source, transfer.destination, transfer.lane)
-        place = step * len(self.program.order[channel]) + self.position[action.message]
-        posted = place < self.consumed[channel] + self.program.depth[channel]
-        if (step, action.message) not in self.sent or not posted:
-            return False
-        self.consumed[channel] += 1
-        return True
-
-    def meets(self, device: int, group: tuple[int, ...]) -> bool:
-        """The last member to come to a group's action lets all of them pass."""
-        here = self.meeting[group]
-        here.add(device)
-        if len(here) < len(group):
-            return False
-        entries = {self.action(d) for d in group}
-        if len(entries) > 1:
-            raise ProgramError(f"ranks {group} meet in different actions: {sorted(entries)}")
-        here.clear()
-        for member in group:
-            if member != device:
-                self.at[member] += 1
-        return True
-
-
-def _prove_progress(program: Program) -> None:
-    run = _Progress(program)
-    waiting = deque(d for d, actions in enumerate(program.devices) if actions)
-    idle = 0
-    while waiting and idle < len(waiting):
-        device = waiting.popleft()
-        start = run.at[device]
-        while run.at[device] < run.end(device) and not run.blocked(device):
-            run.at[device] += 1
-        if run.at[device] != start:
-            idle = 0
-        if run.at[device] < run.end(device):
-            # Devices that ended (a group's last member may end the others) leave without counting as idle.
-            idle += 1
-            waiting.append(device)
-    stuck = sorted(d for d in waiting if run.at[d] < run.end(d))
-    if stuck:
-        shown = "; ".join(
-            f"rank {d} waits at {program.describe(d, run.at[d] % len(program.devices[d]))}" for d in stuck[:6]
-        )
-        raise ProgramError(f"the program does not end: {shown}")

@@ -69,13 +69,14 @@ class RunData:
         return None if self.comparison is None else self.comparison.measured_step_seconds
 
     def messages(self) -> dict[tuple[str, str], float]:
-        """(sender, receiver) -> bytes of a step, as measured or, without that, as predicted."""
+        """(sender, receiver) -> bytes of a step, as measured or, without that, as predicted; of messages only, not of
+        collectives inside an island."""
         timeline = self.predicted if self.comparison is None else self.comparison.measured
         if timeline is None:
             return {}
         step = 0 if self.comparison is None or self.step is None else self.step
         records = timeline.records
-        sends = records[(records["kind"] == Kind.SEND) & (records["step"] == step)]
+        sends = records[(records["kind"] == Kind.SEND) & (records["step"] == step) & (records["peer"] >= 0)]
         found: dict[tuple[str, str], float] = {}
         pairs, place = np.unique(np.stack([sends["device"], sends["peer"]]), axis=1, return_inverse=True)
         sizes = np.bincount(place.reshape(-1), weights=sends["bytes"], minlength=pairs.shape[1])

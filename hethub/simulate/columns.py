@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.curve import LinkFit
-from hethub.program.actions import Action, Program, What
+from hethub.program.actions import CARRIED, Action, Program, Transfer, What
 from hethub.simulate.kernel import COMPUTE, RECEIVE, SEND, Rules, State, Tables
 from hethub.timeline.record import Kind, Lane
 
@@ -22,6 +22,7 @@ _FIELDS = len(Action._fields)
 _IN_PLACE = (What.REDUCE, What.WEIGHTS)
 _BELL_BYTES = 1
 MessageWork = Callable[[int], tuple[LinkFit, LinkFit] | None]
+Touch = Callable[[int, float], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +39,21 @@ class Columns:
     cells: int
 
 
-def columns_of(program: Program, graph: CostGraph, work: MessageWork = lambda device: None) -> Columns:
+def columns_of(
+    program: Program,
+    graph: CostGraph,
+    work: MessageWork = lambda device: None,
+    touch: Touch = lambda device, size: 0.0,
+) -> Columns:
     """Flatten a program and the paths that its transfers take; `work(device)` is what messages take of a device itself,
-    sent and received, None where nothing."""
+    sent and received, None where nothing, `touch(device, bytes)` the seconds of memory traffic."""
     actions = _flat(chain.from_iterable(program.devices), _FIELDS)
     kind, message = actions[:, 0], actions[:, 3]
     code = np.full(len(actions), COMPUTE, dtype=np.int8)
     code[kind == Kind.SEND] = SEND
     code[kind == Kind.RECEIVE] = RECEIVE
     messages = _flat(program.messages, 2)[:, 0].astype(np.int64)
-    weights = np.fromiter((t.what == What.WEIGHTS for t in program.transfers), np.bool_)
+    weights = np.fromiter((t.what in CARRIED for t in program.transfers), np.bool_)
     carried = kind == Kind.GATHER
     receives = np.flatnonzero(code == RECEIVE)
     carried[receives] = weights[messages[message[receives]]]
@@ -57,7 +63,7 @@ def columns_of(program: Program, graph: CostGraph, work: MessageWork = lambda de
     works = np.flatnonzero(code == COMPUTE)
     devices = np.repeat(np.arange(len(lengths)), lengths)[works]
     subject[works] = prices.find(devices, actions[works])
-    ways = _Ways(program, graph, work)
+    ways = _Ways(program, graph, work, touch)
     tables: dict[str, Any] = {
         "first": np.concatenate(([0], np.cumsum(lengths))),
         "code": code,
@@ -88,7 +94,7 @@ def new_state(columns: Columns, rules: Rules) -> State:
     rows, groups = rules.steps * len(t.code), len(t.group_first) - 1
     # Only links that are shared know of channels' cells, and only then are these columns of any length.
     channels, cells = (columns.channels, columns.cells) if rules.sharing else (1, 1)
-    hops = int(np.diff(np.asarray(t.path_first)).max(initial=1))
+    slots = len(t.slot_channel) if rules.sharing else 1
 
     def full(count: int, value: float, dtype: type = np.int64) -> Any:
         return np.full(count, value, dtype=dtype)
@@ -104,6 +110,8 @@ def new_state(columns: Columns, rules: Rules) -> State:
         end=full(rows, np.nan, float),
         arrival=full(keys, -1, float),
         waiting=full(keys, -1),
+        waiting_next=full(devices, -1),
+        joined=full(keys, 0),
         group_count=full(groups, 0),
         group_start=full(groups, 0, float),
         unread=full(columns.channels, 0),
@@ -121,8 +129,8 @@ def new_state(columns: Columns, rules: Rules) -> State:
         event=full(cells, -1, float),
         head=full(cells, -1),
         least=full(cells, 0, float),
-        slot_next=full(channels * hops, -1),
-        slot_target=full(channels * hops, 0, float),
+        slot_next=full(slots, -1),
+        slot_target=full(slots, 0, float),
     )
 
 
@@ -178,7 +186,7 @@ class _Prices:
 class _Ways:
     """Transfers, the channels that they stand on and the paths that these take."""
 
-    def __init__(self, program: Program, graph: CostGraph, work: MessageWork) -> None:
+    def __init__(self, program: Program, graph: CostGraph, work: MessageWork, touch: Touch) -> None:
         transfers = program.transfers
         facts = np.fromiter(
             chain.from_iterable((t.source, t.destination, t.lane, t.bytes) for t in transfers), np.int64
@@ -189,25 +197,57 @@ class _Ways:
             bells = [t.what in _IN_PLACE and graph.reads_in_place(t.source, t.destination) for t in transfers]
             size[bells] = _BELL_BYTES
         self.bytes_told = told
-        pairs, path = np.unique(source * len(program.devices) + destination, return_inverse=True)
+        ends = source * len(program.devices) + destination
+        rings: dict[tuple[int, ...], int] = {}  # members -> what stands for their ends, below 0
+        senders = np.ones(len(transfers), dtype=np.int64)
+        for number in np.flatnonzero(source < 0).tolist():
+            members = transfers[number].members
+            ends[number] = rings.setdefault(members, -1 - len(rings))
+            senders[number] = len(members)
+        pairs, path = np.unique(ends, return_inverse=True)
         lanes, channel = np.unique(path * len(Lane) + lane, return_inverse=True)
         self.channels = max(1, len(lanes))
-        paths = [graph.path(*divmod(pair, len(program.devices))) for pair in pairs.tolist()]
+        members_of = {end: members for members, end in rings.items()}
+        paths = [
+            graph.path(*divmod(pair, len(program.devices))) if pair >= 0 else graph.ring(members_of[pair])
+            for pair in pairs.tolist()
+        ]
         cells = [cell for found in paths for cell in found.cells]
+        lengths = np.array([len(found.cells) for found in paths], dtype=np.int64)
+        slots = lengths[lanes // len(Lane)]
         self.tables = {
             "transfer_path": path,
             "transfer_channel": channel,
             "transfer_lane": lane,
             "transfer_source": source,
             "transfer_destination": destination,
+            "transfer_senders": senders,
             "transfer_bytes": size.astype(np.float64),
             "transfer_send_seconds": _work_seconds(work, 0, source, size),
             "transfer_receive_seconds": _work_seconds(work, 1, destination, size),
-            "path_first": np.cumsum([0, *(len(found.cells) for found in paths)], dtype=np.int64),
+            "path_first": np.concatenate(([0], np.cumsum(lengths))),
             "path_cell": np.array([cell for cell, _ in cells], dtype=np.int64),
             "path_bandwidth": np.array([bandwidth for _, bandwidth in cells], dtype=np.float64),
             "path_latency": np.array([found.latency_seconds for found in paths], dtype=np.float64),
+            "channel_slot": np.concatenate(([0], np.cumsum(slots))),
+            "slot_channel": np.repeat(np.arange(len(lanes)), slots),
         }
+        for number in np.flatnonzero(source < 0).tolist():
+            found_seconds = _joint_seconds(transfers[number], touch)
+            for column, seconds in zip(
+                ("transfer_send_seconds", "transfer_receive_seconds"), found_seconds, strict=True
+            ):
+                self.tables[column][number] = seconds
+
+
+def _joint_seconds(transfer: Transfer, touch: Touch) -> tuple[float, float]:
+    """What a collective takes of a member itself, sent and received: its shares are copied together, its own sum into
+    place. What all-gathers bring, GATHER puts into place."""
+    count, device = len(transfer.members), transfer.members[0]
+    share = transfer.bytes / (count - 1)
+    if transfer.what == What.REDUCE_SCATTER:
+        return touch(device, 2 * count * share), touch(device, 2 * share)
+    return touch(device, 2 * share), 0.0
 
 
 def _work_seconds(
@@ -216,7 +256,7 @@ def _work_seconds(
     """What each transfer takes of the device at one end of it."""
     found = np.zeros(len(size))
     for one in np.unique(device).tolist():
-        both = work(one)
+        both = work(one) if one >= 0 else None  # a collective's end
         if both is not None:
             own = device == one
             found[own] = both[end].latency_seconds + size[own] / both[end].bandwidth_bytes_per_second

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hethub.cost.graph import CostGraph
-from hethub.program.actions import Program
+from hethub.cost.graph import CostGraph, Path
+from hethub.program.actions import Program, Transfer
 from hethub.specs.cluster import DeviceType
 from hethub.timeline.summary import DeviceSummary
 
@@ -39,16 +39,23 @@ def joules_of(device_type: DeviceType, summary: DeviceSummary) -> float | None:
 def egress_usd(program: Program, graph: CostGraph) -> float:
     """Dollars that a step's messages over priced links cost: bytes x the price of every link that they cross.
 
-    Collectives of a group that spans a priced link are no messages and cost nothing here.
+    Collectives of a tensor-parallel group that spans a priced link are no messages and cost nothing here.
     """
     prices = [link.usd_per_gb or 0.0 for link in graph.cluster.links]
     if not any(prices):
         return 0.0
     each = [
-        sum(prices[number] for number in graph.path(t.source, t.destination).crossings) * t.bytes / 1e9
-        for t in program.transfers
+        sum(prices[number] for number in _way(graph, t).crossings) * t.bytes / 1e9 for t in program.transfers
     ]
     return sum(each[message.transfer] for message in program.messages)
+
+
+def _way(graph: CostGraph, transfer: Transfer) -> Path:
+    return (
+        graph.ring(transfer.members)
+        if transfer.members
+        else graph.path(transfer.source, transfer.destination)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,10 @@ def simulate(
     by default as the size of the program suggests. Without `rules` sends are overlapped and links are as the cost graph
     says. Raises ProgramError on a deadlock.
     """
-    columns = columns_of(program, compute.graph, compute.message_work)
+    types = [device.type for device in compute.graph.devices]
+    columns = columns_of(
+        program, compute.graph, compute.message_work, lambda d, size: compute.touch_seconds(types[d], size)
+    )
     rules = (rules or Rules(sharing=compute.graph.shares_links))._replace(steps=steps)
     rows = steps * len(columns.tables.code)
     compiled = _pays(rows, rules) if loop is None else loop == "compiled"

@@ -44,6 +44,9 @@ class Tables(NamedTuple):
     transfer_lane: Ints
     transfer_source: Ints
     transfer_destination: Ints
+    transfer_senders: (
+        Ints  # 1, or the members of a collective, whose ends are -1: it begins when all have sent
+    )
     transfer_bytes: Floats
     transfer_send_seconds: Floats  # what moving it takes of the devices themselves, beside their other work
     transfer_receive_seconds: Floats
@@ -51,6 +54,8 @@ class Tables(NamedTuple):
     path_cell: Ints
     path_bandwidth: Floats  # [as path_cell] bytes per second
     path_latency: Floats
+    channel_slot: Ints  # [channels + 1] its first slot, one for each cell of its path
+    slot_channel: Ints
 
 
 class State(NamedTuple):
@@ -65,7 +70,9 @@ class State(NamedTuple):
     start: Floats  # [rows]
     end: Floats  # [rows]
     arrival: Floats  # [keys]
-    waiting: Ints  # [keys] the device that waits for it
+    waiting: Ints  # [keys] the device that waits for it, or the latest of several
+    waiting_next: Ints  # [devices] who waits for the same
+    joined: Ints  # [keys] members that have sent; of collectives only
     group_count: Ints  # members that have come
     group_start: Floats  # when the last of them came
     unread: Ints  # [channels] messages sent and not yet taken
@@ -84,8 +91,8 @@ class State(NamedTuple):
     event: Floats  # [cells] when it is looked at next: then or, since sharers may have come, before
     head: Ints  # [cells] its first slot
     least: Floats  # [cells] the least target of its slots
-    slot_next: Ints  # [channels x hops]
-    slot_target: Floats  # [channels x hops] of work_done
+    slot_next: Ints  # [slots]
+    slot_target: Floats  # [slots] of work_done
 
 
 class Rules(NamedTuple):
@@ -172,6 +179,7 @@ def receive(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: f
     transfer = t.message_transfer[message]
     key = (step - t.carried[action]) * len(t.message_transfer) + message
     if s.arrival[key] < 0.0:
+        s.waiting_next[device] = s.waiting[key]
         s.waiting[key] = device
         s.since[device] = now
         wake(t, s, queue, t.transfer_channel[transfer], now, rules)
@@ -227,6 +235,8 @@ def send(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: floa
     transfer = t.message_transfer[message]
     key = step * len(t.message_transfer) + message
     channel = t.transfer_channel[transfer]
+    if t.transfer_senders[transfer] > 1:
+        return join(t, s, rules, queue, device, key, now)
     if rules.buffers >= 0 and t.transfer_lane[transfer] == 0:
         if s.unread[channel] >= rules.buffers and s.waiting[key] < 0:
             s.held[channel] = device
@@ -254,8 +264,27 @@ def send(t: Tables, s: State, rules: Rules, queue: Queue, device: int, now: floa
     return now
 
 
+def join(t: Tables, s: State, rules: Rules, queue: Queue, device: int, key: int, now: float) -> float:
+    """A member gives its part of a collective, which never holds it; with the last one it is on its way. Returns when
+    the device goes on."""
+    row = s.step[device] * len(t.code) + s.at[device]
+    transfer = t.message_transfer[key % len(t.message_transfer)]
+    s.start[row] = now
+    now += t.transfer_send_seconds[transfer]
+    s.end[row] = now
+    s.joined[key] += 1
+    if s.joined[key] == t.transfer_senders[transfer]:
+        if rules.sharing:
+            hand_over(t, s, queue, t.transfer_channel[transfer], key, now)
+        else:
+            deliver(t, s, rules, queue, key, reserve(t, s, transfer, now))
+    return now
+
+
 def under_way(t: Tables, s: State, transfer: int, arrival: float) -> None:
-    """Both ends have a message under way until it arrives."""
+    """Both ends have a message under way until it arrives; of collectives nobody keeps count."""
+    if t.transfer_senders[transfer] > 1:
+        return
     source, destination = t.transfer_source[transfer], t.transfer_destination[transfer]
     s.until[source] = max(s.until[source], arrival)
     s.until[destination] = max(s.until[destination], arrival)
@@ -265,16 +294,17 @@ def deliver(t: Tables, s: State, rules: Rules, queue: Queue, key: int, arrival: 
     """The arrival of a message is known: whoever waits for it goes on then."""
     s.arrival[key] = arrival
     receiver = s.waiting[key]
-    if receiver < 0:
-        return
     s.waiting[key] = -1
-    end = max(s.since[receiver], arrival)
-    row = s.step[receiver] * len(t.code) + s.at[receiver]
-    s.start[row] = s.since[receiver]
-    s.end[row] = end
-    s.at[receiver] += 1
-    heappush(queue, (end, receiver))
-    read(t, s, rules, queue, key % len(t.message_transfer), end)
+    while receiver >= 0:
+        following = s.waiting_next[receiver]
+        end = max(s.since[receiver], arrival)
+        row = s.step[receiver] * len(t.code) + s.at[receiver]
+        s.start[row] = s.since[receiver]
+        s.end[row] = end
+        s.at[receiver] += 1
+        heappush(queue, (end, receiver))
+        read(t, s, rules, queue, key % len(t.message_transfer), end)
+        receiver = following
 
 
 def read(t: Tables, s: State, rules: Rules, queue: Queue, message: int, now: float) -> None:
@@ -344,7 +374,6 @@ def load(t: Tables, s: State, queue: Queue, channel: int, key: int, now: float) 
     transfer = t.message_transfer[key % len(t.message_transfer)]
     path = t.transfer_path[transfer]
     first, last = t.path_first[path], t.path_first[path + 1]
-    hops = len(s.slot_next) // len(s.carrying)
     s.carrying[channel] = key
     s.hops_left[channel] = last - first
     for place in range(first, last):
@@ -355,7 +384,7 @@ def load(t: Tables, s: State, queue: Queue, channel: int, key: int, now: float) 
         else:
             s.work_done[cell] = 0.0
         s.updated[cell] = now
-        slot = channel * hops + place - first
+        slot = t.channel_slot[channel] + place - first
         target = s.work_done[cell] + t.transfer_bytes[transfer]
         s.slot_target[slot] = target
         s.slot_next[slot] = s.head[cell]
@@ -388,7 +417,6 @@ def look(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float)
 
 def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float) -> None:
     """A cell is through with the sharers of the least target."""
-    hops = len(s.slot_next) // len(s.carrying)
     reached = s.least[cell]
     s.work_done[cell] = reached
     s.updated[cell] = now
@@ -400,7 +428,7 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
     while slot >= 0:
         following = s.slot_next[slot]
         if s.slot_target[slot] <= reached:
-            channel = slot // hops
+            channel = t.slot_channel[slot]
             s.sharers[cell] -= 1
             s.hops_left[channel] -= 1
             if s.hops_left[channel] == 0:
@@ -413,11 +441,13 @@ def carry(t: Tables, s: State, rules: Rules, queue: Queue, cell: int, now: float
         slot = following
     s.head[cell] = kept
     if kept >= 0:
-        path = t.transfer_path[t.message_transfer[s.carrying[kept // hops] % len(t.message_transfer)]]
-        expect(t, s, queue, cell, t.path_bandwidth[t.path_first[path] + kept % hops], now)
+        channel = t.slot_channel[kept]
+        path = t.transfer_path[t.message_transfer[s.carrying[channel] % len(t.message_transfer)]]
+        place = t.path_first[path] + kept - t.channel_slot[channel]
+        expect(t, s, queue, cell, t.path_bandwidth[place], now)
     while through >= 0:
         following = s.slot_next[through]  # before the channel's next message takes the slot
-        unload(t, s, rules, queue, through // hops, now)
+        unload(t, s, rules, queue, t.slot_channel[through], now)
         through = following
 
 
@@ -431,7 +461,7 @@ def unload(t: Tables, s: State, rules: Rules, queue: Queue, channel: int, now: f
         s.queue_head[channel] = s.queue_next[following]
         load(t, s, queue, channel, following, now)
     arrival = now + t.path_latency[t.transfer_path[transfer]]
-    if rules.buffers >= 0:
+    if rules.buffers >= 0 and t.transfer_senders[transfer] == 1:
         sender = t.transfer_source[transfer]
         s.end[s.step[sender] * len(t.code) + s.at[sender]] = arrival
         s.at[sender] += 1

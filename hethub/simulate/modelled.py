@@ -43,8 +43,10 @@ class Modelled:
         if self.fold is None:
             peaks = program_memory(self.program, self.compute)
             return {device: peak.total for device, peak in peaks.items()}
-        owned, incoming = self.ownership.owned_elements, self.ownership.incoming_elements
-        uses = device_memory(self.compute, self.layout, owned, incoming)
+        table = self.ownership
+        uses = device_memory(
+            self.compute, self.layout, table.owned_elements, table.incoming_elements, table.joint_elements
+        )
         return {device: use.total for device, use in uses.items()}
 
     @cached_property

@@ -68,7 +68,7 @@ class Expected:
         compute = step[is_kind(step, COMPUTE_KINDS)]
         self._keys, self._busy = _sorted(_key(compute), compute["busy"])
         self._large: dict[str, float] = {}
-        sends = step[step["kind"] == Kind.SEND]
+        sends = step[(step["kind"] == Kind.SEND) & (step["peer"] >= 0)]
         for source, destination, size in _unique(sends, ("device", "peer", "bytes")):
             for link in self._slowest(source, destination):
                 self._large[link] = max(self._large.get(link, 0.0), _LARGE * size)
@@ -112,6 +112,7 @@ class Expected:
         """Link -> seconds of the large messages that arrived in a step over those expected of them; the median."""
         sent = sent_seconds(records)
         waits = (records["kind"] == Kind.RECEIVE) & (records["step"] == step) & np.isfinite(sent)
+        waits &= records["peer"] >= 0  # of a collective nobody can tell which link was slow
         flight = records["end"] - sent
         waits &= records["end"] - records["start"] > _WAITED * flight
         expected = _played(records, graph)
@@ -222,7 +223,7 @@ def _near(records: Records, step: int) -> Records:
 
 def _played(records: Records, graph: CostGraph) -> dict[int, list[tuple[float, float]]]:
     """Message -> when it was sent, and the seconds that it would take as all messages were sent; of every step."""
-    sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0)]
+    sends = records[(records["kind"] == Kind.SEND) & (records["bytes"] > 0) & (records["peer"] >= 0)]
     sends = sends[np.argsort(sends["start"], kind="stable")]
     free_at = [0.0] * graph.cell_count
     began = float(sends["start"][0]) if len(sends) else 0.0

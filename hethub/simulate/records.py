@@ -48,7 +48,10 @@ def _note_sends(left: Floats, columns: Columns, state: State, rows: npt.NDArray[
     step, place = np.divmod(rows, len(t.code))
     send = np.asarray(t.code)[place] == SEND
     messages = np.asarray(t.subject)[place[send]]
-    left[step[send] * len(t.message_transfer) + messages] = np.asarray(state.start)[rows[send]]
+    keys, starts = step[send] * len(t.message_transfer) + messages, np.asarray(state.start)[rows[send]]
+    joint = np.asarray(t.transfer_senders)[np.asarray(t.message_transfer)[messages]] > 1
+    left[keys[~joint]] = starts[~joint]
+    np.fmax.at(left, keys[joint], starts[joint])  # a collective leaves with its last member
 
 
 def _fill(found: Records, columns: Columns, state: State, rows: npt.NDArray[np.intp], left: Floats) -> None:

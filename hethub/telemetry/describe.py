@@ -60,13 +60,13 @@ def _link(graph: CostGraph, source: int, destination: int) -> LinkLabels:
 def inbound_links(
     graph: CostGraph, program: Program, device: int
 ) -> tuple[tuple[LinkLabels, ...], Mapping[int, int], tuple[float, ...]]:
-    """The kinds of link by which a device's messages come, each source's place among them, and the bandwidth of a path
-    over each in bytes a modelled second."""
+    """The kinds of link by which a device's messages come (collectives take no one link), each source's place among
+    them, and the bandwidth of a path over each in bytes a modelled second."""
     places: dict[LinkLabels, int] = {}
     bandwidths: list[float] = []
     of_source: dict[int, int] = {}
     for action in program.devices[device]:
-        if action.kind == Kind.RECEIVE:
+        if action.kind == Kind.RECEIVE and not program.transfer(action.message).members:
             source = program.transfer(action.message).source
             if source not in of_source:
                 labels = _link(graph, source, device)

@@ -187,7 +187,8 @@ def sent_seconds(records: Records) -> Floats:
     """Return for every record the second at which its message was sent; NaN where that is not known.
 
     A receive that does not say takes the start of the send with the same (step, message), or, where that came after
-    it, of the step before: new weights are received by the step after the one that sends them. shape: (records,)
+    it, of the step before: new weights are received by the step after the one that sends them. Of a collective, which
+    all members send, the last start counts. shape: (records,)
     """
     sent: Floats = records["sent"].astype(np.float64)
     asking = np.flatnonzero((records["kind"] == Kind.RECEIVE) & np.isnan(sent) & (records["message"] >= 0))
@@ -195,12 +196,12 @@ def sent_seconds(records: Records) -> Floats:
     if not len(asking) or not len(sends):
         return sent
     keys = _pair(sends["step"], sends["message"])
-    order = np.argsort(keys, kind="stable")
+    order = np.lexsort((sends["start"], keys))
 
     def starts(step: npt.NDArray[np.int32]) -> Floats:
         """Of the sends of the asking records' messages in these steps, NaN where there is none."""
         wanted = _pair(step, records["message"][asking])
-        match = order[np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)]
+        match = order[np.maximum(np.searchsorted(keys[order], wanted, side="right") - 1, 0)]
         return np.where(keys[match] == wanted, sends["start"][match], np.nan)
 
     same, before = starts(records["step"][asking]), starts(records["step"][asking] - 1)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,7 +34,7 @@ from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline, TimelineInfo
 from tests.launch.host_streams import PretendingWorker
-from tests.plan_strategies import VOCABULARY, compute_model
+from tests.plan_strategies import VOCABULARY, compute_model, joined
 
 SETTINGS = OptimizerSettings(
     learning_rate=3e-3,
@@ -161,15 +161,17 @@ class Pool:
         skips: bool = False,
         accelerators: Collection[int] = (),
         telemetry: Path | None = None,
+        islands: Mapping[int, int] | None = None,
     ) -> Trained:
         """Train a plan from the first step on all its devices; `time_scale` emulates them, `faults` are interruptions
         on purpose, whose predicted actions take a second. Parameters go by messages where devices are emulated or not
-        `read_in_place`. The devices `accelerators` have streams of their own (see `HostStreams`). With
-        `restore` training goes on from that checkpoint, whose step is `first`. Workers count in the folder `telemetry`.
+        `read_in_place`, inside `islands` by the library's collectives. The devices `accelerators` have streams of their
+        own (see `HostStreams`). With `restore` training goes on from that checkpoint, whose step is `first`. Workers
+        count in the folder `telemetry`.
         """
         compute = compute_model(plan)
         self.active = len(compute.graph.devices)
-        program = compile_program(lay_out(plan), compute)
+        program = compile_program(lay_out(plan), compute, islands=joined(islands))
         prove(program)
         evaluation = compile_program(lay_out(plan), compute, ownership=program.ownership, training=False)
         prove(evaluation)

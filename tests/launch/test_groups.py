@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hethub.launch.gradients import WeightGradients
-from hethub.launch.groups import ExchangeGroup, NativeGroup, SoloGroup
+from hethub.launch.groups import ExchangeGroup, Library, NativeGroup, SoloGroup
 from hethub.specs.layout import sequence_span
 from tests.launch.test_model import GROUPS, batch, joined_gradients, stage
 
 SIZE = 3
 MODEL, SHARES = GROUPS["three, SEQUENCE no multiple"]
 # Rows and tokens: one row is received in place; 7 tokens leave a short shard; 2 tokens leave none for the last.
-KINDS = ("exchange", "native", "native without whole tensors")
+KINDS = ("exchange", "native", "native without whole tensors", "native that overlaps")
 SHAPES = ((1, 6), (1, 7), (2, 7), (2, 2))
 # Added in rank order they give 0 + 1; in any other order, with the first two apart, 0.
 VALUES = (1e16, -1e16, 1.0)
@@ -36,9 +36,10 @@ def _member(rank: int, port: int, connection: Connection) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=limit)
     found: dict[str, object] = {}
-    lists = NativeGroup(range(SIZE), "gloo")
-    lists.whole_tensors = False
-    groups = (ExchangeGroup(range(SIZE)), NativeGroup(range(SIZE), "gloo"), lists)
+    lists = NativeGroup(Library(range(SIZE), "gloo"))
+    lists.library.whole_tensors = False
+    overlaps = NativeGroup(Library(range(SIZE), "gloo", overlaps=True))
+    groups = (ExchangeGroup(range(SIZE)), NativeGroup(Library(range(SIZE), "gloo")), lists, overlaps)
     for name, group in zip(KINDS, groups, strict=True):
         assert group.member == rank
         for shape in SHAPES:

@@ -18,14 +18,16 @@ from hethub.cost.shapes import parameter_span
 from hethub.launch.executor import local_places
 from hethub.launch.reference import train_reference
 from hethub.launch.worker import DTYPES, make_batches
+from hethub.program.actions import What
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind
 from tests.launch.pool import SETTINGS, Pool, Trained
-from tests.plan_strategies import NAMED_PLANS, plans
+from tests.plan_strategies import NAMED_PLANS, islands, plans
 
 STEPS = 20
 TOLERANCE = {"fp64": (1e-9, 1e-9), "fp32": (1e-4, 1e-3)}  # of losses and norms, of weights
 _HELD_OUT_ROWS = 10
+_ISLAND_STEPS = 8  # gloo's collectives take some ten milliseconds each
 
 
 def _check(plan: Plan, trained: Trained, steps: int) -> None:
@@ -88,6 +90,58 @@ def test_random_plan_trains_like_one_process(
         plan, STEPS, held_out_rows=_HELD_OUT_ROWS, read_in_place=in_place, accelerators=accelerators
     )
     _check(plan, trained, STEPS)
+
+
+# -- collectives inside islands: the library's own, here gloo's -------------------------------------------------------
+
+_ONE = dict.fromkeys(range(6), 0)
+_TWO = {0: 0, 1: 0, 2: 1, 3: 1, 4: 0, 5: 1}  # so that some slices are updated in the other one
+_WITH_ISLANDS = [
+    ("tied embedding on the first and last stage", _ONE),
+    ("parts, split backward and recomputation", _ONE),
+    ("parts of everything uneven", _ONE),
+    ("parts of everything uneven", _TWO),
+    ("rows 5 + 2 + 1", _TWO),
+    ("rows cut differently in each stage", _TWO),
+    ("replicas that reduce in parts", _TWO),
+    ("pipelines of different tensor-parallel degree", _TWO),
+]
+
+
+@pytest.mark.parametrize(("name", "where"), _WITH_ISLANDS)
+def test_collectives_inside_islands_train_like_one_process(
+    pool: Pool, name: str, where: dict[int, int]
+) -> None:
+    """Seen to catch an island's sum and a relay's weights not put into place, and a member's share left out."""
+    plan = NAMED_PLANS[name]("fp64")
+    trained = pool.train(plan, _ISLAND_STEPS, held_out_rows=_HELD_OUT_ROWS, islands=where)
+    carried = {transfer.what for transfer in trained.program.transfers}
+    assert carried >= {What.REDUCE_SCATTER, What.ALL_GATHER}
+    assert (What.RELAY in carried) == (where is _TWO)
+    _check(plan, trained, _ISLAND_STEPS)
+
+
+@given(plan=plans("fp64"), where=islands(), in_place=st.booleans(), accelerators=_SOME_DEVICES)
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+)
+def test_random_plan_with_islands_trains_like_one_process(
+    pool: Pool, plan: Plan, where: dict[int, int], in_place: bool, accelerators: frozenset[int]
+) -> None:
+    trained = pool.train(
+        plan,
+        _ISLAND_STEPS,
+        held_out_rows=_HELD_OUT_ROWS,
+        read_in_place=in_place,
+        accelerators=accelerators,
+        islands=where,
+    )
+    _check(plan, trained, _ISLAND_STEPS)
 
 
 def test_the_same_plan_is_the_same_bits_again_and_by_messages(pool: Pool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hethub.program.actions import Program
 from hethub.program.compile import compile_program
 from hethub.specs.layout import lay_out
 from hethub.timeline.record import Kind
-from tests.plan_strategies import NAMED_PLANS, compute_model
+from tests.plan_strategies import NAMED_PLANS, compute_model, joined
 
 
 @dataclass
@@ -47,10 +48,17 @@ class Scene:
         return self.watch.look(self.program.layout.used)
 
 
-def scene(folder: Path, plan: str, *, predicted_seconds: float = 0.5, emulated: bool = True) -> Scene:
+def scene(
+    folder: Path,
+    plan: str,
+    *,
+    predicted_seconds: float = 0.5,
+    emulated: bool = True,
+    islands: Mapping[int, int] | None = None,
+) -> Scene:
     made = NAMED_PLANS[plan]("fp32")
     compute = compute_model(made)
-    program = compile_program(lay_out(made), compute)
+    program = compile_program(lay_out(made), compute, islands=joined(islands))
     count = len(compute.graph.devices)
     Beacon.create(folder / "beacon", count)
     beacon = Beacon(folder / "beacon", count)
@@ -109,6 +117,21 @@ def test_a_group_waits_for_the_member_that_is_not_there(tmp_path: Path) -> None:
     stall = s.look(5.5)
     assert stall is not None
     assert stall.device == late and first in stall.waiting
+
+
+def test_a_collective_waits_for_the_member_that_has_not_joined_it(tmp_path: Path) -> None:
+    s = scene(tmp_path, "rows 5 + 2 + 1", islands=dict.fromkeys(range(6), 0))
+    one, late, other = s.program.layout.used
+    for device, kind in ((one, Kind.RECEIVE), (late, Kind.BACKWARD), (other, Kind.RECEIVE)):
+        number = next(
+            n
+            for n, action in enumerate(s.program.devices[device])
+            if action.kind == kind and not s.program.carried(action)
+        )
+        s.beacon.set(device, 1, number)
+    stall = s.look(5.5)
+    assert stall is not None
+    assert (stall.device, stall.waiting) == (late, (one, other))
 
 
 def test_any_member_of_a_group_that_has_met_may_be_the_one(tmp_path: Path) -> None:

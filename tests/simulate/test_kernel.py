@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hethub.cost.graph import reserve
+from hethub.program.actions import What
 from hethub.program.prove import ProgramError
 from hethub.simulate import kernel
 from hethub.simulate.columns import Columns, columns_of, new_state
@@ -15,7 +18,7 @@ from hethub.simulate.engine import simulate
 from hethub.simulate.kernel import COMPUTE, RECEIVE, SEND, Rules, State, Tables, run_events
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind, Lane
-from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plans
+from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, islands, plans
 
 rules = st.builds(
     Rules,
@@ -27,10 +30,10 @@ rules = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(plan=plans(), rules=rules)
-def test_compiled_and_interpreted_give_the_same_bits(plan: Plan, rules: Rules) -> None:
+@given(plan=plans(), rules=rules, where=st.just({}) | islands())
+def test_compiled_and_interpreted_give_the_same_bits(plan: Plan, rules: Rules, where: dict[int, int]) -> None:
     """Seeded bug it caught: compiled with fastmath, which may reorder sums."""
-    program, compute = compile_plan(plan), compute_model(plan)
+    program, compute = compile_plan(plan, islands=where), compute_model(plan)
     found = []
     for loop in ("compiled", "interpreted"):
         try:
@@ -81,6 +84,7 @@ def run(
     flat = [entry for own in lists for entry in own]
     cells = [cell for message in messages for cell in message[3]]
     pairs = list(dict.fromkeys((source, destination) for source, destination, _, _ in messages))
+    hops = {(source, destination): len(way) for source, destination, _, way in messages}
     tables = Tables(
         first=np.cumsum([0, *map(len, lists)]).tolist(),
         code=[code for code, _ in flat],
@@ -96,6 +100,7 @@ def run(
         transfer_lane=[int(lane) for lane in lanes or [Lane.ACTIVATIONS] * len(messages)],
         transfer_source=[message[0] for message in messages],
         transfer_destination=[message[1] for message in messages],
+        transfer_senders=[1] * len(messages),
         transfer_bytes=[message[2] for message in messages],
         transfer_send_seconds=works or [0.0] * len(messages),
         transfer_receive_seconds=works or [0.0] * len(messages),
@@ -103,6 +108,8 @@ def run(
         path_cell=cells,
         path_bandwidth=[bandwidths[cell] for cell in cells],
         path_latency=latencies or [0.5] * len(messages),
+        channel_slot=np.cumsum([0, *(hops[pair] for pair in pairs)]).tolist(),
+        slot_channel=[number for number, pair in enumerate(pairs) for _ in range(hops[pair])],
     )
     columns = Columns(
         tables=tables,
@@ -239,6 +246,42 @@ def test_a_deadlock_is_told_with_its_cycle() -> None:
     text = str(caught.value)
     assert f"rank {front} waits at send stage 1 micro-batch 1 activation to rank {back}" in text
     assert f"rank {back} waits at send stage 0 micro-batch 0 gradient to rank {front}" in text
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_collective_ends_for_all_when_the_last_member_has_joined(sharing: bool) -> None:
+    """Whoever comes later takes it at once. Seeded bug it caught: only the latest of those who wait went on."""
+    plan = NAMED_PLANS["rows 5 + 2 + 1"]("fp32")
+    program = compile_plan(plan, islands=dict.fromkeys(range(6), 0))
+    done = simulate(program, compute_model(plan), steps=3, rules=Rules(steps=3, sharing=sharing))
+    assert done.timeline is not None
+    records = done.timeline.records
+    for message in np.unique(records["message"][records["message"] >= 0]).tolist():
+        if not program.transfer(message).members:
+            continue
+        carried = program.transfer(message).what == What.ALL_GATHER
+        own = records[records["message"] == message]
+        taken = own[(own["kind"] == Kind.RECEIVE) & (own["step"] == 0)]
+        joined = own[(own["kind"] == Kind.SEND) & (own["step"] == -carried)]
+        assert sorted(taken["device"]) == sorted(joined["device"]) == list(program.transfer(message).members)
+        assert (taken["sent"] == joined["start"].max()).all()
+        arrival = taken["end"].min()
+        assert arrival > joined["start"].max()
+        assert (taken["end"] == np.maximum(taken["start"], arrival)).all()
+
+
+def test_a_member_that_never_joins_is_told() -> None:
+    plan = NAMED_PLANS["rows 5 + 2 + 1"]("fp32")
+    program = compile_plan(plan, islands=dict.fromkeys(range(6), 0))
+    late = program.layout.used[1]
+    actions = [
+        action
+        for action in program.devices[late]
+        if action.kind != Kind.SEND or program.transfer(action.message).what != What.REDUCE_SCATTER
+    ]
+    devices = tuple(tuple(actions) if d == late else own for d, own in enumerate(program.devices))
+    with pytest.raises(ProgramError, match=f"waits at receive reduce-scatter from ranks .* for rank {late}"):
+        simulate(replace(program, devices=devices), compute_model(plan))
 
 
 @settings(max_examples=50, deadline=None)
