@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 import typer
 
 from hethub.cli.logs import DRIVER_LOG
+from hethub.cli.runs import printable_cells
 
 __all__ = ["Detached", "detach"]
 
@@ -116,9 +118,14 @@ def _tell(output: Path, process: int, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"run": str(output), "process": process}))
         return
-    typer.echo(f"run\t{output}\nlauncher\tprocess {process}")
-    typer.echo(f"follow it\thethub logs {output} --follow")
-    typer.echo(f"its state\thethub status {output}")
+    name = shlex.quote(str(output))
+    for line in (
+        f"run\t{output}",
+        f"launcher\tprocess {process}",
+        f"follow it\thethub logs {name} --follow",
+        f"its state\thethub status {name}",
+    ):
+        typer.echo(printable_cells(line))
 
 
 def _began(output: Path, after: float) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hethub.cli.detach import detach
+from hethub.errors import InputError, MachineError, printable
 from hethub.launch.launcher import start_driver
 
 if TYPE_CHECKING:
@@ -82,13 +83,11 @@ def launch(
 
 
 def _tell(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)
 
 
 def _job_file(job: Path | None, resume: Path | None) -> Path:
     """The job file that is given, or the one that a run was launched with."""
-    from hethub.errors import InputError
-
     if job is not None:
         return job
     if resume is None:
@@ -105,8 +104,6 @@ def _absolute(path: Path | None) -> Path | None:
 
 def _require_packages() -> None:
     """Training's packages are extras. Looked for, not imported: that takes seconds, and bad input is told first."""
-    from hethub.errors import MachineError
-
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MachineError(f"not installed: {', '.join(missing)}. Run: pip install 'hethub[launch,plots]'")

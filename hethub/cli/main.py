@@ -24,12 +24,11 @@ from hethub.cli.replan import replan
 from hethub.cli.report import report
 from hethub.cli.runs import runs, status, stop
 from hethub.cli.schema import schema
-from hethub.cli.shown import shown
 from hethub.cli.simulate import simulate
 from hethub.cli.timeline import timeline
 from hethub.cli.top import top
 from hethub.cli.validate import validate
-from hethub.errors import HetHubError
+from hethub.errors import HetHubError, printable
 from hethub.interruption import listen, terminated
 
 __all__ = ["app", "main", "run"]
@@ -99,7 +98,7 @@ def run(*, launcher: bool = False) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         for line in error.message.splitlines():  # one line per problem
-            sys.stderr.write(f"hethub: {shown(line)}\n")
+            sys.stderr.write(f"hethub: {printable(line)}\n")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         # Typer turns a KeyboardInterrupt into an exit.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hethub.cli.plan import write_plan
-from hethub.cli.runs import Run
+from hethub.cli.runs import Run, printable_cells
 
 if TYPE_CHECKING:
     from hethub.planners.replan import Replanned
@@ -56,7 +57,9 @@ def replan(
         write_plan(found.plan, target)
     content["plan"] = str(target) if written else None
     content["goes_on"] = state.goes_on
-    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(_lines(content, run)))
+    typer.echo(
+        json.dumps(content, indent=2) if as_json else "\n".join(map(printable_cells, _lines(content, run)))
+    )
 
 
 def _measured_seconds(measured: Any, chosen: list[int]) -> float:
@@ -121,9 +124,9 @@ def _lines(content: dict[str, Any], run: Path) -> list[str]:
     lines += [
         f"new plan\t{content['new_step_seconds']:.4g} s a step: {content['gain']:.1%} more tokens per second",
         f"wrote\t{content['plan']}",
-        f"what changes\thethub diff {run / 'plan.yaml'} {content['plan']}",
-        f"go on with it\thethub launch --resume {run} --plan {content['plan']}",
+        f"what changes\thethub diff {quote(str(run / 'plan.yaml'))} {quote(content['plan'])}",
+        f"go on with it\thethub launch --resume {quote(str(run))} --plan {quote(content['plan'])}",
     ]
     if content["goes_on"]:
-        lines.insert(-1, f"stop the run first\thethub stop {run}")
+        lines.insert(-1, f"stop the run first\thethub stop {quote(str(run))}")
     return lines

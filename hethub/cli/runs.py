@@ -11,16 +11,17 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hethub.cli.shown import shown
+from hethub.errors import InputError, RunError, printable
 
 if TYPE_CHECKING:  # numpy and pydantic are loaded when the command runs
     from hethub.launch.run_state import RunState
 
-__all__ = ["Run", "run_lines", "runs", "status", "stop"]
+__all__ = ["Run", "printable_cells", "run_lines", "runs", "status", "stop"]
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, as `hethub launch` writes it.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -46,7 +47,7 @@ def runs(
     else:
         typer.echo("\t".join(_HEADINGS))
         for run in found:
-            typer.echo(shown("\t".join(_row(run))))
+            typer.echo("\t".join(map(printable, _row(run))))
 
 
 def status(run: Run, as_json: _Json = False) -> None:
@@ -76,7 +77,6 @@ def stop(
 
     Example: hethub stop runs/demo
     """
-    from hethub.errors import InputError, RunError
     from hethub.launch.run_state import read_run
 
     before = read_run(run)
@@ -116,14 +116,14 @@ def _how_it_stopped(before: RunState, after: RunState) -> str:
     fresh = after.checkpoint_step != before.checkpoint_step and after.checkpoint_step >= after.steps_done
     saved = "with a checkpoint" if fresh else "without a new checkpoint; the newest is that of"
     where = f" after step {after.checkpoint_step}"
-    return f"stopped {saved}{where}. Go on with: hethub launch --resume {after.folder}"
+    return f"stopped {saved}{where}. Go on with: hethub launch --resume {quote(after.folder)}"
 
 
 def _tell_end(found: RunState, words: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"did": words, **found.as_dict()}, indent=2))
         return
-    typer.echo(shown(f"{found.folder}: {words}"))
+    typer.echo(printable(f"{found.folder}: {words}"))
     if found.state != "stopped":
         for line in run_lines(found):
             typer.echo(line)
@@ -155,14 +155,21 @@ def run_lines(run: RunState) -> list[str]:
     if run.attempt > 1 or run.restarts:
         lines.append(f"attempt\t{run.attempt}; began again {run.restarts} times (attempts.jsonl)")
     for name, ratio in run.drift.items():
-        lines.append(f"drift\t{name} takes {ratio:.2f} x its predicted time; hethub replan {run.folder}")
+        lines.append(
+            f"drift\t{name} takes {ratio:.2f} x its predicted time; hethub replan {quote(run.folder)}"
+        )
     if run.checkpoint_step is not None:
         lines.append(f"checkpoint\tafter step {run.checkpoint_step}")
     if run.job_file is not None:
         lines.append(f"job\t{run.job_file}")
     if run.state in ("lost", "stopped", "failed") and run.checkpoint_step is not None:
-        lines.append(f"go on with\thethub launch --resume {run.folder}")
-    return [shown(line) for line in lines]
+        lines.append(f"go on with\thethub launch --resume {quote(run.folder)}")
+    return [printable_cells(line) for line in lines]
+
+
+def printable_cells(line: str) -> str:
+    """A line of tab-separated cells, whose names, reasons and labels are others' text."""
+    return "\t".join(map(printable, line.split("\t")))
 
 
 _HEADINGS = ("run", "state", "steps", "loss", "devices", "cluster", "started", "took", "why")
@@ -189,13 +196,13 @@ def _print_table(found: list[RunState], folder: Path) -> None:
     from rich.text import Text
 
     if not found:
-        typer.echo(shown(f"{folder} holds no runs"))
+        typer.echo(printable(f"{folder} holds no runs"))
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
     for run in found:
-        table.add_row(*(Text(shown(cell)) for cell in _row(run)))
+        table.add_row(*(Text(printable(cell)) for cell in _row(run)))
     Console().print(table)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hethub.cli.runs import Run, run_lines
-from hethub.cli.shown import shown
+from hethub.cli.runs import Run, printable_cells, run_lines
+from hethub.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -104,7 +104,7 @@ def _plain(view: RunView) -> list[str]:
         shares = [f"{device.shares[part]:.4f}" if device.shares else "" for part in _PARTS]
         pace = "" if device.pace is None else f"{device.pace:.3f}"
         lines.append("\t".join([device.name, device.device_type, device.stage, *shares, pace]))
-    return [shown(line) for line in lines]
+    return [printable_cells(line) for line in lines]
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:
@@ -156,13 +156,15 @@ def _screen(view: RunView, console: Console) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    facts = Text("   ").join(Text.assemble((name, "dim"), " ", shown(words)) for name, words in _facts(view))
+    facts = Text("   ").join(
+        Text.assemble((name, "dim"), " ", printable(words)) for name, words in _facts(view)
+    )
     parts = Text("   ").join(
         Text.assemble((mark if console.no_color else "\u2588", colour), " ", name.replace("_", " "))
         for name, (colour, mark) in _PARTS.items()
     )
     alerts = [
-        Text(shown(f"! {alert}"), "bold red", overflow="ellipsis", no_wrap=True) for alert in view.alerts
+        Text(printable(f"! {alert}"), "bold red", overflow="ellipsis", no_wrap=True) for alert in view.alerts
     ]
     room = max(1, console.height - _HEAD_LINES - len(alerts))
     chosen = _least_busy(view.devices, room)
@@ -184,7 +186,7 @@ def _row(device: DeviceView, console: Console) -> Text:
 
     wide = console.width >= 100
     long = 14 if wide else 10
-    name = f"{shown(device.name):<{long}.{long}} {shown(device.device_type):<10.10} "
+    name = f"{printable(device.name):<{long}.{long}} {printable(device.device_type):<10.10} "
     tail = f" {100 * device.shares.get('busy', 0.0):5.1f} %" if device.shares else "       "
     pace = "" if device.pace is None else f" {device.pace:4.2f}x"
     memory = ""

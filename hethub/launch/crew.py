@@ -165,8 +165,11 @@ class Crew:
         else:
             try:
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise MachineError(f"ray address {self.address}: {str(error).splitlines()[0]}") from error
+            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+                raise MachineError(
+                    f"ray address {self.address}: {str(error).splitlines()[0]}. Is it up? If it asks for a token, set "
+                    "RAY_AUTH_MODE=token and give the token (docs/security.md)."
+                ) from error
 
     def _note_head(self) -> None:
         import ray

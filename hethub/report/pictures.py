@@ -127,14 +127,15 @@ def _bars(found: Mapping[str, Bars], across: Axis, y: float) -> list[Html]:
             element(
                 "rect",
                 element("title", "\n".join(words)),
-                x=across.at(start),
+                x=across.at(max(start, across.low)),  # a wait may have begun in the step before
                 y=y + lane * _LANE + (12 if thin else 1),
-                width=max(0.3, across.at(start + length) - across.at(start)),
+                width=max(0.3, across.at(start + length) - across.at(max(start, across.low))),
                 height=5 if thin else _LANE - 3,
             )
             for lane, start, length, words in zip(
                 bars.lanes, bars.starts, bars.lengths, bars.hovers, strict=True
             )
+            if start + length >= across.low
         ]
         groups.append(element("g", rects, fill=COLOURS[name]))
     return groups

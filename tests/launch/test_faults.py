@@ -140,12 +140,11 @@ def test_a_link_has_a_share_of_its_bandwidth_for_whole_steps(pool: Pool) -> None
         faults=[fault(device=-1, link="inter a", step=1, action="compute", do="slow", factor=50.0)],
     )
 
-    def least(trained: Trained, step: int) -> float:
-        """Of the largest messages, which a loaded machine can only make later."""
-        records = trained.timeline.records
-        chosen = (records["step"] == step) & (records["kind"] == Kind.RECEIVE)
-        chosen &= records["bytes"] == records["bytes"][chosen].max()
-        return float(np.nanmin((records["end"] - sent_seconds(records))[chosen]))
-
-    assert least(slow, 1) > 3 * least(plain, 1)
+    (link,) = {group.inter_link for group in TWO.cluster.node_groups if group.name == "a"}
+    records = slow.timeline.records
+    chosen = (records["step"] == 1) & (records["kind"] == Kind.RECEIVE)
+    chosen &= records["bytes"] == records["bytes"][chosen].max()
+    took = float(np.nanmin((records["end"] - sent_seconds(records))[chosen]))
+    # A loaded machine can only make messages later. Seen to fail without the fault's factor.
+    assert took >= 50 * records["bytes"][chosen].max() / link.bandwidth_bytes_per_second
     assert slow.losses == plain.losses

@@ -119,7 +119,8 @@ def test_a_run_on_real_devices_is_the_training_of_one_process(real: Run, referen
 FILES = {"run.json", "attempts.jsonl", "plan.yaml", "predicted.npz", "measured.npz", "metrics.jsonl",
          "model.safetensors", "trace.json", "timeline.html", "summary.json",
          "logs", "logs/a-0-0.log", "logs/b-0-0.log", "history", "history/a-0-0.jsonl",
-         "history/b-0-0.jsonl"}  # fmt: skip
+         "history/b-0-0.jsonl", "telemetry", "telemetry/nodes", "telemetry/nodes/a-0.json", "telemetry/nodes/b-0.json",
+         "telemetry/counters", "telemetry/counters/a-0-0.bin", "telemetry/counters/b-0-0.bin"}  # fmt: skip
 
 
 def test_the_run_folder_holds_all_files_and_no_others(emulated: Run) -> None:

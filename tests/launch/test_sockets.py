@@ -121,6 +121,25 @@ def test_a_stranger_is_not_let_into_the_ray_that_a_run_starts(tmp_path: Path) ->
         launch.close()
 
 
+def test_who_joins_a_ray_without_its_token_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: Ray's own error, which is none of those that a wrong address raises, as a traceback."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a token would lie
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    write_job(tmp_path)
+    edit(tmp_path / "job.yaml", ("output: run", "output: run\nray: {address: '127.0.0.1:6379'}"))
+    launch = Launch(tmp_path)
+    try:
+        result = launch.end()
+    finally:
+        launch.close()
+    assert result.exit_code == 4 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("hethub: ray address 127.0.0.1:6379: Token authentication")
+
+
 def test_workers_and_the_agent_of_a_run_listen_on_loopback_only(tmp_path: Path) -> None:
     write_job(tmp_path)
     edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))

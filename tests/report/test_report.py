@@ -152,6 +152,9 @@ def test_a_browser_shows_it_offline_without_a_word_of_complaint(
         "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 5)"
     )
     assert browser.value("document.querySelectorAll('#gantt ~ div rect, #gantt ~ * rect').length") > 20
+    # Waits that began in the step before end at the names of the lanes.
+    gantt = "[...document.querySelectorAll('svg[aria-label=\"Gantt chart of one step\"] rect')]"
+    assert browser.value(f"{gantt}.length > 20 && {gantt}.every(r => +r.getAttribute('x') > 189)")
     assert not browser.value("document.documentElement.scrollWidth > window.innerWidth")
 
 
