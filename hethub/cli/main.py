@@ -1,33 +1,17 @@
-"""The `hethub` command. Commands import what they need when they run, so that each starts quickly."""
+"""The `hethub` command. Commands are imported when they are asked for, and import what they need when they run, so that
+each starts quickly."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hethub import __version__
-from hethub.cli.bound import bound
-from hethub.cli.calibrate import calibrate
-from hethub.cli.checkpoint import app as checkpoint_app
-from hethub.cli.compare import compare
-from hethub.cli.dashboards import dashboards
-from hethub.cli.data import app as data_app
-from hethub.cli.diff import diff
-from hethub.cli.launch import launch
-from hethub.cli.logs import logs
-from hethub.cli.plan import plan
-from hethub.cli.profile import app as profile_app
-from hethub.cli.replan import replan
-from hethub.cli.report import report
-from hethub.cli.runs import runs, status, stop
-from hethub.cli.schema import schema
-from hethub.cli.simulate import simulate
-from hethub.cli.timeline import timeline
-from hethub.cli.top import top
-from hethub.cli.validate import validate
 from hethub.errors import HetHubError, printable
 from hethub.interruption import listen, terminated
 
@@ -36,33 +20,65 @@ __all__ = ["app", "main", "run"]
 _PREEMPTED = 75  # exit code: asked to stop by SIGTERM
 _INTERRUPTED = 130  # the shell's convention for Ctrl-C
 
+# name: module of `hethub.cli`, and what the command is there; in the order of `hethub --help`
+_COMMANDS = {
+    "plan": ("plan", "plan"),
+    "simulate": ("simulate", "simulate"),
+    "bound": ("bound", "bound"),
+    "diff": ("diff", "diff"),
+    "compare": ("compare", "compare"),
+    "launch": ("launch", "launch"),
+    "runs": ("runs", "runs"),
+    "status": ("runs", "status"),
+    "logs": ("logs", "logs"),
+    "stop": ("runs", "stop"),
+    "top": ("top", "top"),
+    "timeline": ("timeline", "timeline"),
+    "report": ("report", "report"),
+    "replan": ("replan", "replan"),
+    "validate": ("validate", "validate"),
+    "calibrate": ("calibrate", "calibrate"),
+    "dashboards": ("dashboards", "dashboards"),
+    "schema": ("schema", "schema"),
+    "data": ("data", "app"),
+    "checkpoint": ("checkpoint", "app"),
+    "profile": ("profile", "app"),
+}
+
+
+class _Commands(TyperGroup):
+    """Loads only the command that is asked for: all of them together take as long as a small plan."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # an unknown name is told with the nearest of all
+        for name in [cmd_name] if cmd_name in _COMMANDS else _COMMANDS:
+            if name not in self.commands:
+                self.add_command(_load(name), name)
+        return super().get_command(ctx, cmd_name)
+
+
+def _load(name: str) -> Any:
+    module, attribute = _COMMANDS[name]
+    found = getattr(import_module(f"hethub.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        group = typer.main.get_group(found)
+        group.name = name
+        return group
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="hethub",
+    cls=_Commands,
     help="Plan, predict and run the training of one model on unlike accelerators.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(plan)
-app.command()(simulate)
-app.command()(bound)
-app.command()(diff)
-app.command()(compare)
-app.command()(launch)
-app.command()(runs)
-app.command()(status)
-app.command()(logs)
-app.command()(stop)
-app.command()(top)
-app.command()(timeline)
-app.command()(report)
-app.command()(replan)
-app.command()(validate)
-app.command()(calibrate)
-app.command()(dashboards)
-app.command()(schema)
-app.add_typer(data_app, name="data")
-app.add_typer(checkpoint_app, name="checkpoint")
-app.add_typer(profile_app, name="profile")
 
 
 def _version(wanted: bool) -> None:

@@ -19,10 +19,9 @@ from hethub.cost.shapes import (
     LayerKind,
     Segment,
     Work,
+    held_elements,
     layer_kind,
-    layer_parameters,
     layer_segments,
-    parameter_span,
 )
 from hethub.specs.cluster import DeviceType
 from hethub.specs.layout import RankPlace, Share, Span
@@ -277,13 +276,7 @@ class ComputeModel:
 
     def stage_parameters(self, share: Share, layers: Span) -> int:
         """Parameter elements that a rank holds of `layers`; a tied table that stands twice counts once."""
-        model = self.workload.model
-        seen: dict[str, int] = {}
-        for layer in range(*layers):
-            for parameter in layer_parameters(model, layer):
-                start, stop = parameter_span(parameter, share)
-                seen[parameter.name] = (stop - start) * parameter.elements_per_index
-        return sum(seen.values())
+        return held_elements(self.workload.model, share, layers)[0]
 
     def touch_seconds(self, device_type: DeviceType, size_bytes: float) -> float:
         """An action bound by memory traffic (reduce, norm, update, gather)."""

@@ -25,10 +25,9 @@ from hethub.cost.graph import is_host
 from hethub.cost.shapes import (
     BYTES,
     LayerKind,
+    held_elements,
     layer_kind,
-    layer_parameters,
     logit_chunk_tokens,
-    parameter_span,
 )
 from hethub.specs.cluster import DeviceType
 from hethub.specs.layout import (
@@ -311,13 +310,7 @@ def apart_bytes(workload: Workload, size: int) -> int:
 
 def cut_inside_elements(shape: RankShape, layers: Span) -> int:
     """Elements of weights whose cut axis is not their first: slices of those do not lie in one piece."""
-    found = 0
-    for layer in range(*layers):
-        for parameter in layer_parameters(shape.workload.model, layer):
-            if parameter.axis:
-                start, stop = parameter_span(parameter, shape.share)
-                found += (stop - start) * parameter.elements_per_index
-    return found
+    return held_elements(shape.workload.model, shape.share, layers)[1]
 
 
 class _RankUse(NamedTuple):

@@ -20,6 +20,7 @@ __all__ = [
     "Parameter",
     "Segment",
     "Work",
+    "held_elements",
     "layer_kind",
     "layer_parameters",
     "layer_segments",
@@ -140,6 +141,20 @@ def parameter_span(parameter: Parameter, share: Share) -> Span:
         return (0, parameter.shape[0])
     start, stop = getattr(share, parameter.cut)
     return (start * parameter.unit, stop * parameter.unit)
+
+
+@lru_cache(maxsize=1 << 16)
+def held_elements(model: Model, share: Share, layers: Span) -> tuple[int, int]:
+    """(Parameter elements that a rank holds of `layers`, a tied table that stands twice counted once; elements of
+    weights whose cut axis is not their first: slices of those do not lie in one piece)."""
+    seen: dict[str, int] = {}
+    inside = 0
+    for layer in range(*layers):
+        for parameter in layer_parameters(model, layer):
+            start, stop = parameter_span(parameter, share)
+            seen[parameter.name] = (stop - start) * parameter.elements_per_index
+            inside += seen[parameter.name] if parameter.axis else 0
+    return sum(seen.values()), inside
 
 
 _CHUNK_LOGITS = 2**22  # 16 MiB in fp32: large enough for products at full speed, small beside the activations

@@ -46,11 +46,12 @@ class Candidate:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for candidates that are the same plan."""
-        return (
-            self.stage_major,
-            self.schedule,
-            tuple((e.chain.stages, e.chain.rows, e.micro_batches, e.repeat) for e in self.entries),
-        )
+        return (self.stage_major, self.schedule, self.reach, self.split)
+
+    @property
+    def split(self) -> tuple[object, ...]:
+        """Equal for candidates that differ at most in how their groups are dealt out, and in their schedule."""
+        return tuple((e.chain.stages, e.chain.rows, e.micro_batches, e.repeat) for e in self.entries)
 
 
 def divisors(number: int) -> list[int]:

@@ -38,6 +38,7 @@ SEGMENTS = (1.0, 1.01, 1.04, 1.12, 1.4, np.inf)  # of periods, in least periods
 _COUNT = len(SEGMENTS) - 1
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
+_LONG = 1e200  # seconds; infinity times no micro-batch would be no number
 MANY = 30_000  # columns whose updates are bounded more roughly
 
 
@@ -56,7 +57,9 @@ class Columns:
 
     A period is in segment k where it is SEGMENTS[k] to SEGMENTS[k + 1] times the least `period`. The first stage then
     has at least `first[k]` decoders, and the `fill[k]` is at least so long; `hidden` are the periods that may hide the
-    first stage's gradients. `places` are rows of `table` (see `periods.py`), by run.
+    first stage's gradients. Fewer micro-batches than are in flight at that period need less memory: with these a period
+    may be as short as `quick`, and the first stage may have no decoder. `places` are rows of `table` (see
+    `periods.py`), by run.
     """
 
     slots: tuple[Slot, ...]
@@ -69,6 +72,7 @@ class Columns:
     usage: Ints
     hops: Floats
     period: Floats
+    quick: Floats
     hidden: Floats
     fill: Floats
     first: Floats
@@ -136,19 +140,29 @@ class Columns:
         """Rows that each pipeline can do within `seconds`, at most, where the longest tail of all that stand side
         by side is at least `least_tail` and at most `most_tail`."""
         most = np.zeros(len(self))
+        # where memory counts, few micro-batches may be quicker
+        own = np.flatnonzero((self.quick < self.period * (1 - EPS)) | (tails.gradients[0] > 0))
         for k, start in enumerate(SEGMENTS[:-1]):
             tail = tails.update[k] + tails.gradients[k]
             left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tail, least_tail)
             done = np.minimum(np.floor(np.maximum(left, 0.0) / (self.period * start) + 1 + EPS), _MOST)
             most = np.maximum(most, np.where((left >= 0) & (tail <= most_tail * (1 + EPS)), done, 0.0))
+            fill, update = self.fill[k, own], tails.update[k, own]
+            left = seconds * (1 + EPS) - fill - np.maximum(update, least_tail)
+            done = np.floor(np.maximum(left, 0.0) / self.quick[own] + 1 + EPS)
+            done = np.minimum(done, np.ceil(fill / self.period[own]))
+            most[own] = np.maximum(most[own], np.where((left >= 0) & (update <= most_tail), done, 0.0))
         return most.astype(np.int64) * self.rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        found = [
-            self.fill[k] + (micro_batches - 1) * self.period * start + tails.update[k] + tails.gradients[k]
-            for k, start in enumerate(SEGMENTS[:-1])
-        ]
+        found = []
+        period, quick = np.minimum(self.period, _LONG), np.minimum(self.quick, _LONG)
+        for k, start in enumerate(SEGMENTS[:-1]):
+            filled = self.fill[k] + tails.update[k]
+            few = micro_batches <= np.ceil(self.fill[k] / self.period)
+            found.append(filled + (micro_batches - 1) * period * start + tails.gradients[k])
+            found.append(np.where(few, filled + (micro_batches - 1) * quick, np.inf))
         least: Floats = np.minimum.reduce(found)
         return least
 

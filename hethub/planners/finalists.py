@@ -23,7 +23,7 @@ __all__ = ["Finalist", "actions_of", "describe", "fits", "run_off", "simulate_pl
 
 _WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
 _SAMPLED = 2  # of alike pipelines, in such a part
-_ROUNDS = 3  # micro-batches for each stage, in such a part
+_ROUNDS = 2  # micro-batches for each stage, in such a part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,8 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
     plan = place(replace(candidate, entries=entries), pools, problem.cluster, workload)
     if plan is None:
         return None
-    seconds = model(lay_out(plan), problem.compute, record=False).simulation.step_seconds
+    done = model(lay_out(plan), problem.compute, record=False, detailed_actions=0)
+    seconds = done.simulation.step_seconds
     further = left_out * max(e.chain.period_seconds for e in entries)
     return max(candidate.seconds, seconds + further)
 

@@ -31,8 +31,7 @@ __all__ = ["Choice", "FirstPlanner"]
 _FINALISTS = 6
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
-_VARIED_ACTIONS = 20_000  # of all finalists together, about; up to here all are tried under further schedules
-_VARIED = 2  # else
+_VARIED = 2  # finalists, and one more, tried under further schedules
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -111,14 +110,14 @@ class FirstPlanner:
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, for all finalists where they are
-        small, else for the first two that have the memory; the list schedule, which takes longer to make, for the best
-        of these; and where 1F1B is best, how deep its stages run ahead."""
+        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, and the list schedule for the
+        best two by 1F1B and the best by the closed form, of those that have the memory; for bounds the list schedule,
+        which takes longer to make, for one; and where 1F1B is best, how deep its stages run ahead."""
         chains, batch = self.chains(problem), problem.workload.global_batch
-        small = sum(actions_of(finalist.candidate) for finalist in finalists) <= _VARIED_ACTIONS
         split: list[Finalist] = []
-        for finalist in finalists:
-            if not small and len(split) == _VARIED:
+        by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
+        for finalist in (*finalists[:_VARIED], *by_closed_form):
+            if len(split) > _VARIED:
                 break
             for reach in (2, 1, 0):
                 varied = _with(chains, finalist.candidate, batch, reach, "zb-h1")
@@ -127,7 +126,7 @@ class FirstPlanner:
                     split += done
                     break
         split.sort(key=lambda f: f.step_seconds)
-        few = 1 if problem.finalists is not None else _VARIED
+        few = 1 if problem.finalists is not None else len(split)
         listed = [replace(f.candidate, schedule="list") for f in split[:few]]
         found = [*split, *run_off(listed, problem, chains.costs.pools)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate

@@ -127,8 +127,9 @@ class LinkCosts:
         worst = (0.0, 0.0)
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
+            mates = tuple(sorted({other.pool for other in slot} - {seat.pool}))
             found = [
-                self._tail_rate(seat.pool, seat.degree, holders, setting)
+                self._tail_rate(seat.pool, seat.degree, holders, setting, mates=mates)
                 for setting in _surroundings(seat.pool, copies, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)

@@ -166,16 +166,14 @@ def _lattice(
             return None
         exact -= 1 << 40
         exact[(0,) * len(sizes)] = 0
-    for item in items:
-        need = usage[item] // steps
-        number = 1
-        while ((need * number) <= sizes).all():  # 1, 2, 4, ... of it: every number is a sum of those
-            into = tuple(slice(int(n) * number, None) for n in need)
-            source = tuple(
-                slice(None, int(s) + 1 - int(n) * number) for s, n in zip(sizes, need, strict=True)
-            )
-            exact[into] = np.maximum(exact[into], exact[source] + rows[item] * number)
-            number *= 2
+    ends = [size + 1 for size in sizes.tolist()]
+    for need, gain in zip((usage[items] // steps).tolist(), rows[items].tolist(), strict=True):
+        # 1, 2, 4, ... of it: every number is a sum of those
+        while all(n < end for n, end in zip(need, ends, strict=True)):
+            into = exact[tuple([slice(n, None) for n in need])]
+            source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
+            np.maximum(into, source + gain, out=into)
+            need, gain = [2 * n for n in need], 2 * gain
     state = sizes.copy()
     if exact[tuple(state)] < 0:
         return None

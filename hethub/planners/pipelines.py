@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, permutations
 
 import numpy as np
 import numpy.typing as npt
 
 from hethub.planners.chain import Chains
-from hethub.planners.columns import BY_COLUMN, BY_SEGMENT, Columns, least_fills, least_firsts
+from hethub.planners.columns import BY_COLUMN, BY_SEGMENT, SEGMENTS, Columns, least_fills, least_firsts
 from hethub.planners.periods import (
     AGAIN,
     BACKWARD,
@@ -39,7 +40,7 @@ _Made = tuple[tuple[int, ...], Ints, Ints]  # slots from the last stage on, coun
 
 _HALVINGS = 20  # of the range of periods
 _NEVER = np.inf
-_LAST, _INNER = (False, True), (False, False)
+_FIRST, _INNER, _LAST, _ONLY = (True, False), (False, False), (False, True), (True, True)
 
 
 class _Lines:
@@ -73,14 +74,16 @@ class _Lines:
         full = min(members, key=lambda cost: cost.most_decoders(_INNER, 1, holders, full=True))
         line[DECODER], line[BACKWARD], line[AGAIN] = sum(slow.decoder), slow.decoder[1], slow.decoder[0]
         line[HEAD], line[HEAD_AGAIN] = sum(slow.head), slow.head_again
-        inner = full.least_lines(_INNER, holders)
-        line[EACH], line[KEPT], line[ENTRY] = inner.each, inner.kept, inner.entry
-        line[EXCHANGED] = inner.exchanged
-        for place, shift in ((_INNER, 0), (_LAST, LAST)):
-            own = full.least_lines(place, holders)
-            line[ROOM + shift], line[OWN + shift] = own.room, own.own
-            line[EXCHANGE_ROOM + shift] = own.room - own.own - own.own_exchanged
-        line[MOST] = max(0.0, (inner.room - inner.own) // (inner.each + inner.kept))
+        line[ENTRY], line[MOST] = _NEVER, 0.0
+        for places, shift in (((_INNER, _FIRST), 0), ((_LAST, _ONLY), LAST)):
+            # a first stage of a small model has less to hold than an inner one, whose messages come from both sides
+            found = [full.least_lines(place, holders) for place in places]
+            room, own = max(f.room for f in found), min(f.own for f in found)
+            line[ROOM + shift], line[OWN + shift] = room, own
+            line[EXCHANGE_ROOM + shift] = room - own - min(f.own_exchanged for f in found)
+            line[EACH], line[KEPT], line[EXCHANGED] = found[0].each, found[0].kept, found[0].exchanged
+            line[ENTRY] = min(line[ENTRY], *(f.entry for f in found))
+            line[MOST] = max(line[MOST], (room - own) // (found[0].each + found[0].kept))
 
 
 def columns_of(chains: Chains, space: Space) -> Columns:
@@ -212,6 +215,7 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
     places = np.where(counts > 0, runs * lines.width + np.searchsorted(space.rows, rows)[:, None], 0)
     hops, load = _hops(chains, space, runs, counts, rows)
     period = np.maximum(_time_periods(lines.table, places, counts, chains.layers), load)
+    segments = (len(SEGMENTS) - 1, len(runs))
     columns = Columns(
         slots=space.slots,
         table=lines.table,
@@ -223,27 +227,29 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
         usage=usage,
         hops=hops,
         period=period,
+        quick=period,
         hidden=_hidden(chains, space, lines, runs, counts, places),
-        fill=least_fills(lines.table, places, counts, chains.layers, period) + hops,
-        first=least_firsts(lines.table, places, counts, chains.layers, period),
+        fill=np.zeros(segments),
+        first=np.zeros(segments),
     )
-    if space.small:
-        return columns
-    columns = columns.refined(compiled=True)
-    return columns.taken(np.isfinite(columns.period))
+    if not space.small:
+        columns = columns.refined(compiled=True)
+        return columns.taken(np.isfinite(columns.period))
+    given = (lines.table, places, counts, chains.layers, period)
+    return replace(columns, fill=least_fills(*given) + hops, first=least_firsts(*given))
 
 
 def _stacked(made: Iterator[_Made], width: int) -> tuple[Ints, Ints, Ints]:
-    all_runs, all_counts, all_rows = [], [], []
-    for numbers, grid, rows in made:
-        spare = width - len(numbers)
-        all_runs.append(np.tile(np.array([*numbers, *([-1] * spare)]), (len(grid), 1)))
-        all_counts.append(np.pad(grid, ((0, 0), (0, spare))))
-        all_rows.append(rows)
-    if not all_runs:
-        nothing = np.zeros((0, width), dtype=np.int64)
-        return nothing, nothing, np.zeros(0, dtype=np.int64)
-    return np.concatenate(all_runs), np.concatenate(all_counts), np.concatenate(all_rows)
+    parts = list(made)
+    total = sum(len(rows) for _, _, rows in parts)
+    all_runs = np.full((total, width), -1, dtype=np.int64)
+    all_counts, all_rows = np.zeros((total, width), dtype=np.int64), np.empty(total, dtype=np.int64)
+    start = 0
+    for numbers, grid, rows in parts:
+        own, used = slice(start, start + len(rows)), slice(len(numbers))
+        all_runs[own, used], all_counts[own, used], all_rows[own] = numbers, grid, rows
+        start += len(rows)
+    return all_runs, all_counts, all_rows
 
 
 def _time_periods(table: Floats, places: Ints, counts: Ints, layers: int) -> Floats:
@@ -282,21 +288,20 @@ def _hops(chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints) ->
     known: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def table(one: Ints, other: Ints, times: Ints) -> None:
-        keys = (one * (len(space.slots) + 1) + other) * (space.rows[-1] + 1) + rows
-        keys = np.where(times > 0, keys, -1)
-        for key in np.unique(keys):
-            if key < 0:
-                continue
-            pair, own = divmod(int(key), space.rows[-1] + 1)
+        mine = np.flatnonzero(times > 0)
+        keys = (one[mine] * (len(space.slots) + 1) + other[mine]) * (space.rows[-1] + 1) + rows[mine]
+        kinds, places = np.unique(keys, return_inverse=True)
+        found = np.zeros((len(kinds), 2))
+        for number, key in enumerate(kinds.tolist()):
+            pair, own = divmod(key, space.rows[-1] + 1)
             source, target = divmod(pair, len(space.slots) + 1)
             if (source, target, own) not in known:
                 known[source, target, own] = chains.links.least_hop(
                     space.slots[source], space.slots[target], own
                 )
-            hop = known[source, target, own]
-            mine = keys == key
-            seconds[mine] += hop[0] * times[mine]
-            load[mine] = np.maximum(load[mine], hop[1])
+            found[number] = known[source, target, own]
+        seconds[mine] += found[places, 0] * times[mine]
+        load[mine] = np.maximum(load[mine], found[places, 1])
 
     for j in range(runs.shape[1]):
         table(runs[:, j], runs[:, j], np.maximum(counts[:, j] - 1, 0))

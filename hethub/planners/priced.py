@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Best:
-    """The `most` best distinct candidates so far."""
+    """The `most` best distinct candidates so far: of one choice dealt out in both ways, the quicker."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -30,7 +30,9 @@ class Best:
 
     def offer(self, candidate: Candidate) -> None:
         """Keep it, where it is among the best."""
-        self.kept.setdefault(candidate.key, candidate)
+        known = self.kept.get(candidate.split)
+        if known is None or candidate.seconds < known.seconds:
+            self.kept[candidate.split] = candidate
         self.seconds = min(self.seconds, candidate.seconds)
         if len(self.kept) > self.most:
             del self.kept[max(self.kept, key=lambda key: self.kept[key].seconds)]
@@ -58,6 +60,7 @@ class Search:
         self.available = np.array(space.available, dtype=np.int64)
         self.best = Best(most)
         self.tried: set[tuple[Taken, bool]] = set()
+        self._rates: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
 
     def offer(self, taken: Taken) -> None:
         """Price a choice of columns, its groups dealt out in both ways."""
@@ -96,6 +99,9 @@ class Search:
         self, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
     ) -> tuple[Floats, Floats]:
         """(Update, gradients) seconds of a decoder on every slot, at least; see `LinkCosts.least_rates`."""
-        least = self.chains.links.least_rates
-        found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
-        return np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        key = (copies, tuple(pools), alike, frozenset(must))
+        if key not in self._rates:
+            least = self.chains.links.least_rates
+            found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
+            self._rates[key] = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        return self._rates[key]

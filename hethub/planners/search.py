@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,8 @@ __all__ = ["Ranking", "rank", "with_reach"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_ALIKE = 1500  # alike plans priced
+_ALIKE, _ALIKE_OF_MANY = 1500, 300  # alike plans priced
+_LOOKED_AT = 20_000  # columns of which each number is bounded
 _BRANCHES = {True: 24, False: 12}  # split at most, on small clusters and on others; of very many columns none
 _EACH = 24  # numbers of alike pipelines bounded one by one; more of them in ranges
 _SHORT = 1e-9
@@ -80,6 +82,18 @@ def _alike(search: Search, able: Ints, least: int, most: Ints) -> Floats:
     return np.where(even, seconds, math.inf)
 
 
+def _promising(search: Search, most: Ints) -> tuple[Ints, float]:
+    """Of very many columns those that may be the quickest `most` times side by side, tails left out, and the least
+    seconds of the others."""
+    columns = search.columns
+    if len(columns) <= _LOOKED_AT:
+        return np.arange(len(columns)), math.inf
+    micro_batches = np.ceil(search.batch / (columns.rows * most) - _SHORT)
+    seconds = columns.fill.min(axis=0) + (micro_batches - 1) * columns.quick
+    order = np.argsort(seconds, kind="stable")
+    return np.sort(order[:_LOOKED_AT]), float(seconds[order[_LOOKED_AT]])
+
+
 def _price_alike(search: Search) -> float:
     """Price alike plans, most promising first; returns the least bound of those not priced, at most the best price."""
     columns = search.columns
@@ -88,25 +102,27 @@ def _price_alike(search: Search) -> float:
     most = (search.available // np.maximum(columns.usage, 1)).min(
         axis=1, initial=search.batch, where=columns.usage > 0
     )
+    promising, others = _promising(search, most)
     queue: list[tuple[float, int, int, int]] = []  # bound, column, least and most copies
     for least, last in _ranges(int(most.max(initial=1))):
-        able = np.flatnonzero(most >= least)
+        able = promising[most[promising] >= least]
         copies = np.minimum(most[able], last)
         bounds = _alike(search, able, least, copies)
         kept = np.argsort(bounds, kind="stable")[:_ALIKE]
-        queue += [(float(bounds[i]), int(able[i]), least, int(copies[i])) for i in kept]
+        kept = kept[np.isfinite(bounds[kept])]
+        queue += zip(bounds[kept].tolist(), able[kept].tolist(), repeat(least), copies[kept].tolist())
     heapq.heapify(queue)
-    for _ in range(_ALIKE):
+    for _ in range(_ALIKE if len(columns) <= MANY else _ALIKE_OF_MANY):
         if not queue or queue[0][0] >= search.best.seconds:
             break
         if search.late():
-            return queue[0][0]
+            return min(queue[0][0], others)
         bound, column, least, copies = heapq.heappop(queue)
         search.offer(((column, copies),))
         if least < copies:  # the others of the range
             rest = _alike(search, np.array([column]), least, np.array([copies - 1]))
             heapq.heappush(queue, (max(bound, float(rest[0])), column, least, copies - 1))
-    return min([search.best.seconds, *(entry[0] for entry in queue[:1])])
+    return min([search.best.seconds, others, *(entry[0] for entry in queue[:1])])
 
 
 # -- both ---------------------------------------------------------------------------------------------------------
@@ -156,16 +172,23 @@ def _open_branches(search: Search, branches: list[Branch], lower: float) -> list
     queue = [(branch.bound, number, branch) for number, branch in enumerate(branches)]
     heapq.heapify(queue)
     made = len(queue)
-    splits = 5 if len(search.columns) > MANY else _BRANCHES[search.space.small]
+    many = len(search.columns) > MANY
+    splits = 5 if many else _BRANCHES[search.space.small]
     left: list[Branch] = []
     while queue and queue[0][0] < search.best.seconds:
         search.lower = min([lower, queue[0][0], *(branch.bound for branch in left)])
         bound, _, branch = heapq.heappop(queue)
-        if not search.space.small or branch.is_root:  # else closing prices what there is
+        # on small clusters closing prices what there is; of very many columns the root's choices stand for all
+        if branch.is_root or not (search.space.small or many):
             branch.raise_from(bound)
-        if bound >= search.best.seconds or (search.space.small and branch.close()):
+        if bound >= search.best.seconds:
+            continue
+        # before it is decided, a branch has choices of too many sorts
+        if search.space.small and branch.decided and branch.close(whatever=False):
             continue
         parts = branch.split() if splits and bound < lower and not search.late() else []
+        if not parts and search.space.small and branch.close(whatever=True):
+            continue
         splits -= bool(parts)
         for part in parts:
             part.find_bound(bound, search.best.seconds)

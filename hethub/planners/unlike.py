@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import sub
 
 import numpy as np
 import numpy.typing as npt
 
 from hethub.planners.candidate import chains_of
-from hethub.planners.columns import Columns, Tails
+from hethub.planners.columns import MANY, Columns, Tails
 from hethub.planners.master import Taken, most_rows, relax
 from hethub.planners.priced import Search
 
@@ -25,11 +26,12 @@ __all__ = ["NEAR", "Branch", "roots"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-NEAR = 1e-4  # how near a lower bound's bisection comes
+NEAR, _NEAR_OF_MANY = 1e-4, 1e-3  # how near a lower bound's bisection comes
 _STEPS = (0.0, 0.004, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.5, 1.0, 3.0)
 _PRICED = 2  # choices at each time
 _CHOICES = 40  # priced to close a branch on small clusters
-_LOOKED = 1_500  # partial choices looked at for that
+_LAST_CHOICES = 400  # of a branch that cannot be split any further
+_LOOKED = 4_000  # partial choices looked at for that
 _CHOSEN_FROM = 20_000  # columns
 _APART = 0.004  # of the bound: longest tails nearer to each other are not worth a split
 _SHORT = 1e-9
@@ -63,6 +65,11 @@ class Branch:
         self.numbers, self.columns = numbers, columns
         self.bound = 0.0
         self._tails: dict[int, Tails] = {}
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is settled which pools work."""
+        return len(self.limits.must) == len(self.limits.may)
 
     # -- bounds ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +110,10 @@ class Branch:
             self.bound = most
             return most
         high = most
-        while high - low > NEAR * high:
+        if low and self.may_be_done(next_to := min(most, low * (1 + NEAR))):  # as most parts of a split
+            high = next_to
+        near = NEAR if len(self.columns) <= MANY else _NEAR_OF_MANY
+        while high - low > near * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.may_be_done(middle) else (middle, high)
         self.bound = low
@@ -171,7 +181,8 @@ class Branch:
             few.raise_from(lower)
             return
         search = self.search
-        refined = replace(self.columns, period=self.columns.period.copy(), fill=self.columns.fill.copy())
+        own = self.columns
+        refined = replace(own, period=own.period.copy(), quick=own.quick.copy(), fill=own.fill.copy())
         bounds = self.tails(2)
         tails = Tails(update=np.array(bounds.update), gradients=bounds.gradients.copy())
         exact = np.zeros(len(refined), dtype=bool)
@@ -209,23 +220,30 @@ class Branch:
                 refined.fill[:, c] = np.inf
                 continue
             chain = min(fitting, key=lambda one: one.period_seconds + one.tail_seconds / search.batch)
-            refined.period[c], refined.fill[:, c] = chain.period_seconds, chain.fill_seconds
+            refined.period[c] = refined.quick[c] = chain.period_seconds
+            refined.fill[:, c] = chain.fill_seconds
             tails.update[:, c], tails.gradients[:, c] = chain.tail_seconds, 0.0
         return bool(fresh)
 
-    def close(self) -> bool:
-        """Price every choice that its bounds allow to be quicker than the best candidate; True where none is left."""
+    def close(self, *, whatever: bool) -> bool:
+        """Price every choice that its bounds allow to be quicker than the best candidate; True where none is left.
+        Where there are too many, none is priced, or `whatever` there is as far as it goes."""
         search, priced, better = self.search, 0, True
         while better:
             better, before = False, search.best.seconds
-            looked = [0]
-            for taken in self._quicker(looked):
+            choices = self._quicker([0])
+            if not whatever:
+                few = list(islice(choices, _CHOICES + 1))
+                if len(few) > _CHOICES or None in few:
+                    return False
+                choices = iter(few)
+            for taken in choices:
                 if taken is None:
                     return False
                 if all((taken, way) in search.tried for way in (False, True)):
                     continue
                 priced += 1
-                if priced > _CHOICES or search.late():
+                if priced > _LAST_CHOICES or search.late():
                     return False
                 search.offer(taken)
                 if search.best.seconds < before:  # fewer are left now
@@ -240,15 +258,19 @@ class Branch:
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
         order = np.flatnonzero(rows > 0)
         most = most_of_the_rest(columns.usage[order], rows[order], search.available)
-        # Plain numbers: these vectors are too short for numpy.
-        needs, own = [tuple(need) for need in columns.usage[order].tolist()], rows[order].tolist()
+        usage, own = columns.usage[order], rows[order]
+        needs = [tuple(need) for need in usage.tolist()]
 
         def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
             if missing <= 0:
                 yield ()
-            for place in range(start, len(order)):
+            after_one = np.array(left) - usage[start:]
+            able = np.flatnonzero((after_one >= 0).all(axis=1))
+            # one of a column allows at least the rows that several of it do
+            able = able[own[start:][able] + most[tuple(after_one[able].T)] >= missing]
+            for place in (able + start).tolist():
                 need, number = needs[place], 1
-                after, still = tuple(map(sub, left, need)), missing - own[place]
+                after, still = tuple(map(sub, left, need)), missing - int(own[place])
                 while min(after) >= 0:
                     looked[0] += 1
                     if looked[0] > _LOOKED:
@@ -260,7 +282,7 @@ class Branch:
                                 yield None
                                 return
                             yield ((int(self.numbers[order[place]]), number), *rest)
-                    after, still, number = tuple(map(sub, after, need)), still - own[place], number + 1
+                    after, still, number = tuple(map(sub, after, need)), still - int(own[place]), number + 1
 
         yield from further(0, tuple(search.available.tolist()), search.batch)
 

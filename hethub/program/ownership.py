@@ -210,10 +210,11 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
             known[key] = _refine(_holdings(layout, parameter))
         for piece in known[key]:
             runs[parameter.layers[0], piece.holders].append(_Entry(number, parameter, piece.span))
+    widths = [parameter.elements_per_index for parameter in parameters]
     slices: list[Slice] = []
     shared: dict[tuple[_Run, tuple[int, ...], int], list[_Shared]] = {}  # alike layers are shared out alike
     for (layer, holders), run in runs.items():
-        pieces = tuple((e.span, e.parameter.elements_per_index, e.parameter.axis) for e in run)
+        pieces = tuple((e.span, widths[e.number], e.parameter.axis) for e in run)
         turn = layer % len(holders)
         if (pieces, holders, turn) not in shared:
             shared[pieces, holders, turn] = list(_share_out(pieces, holders, turn, strengths or {}))

@@ -66,12 +66,18 @@ class Modelled:
 
 
 def model(
-    layout: Layout, compute: ComputeModel, ownership: Ownership | None = None, *, record: bool = True
+    layout: Layout,
+    compute: ComputeModel,
+    ownership: Ownership | None = None,
+    *,
+    record: bool = True,
+    detailed_actions: int = DETAILED_ACTIONS,
 ) -> Modelled:
-    """Compile and simulate one step; `record` keeps the timeline."""
+    """Compile and simulate one step; `record` keeps the timeline. Of more than `detailed_actions` groups are simulated,
+    not ranks."""
     if ownership is None:
         ownership = own_by_strength(layout, compute)
-    folded = fold(layout, compute) if _actions(layout) > DETAILED_ACTIONS else None
+    folded = fold(layout, compute) if _actions(layout) > detailed_actions else None
     if folded is None:
         program = compile_program(layout, compute, ownership=ownership)
     else:

@@ -161,6 +161,14 @@ class Tables:
             [[self._ring(seat, 1 << level, span) for level in range(levels + 1)] for seat in self.seats]
         )
 
+    def least_reduce(self, shapes: Shapes, bounds: tuple[int, ...], pipelines: int) -> Floats:
+        """Seconds [shapes] of the slowest stage's reduction among one group of each of so many pipelines."""
+        slowest = np.zeros(len(shapes.rows))
+        for number, span in enumerate(pairwise(bounds)):
+            rings = np.array([self._ring((group, 1), pipelines, span) for group, _ in self.seats])
+            slowest = np.maximum(slowest, rings[shapes.chains[:, number]])
+        return slowest
+
     def _price_ring(self, seat: tuple[Group, int], copies: int, span: tuple[int, int]) -> float:
         return self.prices.reduce_seconds((seat[0],), seat[1] * copies, span)
 

@@ -23,7 +23,7 @@ from hethub.planners.baselines.columns import Columns, Ints, Shapes, Tables, cut
 from hethub.planners.baselines.prices import Floats, Prices, price_split
 from hethub.planners.baselines.split import Group, Split
 
-__all__ = ["Answer", "deadline_search"]
+__all__ = ["Answer", "deadline_search", "least_seconds"]
 
 _SLACK = {
     1: 0.0,
@@ -96,6 +96,37 @@ def deadline_search(prices: Prices) -> Answer | None:
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     return None if best is None else Answer(best[1], best[0], considered, seeds[0].bound_seconds)
+
+
+def least_seconds(prices: Prices, step_seconds: float) -> float:
+    """No mix of pipelines of one cut takes less, nor as long as `step_seconds` where it is quicker than that.
+
+    In a mix that is, every pipeline does a number of rows at most, so that there are at least so many, whose gradients
+    at least are reduced. The slowest reduction of a mix is one of its shapes', and the others reduce no slower: for
+    each such limit the knapsack's dual bounds the pipelines.
+    """
+    tables = Tables(prices)
+    counts = [kind.count for kind in prices.kinds]
+    least = step_seconds
+    for stages, slack in _SLACK.items():
+        shapes = tables.shapes(stages) if stages <= prices.decoders else None
+        if shapes is None or not len(shapes.rows):
+            break
+        for bounds in cuts(tables.layers, stages, slack):
+            columns = tables.columns(shapes, bounds)
+            fitting = np.flatnonzero(np.isfinite(columns.slowest))
+            rows = _finished(columns, fitting, step_seconds) * shapes.rows[fitting]
+            if not rows.any():
+                continue
+            fitting, pipelines = fitting[rows > 0], -(-prices.batch // int(rows.max()))
+            reduce = tables.least_reduce(shapes, bounds, pipelines)[fitting]
+            update = float(columns.update[fitting].min())
+            for limit in np.unique(reduce):
+                if limit + update >= least:
+                    break
+                allowed = fitting[reduce <= limit]
+                least = min(least, _least_pipeline(prices, shapes, columns, allowed, counts) + limit + update)
+    return least
 
 
 def _speeds(prices: Prices) -> list[float]:
@@ -181,9 +212,15 @@ def _mix(prices: Prices, seed: _Seed, counts: Sequence[int], limit: float) -> tu
 
 
 def _bound(prices: Prices, seed: _Seed, allowed: Ints, counts: Sequence[int]) -> float:
-    """As `seed.bound_seconds`, of these shapes only, at the exchange rate of the kinds that makes it largest: the dual
-    of the knapsack without whole numbers."""
-    shapes, columns = seed.shapes, seed.columns
+    """As `seed.bound_seconds`, of these shapes only, at the best exchange rate."""
+    return _least_pipeline(prices, seed.shapes, seed.columns, allowed, counts) + seed.after_seconds
+
+
+def _least_pipeline(
+    prices: Prices, shapes: Shapes, columns: Columns, allowed: Ints, counts: Sequence[int]
+) -> float:
+    """What some pipeline of any mix of these shapes takes, at the exchange rate of the kinds that makes it largest: the
+    dual of the knapsack without whole numbers."""
     speeds = np.array(_speeds(prices))
     best = 0.0
     for tilts in product(_TILTS, repeat=len(counts) - 1):
@@ -191,7 +228,7 @@ def _bound(prices: Prices, seed: _Seed, allowed: Ints, counts: Sequence[int]) ->
         pipeline = prices.batch / (fleet * shapes.rows[allowed]) - 1
         least = float((pipeline * columns.slowest[allowed] + columns.total[allowed]).min())
         best = max(best, least)
-    return best + seed.after_seconds
+    return best
 
 
 def _finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
