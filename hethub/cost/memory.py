@@ -336,8 +336,14 @@ class _RankUse(NamedTuple):
 
 
 def _rank_use(
-    compute: ComputeModel, pipeline: PipelinePlace, stage: StagePlace, rank: RankPlace, shape: RankShape
+    compute: ComputeModel,
+    pipeline: PipelinePlace,
+    stage: StagePlace,
+    rank: RankPlace,
+    shape: RankShape,
+    ahead: int,
 ) -> _RankUse:
+    """Of one stage; `ahead` is how many micro-batches the stage before may have in flight."""
     elements = compute.stage_parameters(rank.share, stage.layers)
     found = stage_bytes(shape, stage.layers, stage.recompute)
     held = min(stage.in_flight, pipeline.micro_batches)
@@ -351,11 +357,14 @@ def _rank_use(
     ways = (0 if stage.layers[0] == 0 else 1) + (1 if found.output else 0)
     host = on_host(compute, rank.device)
     each += ways * shape.boundary_bytes if host else 0
+    # Gradients that were sent lie here until the stage before tells that it has them, by an activation that it sends
+    # after: who is far ahead sends none for a while.
+    untold = max(0, ahead - held) * shape.boundary_bytes if host else 0
     use = MemoryUse(
         weights=elements * shape.size,
         gradients=elements * gradient_bytes(shape.workload.precision),
         optimizer=0,
-        activations=held * each + again,
+        activations=held * each + again + untold,
         one=each + again,
         buffers=ways * shape.boundary_bytes * (_RECEIVE_DEPTH + _TAKEN + (0 if host else _SEND_BUFFERS)),
         workspace=max(found.forward_workspace, found.backward_workspace),
@@ -412,8 +421,12 @@ def device_memory(
     found: dict[int, _RankUse] = {}
     known: dict[tuple[object, ...], _RankUse] = {}  # alike ranks of alike stages
     for pipeline in layout.pipelines:
+        ahead = 0
         for stage in pipeline.stages:
-            held = (stage.layers, stage.recompute, stage.in_flight, pipeline.schedule, pipeline.micro_batches)
+            held = (
+                *(stage.layers, stage.recompute, stage.in_flight, ahead),
+                *(pipeline.schedule, pipeline.micro_batches),
+            )
             for replica in stage.replicas:
                 for member, rank in enumerate(replica.ranks):
                     shape = rank_shape(compute, replica, member)
@@ -422,10 +435,11 @@ def device_memory(
                         *(shape.largest_vocab, on_host(compute, rank.device)),
                     )
                     if key not in known:
-                        known[key] = _rank_use(compute, pipeline, stage, rank, shape)
+                        known[key] = _rank_use(compute, pipeline, stage, rank, shape, ahead)
                     one = known[key]
                     other = found.get(rank.device)
                     found[rank.device] = one if other is None else other + one
+            ahead = min(stage.in_flight, pipeline.micro_batches)
     return {
         device: one.use
         + _exchanged(
