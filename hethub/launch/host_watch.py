@@ -14,7 +14,9 @@ __all__ = ["HOST_SILENT_SECONDS", "HostWatch"]
 
 HOST_SILENT_SECONDS = 8.0  # as long as a worker may be silent; a lost node is to be replaced within 20 s
 _ASK_SECONDS = 1.0  # between an answer and the next question
-_MOST_SECONDS = 3.0  # that one look counts for: a driver that waits for a silent host in other ways looks that seldom
+_MOST_SECONDS = (
+    3.0  # that one look counts for: a driver that waits for a silent host in other ways looks that seldom
+)
 
 Node = TypeVar("Node")
 
