@@ -13,7 +13,10 @@ from typing import Any, Generic, TypeVar
 __all__ = ["HOST_SILENT_SECONDS", "HostWatch"]
 
 HOST_SILENT_SECONDS = 8.0  # as long as a worker may be silent; a lost node is to be replaced within 20 s
-_ASK_SECONDS = 1.0  # between an answer and the next question, and the most that one look counts for
+_ASK_SECONDS = 1.0  # between an answer and the next question
+_MOST_SECONDS = (
+    3.0  # that one look counts for: a driver that waits for a silent host in other ways looks that seldom
+)
 
 Node = TypeVar("Node")
 
@@ -40,7 +43,7 @@ class HostWatch(Generic[Node]):
         Time in which nobody looked counts little: a driver that was stopped itself blames no one.
         """
         now = self._now()
-        passed, self._looked = min(now - self._looked, _ASK_SECONDS), now
+        passed, self._looked = min(now - self._looked, _MOST_SECONDS), now
         done = set(answered(list(self._asked.values()))) if self._asked else set()
         lost = []
         known = set(hosts)
