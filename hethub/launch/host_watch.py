@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 __all__ = ["HOST_SILENT_SECONDS", "HostWatch"]
 
-HOST_SILENT_SECONDS = 8.0  # as long as a worker may be silent; a lost node is to be replaced within 20 s
+HOST_SILENT_SECONDS = 6.0  # of the 20 s in which a lost node is to be replaced
 _ASK_SECONDS = 1.0  # between an answer and the next question
 _MOST_SECONDS = (
     3.0  # that one look counts for: a driver that waits for a silent host in other ways looks that seldom

@@ -144,7 +144,7 @@ def test_a_link_has_a_share_of_its_bandwidth_for_whole_steps(pool: Pool) -> None
     records = slow.timeline.records
     chosen = (records["step"] == 1) & (records["kind"] == Kind.RECEIVE)
     chosen &= records["bytes"] == records["bytes"][chosen].max()
-    took = float(np.nanmin((records["end"] - sent_seconds(records))[chosen]))
-    # A loaded machine can only make messages later. Seen to fail without the fault's factor.
+    # A loaded machine makes messages later, or notes late that one was sent. Seen to fail without the fault's factor.
+    took = float(np.nanmax((records["end"] - sent_seconds(records))[chosen]))
     assert took >= 50 * records["bytes"][chosen].max() / link.bandwidth_bytes_per_second
     assert slow.losses == plain.losses
