@@ -50,7 +50,7 @@ def test_every_pair_of_six_plans(written: dict[str, Path], writer: str, reader: 
 
 
 @given(plan=plans("fp32"))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_random_plan_reads_what_it_wrote(tmp_path_factory: pytest.TempPathFactory, plan) -> None:
     """Seen to catch: slices stored with their own axis first instead of the cut axis; an offset that forgot the slices
     before it; moments of what is held read instead of what is updated."""
@@ -59,7 +59,7 @@ def test_a_random_plan_reads_what_it_wrote(tmp_path_factory: pytest.TempPathFact
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_part_of_a_parameter(written: dict[str, Path], data: st.DataObject) -> None:
     path = written[data.draw(st.sampled_from(sorted(PLANS)))]
     manifest = read_manifest(path / "manifest")

@@ -112,7 +112,7 @@ def test_damage_is_found_by_whoever_reads(folder: Path, damage: Callable[..., No
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_flipped_byte_of_a_manifest_is_read(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, data
 ) -> None:
@@ -127,7 +127,7 @@ def test_no_flipped_byte_of_a_manifest_is_read(
 
 
 @given(content=st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_make_a_manifest_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, content) -> None:
     path = tmp_path_factory.mktemp("m") / "manifest"
     for text in (content, b"hethub-checkpoint 1 " + content):

@@ -17,7 +17,7 @@ from hethub.specs.workload import Workload
 from tests.plan_strategies import NAMED_PLANS, compile_plan, compute_model, plans, three_speeds, tiny_model
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=plans())
 def test_no_simulated_plan_is_quicker(plan: Plan) -> None:
     compute = compute_model(plan)

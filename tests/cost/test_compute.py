@@ -40,7 +40,7 @@ def products(model: Model) -> int:
     return matrices if model.tied else matrices - model.vocab_size * model.hidden_size
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(model=models(), seq=st.sampled_from([16, 128]))
 def test_model_flops_are_six_a_weight_and_attention_twelve_a_position(model: Model, seq: int) -> None:
     attention = 12 * model.layers * model.heads * model.head_dim * seq
@@ -56,7 +56,7 @@ def test_llama_7b_has_its_published_number_of_parameters() -> None:
     assert len(layer_parameters(model, 1)) == 9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(model=models(), kind=st.sampled_from(KINDS), rows=st.integers(1, 20), device=st.integers(0, 5))
 def test_more_rows_take_longer_but_never_longer_per_row(
     model: Model, kind: LayerKind, rows: int, device: int
@@ -79,7 +79,7 @@ def flops(found: list[Operation]) -> float:
     return sum(o.flops for o in found)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(model=models(), rows=st.integers(1, 4))
 def test_a_decoders_backward_is_twice_its_forward_and_the_sum_of_its_parts(model: Model, rows: int) -> None:
     forward, backward, inputs, weights = (
@@ -92,7 +92,7 @@ def test_a_decoders_backward_is_twice_its_forward_and_the_sum_of_its_parts(model
     assert len(weights) == 4  # the products with weights: attention in and out, feed-forward in and out
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(model=models(), rows=st.integers(1, 4))
 def test_the_head_does_its_three_products_in_forward(model: Model, rows: int) -> None:
     product = 2 * rows * 16 * model.hidden_size * model.vocab_size
@@ -192,7 +192,7 @@ def test_a_ring_passes_shards_on_over_the_slowest_hop() -> None:
     assert exchange_seconds(graph, [0, 1, 4], shard) == pytest.approx(2 * slowest)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_a_group_takes_its_slowest_member_segment_by_segment(plan: Plan) -> None:
     compute = compute_model(plan)

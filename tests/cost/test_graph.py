@@ -23,7 +23,7 @@ def arrivals(cluster: Cluster, transfers: list[tuple[int, int, float]]) -> list[
     return [reserve(free_at, graph.path(a, b), size, 0.0) for a, b, size in transfers]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cluster=clusters())
 def test_a_way_back_is_as_fast_and_takes_other_cells(cluster: Cluster) -> None:
     graph = CostGraph(cluster)
@@ -36,7 +36,7 @@ def test_a_way_back_is_as_fast_and_takes_other_cells(cluster: Cluster) -> None:
             assert not {cell for cell, _ in there.cells} & {cell for cell, _ in back.cells}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cluster=clusters())
 def test_the_slowest_cell_is_the_paths_own_speed(cluster: Cluster) -> None:
     """So that messages between two devices cannot overtake each other."""
@@ -50,7 +50,7 @@ def test_the_slowest_cell_is_the_paths_own_speed(cluster: Cluster) -> None:
                 assert all(0 <= cell < graph.cell_count for cell, _ in path.cells)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cluster=clusters())
 def test_the_slowest_links_are_as_slow_as_the_path(cluster: Cluster) -> None:
     """Seen to catch: the first of two alike networks alone (a way back named the other one)."""
@@ -69,7 +69,7 @@ def test_the_slowest_links_are_as_slow_as_the_path(cluster: Cluster) -> None:
                 assert speed == graph.path(a, b).bandwidth_bytes_per_second
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     cluster=clusters(),
     sizes=st.lists(st.integers(0, 10**6), min_size=2, max_size=6),
@@ -152,7 +152,7 @@ def test_the_graph_is_a_tree_with_cross_links() -> None:
     assert nx.is_connected(graph)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cluster=clusters())
 def test_edges_grow_with_devices_not_with_their_pairs(cluster: Cluster) -> None:
     graph = CostGraph(cluster).graph

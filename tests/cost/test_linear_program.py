@@ -22,7 +22,7 @@ def programs(draw: st.DrawFn) -> tuple[list[float], Rows, Rows]:
     return cost, draw(st.lists(row, max_size=5)), draw(st.lists(row, max_size=3))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(program=programs())
 def test_the_value_is_that_of_highs(program: tuple[list[float], Rows, Rows]) -> None:
     cost, at_most, equal = program

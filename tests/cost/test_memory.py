@@ -57,7 +57,7 @@ def test_sixteen_bit_weights_have_a_master_copy_in_the_optimizer() -> None:
     assert (use.weights, use.gradients, use.optimizer) == tuple(k * parameters(plan) for k in (2, 4, 12))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_optimizer_state_exists_once_in_the_whole_cluster(plan: Plan) -> None:
     """Two moments of every element, and where slices of a matrix do not lie in one piece a copy of master and gradient
@@ -66,7 +66,7 @@ def test_optimizer_state_exists_once_in_the_whole_cluster(plan: Plan) -> None:
     assert 8 * parameters(plan) <= state <= 2 * 8 * parameters(plan)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_without_the_table_every_holder_counts_as_updater(plan: Plan) -> None:
     upper = device_memory(compute_model(plan), lay_out(plan))

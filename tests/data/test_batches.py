@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hethub.data.batches import Batches
@@ -33,7 +33,6 @@ def make(tokens=100, **changes):
     return Batches(np.arange(tokens, dtype=np.uint16), **arguments)
 
 
-@settings(deadline=None)
 @given(batches(), st.data())
 def test_rows_cut_anywhere_are_the_whole_batch(data, draw):
     """However a plan divides the batch, its parts are it: a row dropped or doubled at a cut fails this.
@@ -51,7 +50,6 @@ def test_rows_cut_anywhere_are_the_whole_batch(data, draw):
         assert np.array_equal(np.concatenate([part[k] for part in parts]), whole[k])
 
 
-@settings(deadline=None)
 @given(batches(), st.integers(0, 3))
 def test_every_epoch_visits_every_window_once(data, epoch):
     """A row dropped from a batch, or an order that is no permutation, leaves a window out."""
@@ -63,7 +61,6 @@ def test_every_epoch_visits_every_window_once(data, epoch):
     assert sorted(ids[offset : offset + windows]) == list(range(windows))
 
 
-@settings(deadline=None)
 @given(batches())
 def test_targets_are_the_next_tokens_of_the_training_part(data):
     ids = data.sample_ids(3, 0, data.global_batch)
@@ -73,7 +70,6 @@ def test_targets_are_the_next_tokens_of_the_training_part(data):
     assert np.array_equal(targets, inputs + 1)
 
 
-@settings(deadline=None)
 @given(batches())
 def test_held_out_tokens_are_never_trained_on(data):
     steps = range(-(-data.train_windows // data.global_batch))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -224,7 +224,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(**CASES)
 def test_what_a_micro_batch_keeps_is_predicted_to_the_byte(**case: Any) -> None:
     """What the flight counts by itself: after forward, after RECOMPUTE, and after a split backward. Seen caught: the
@@ -284,7 +284,7 @@ class _Temporaries(TorchDispatchMode):
         return sum(size for _, size in self._made.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**CASES)
 def test_temporaries_beyond_the_tally_stay_within_the_predicted_workspace(**case: Any) -> None:
     """Everything that operators make while an action runs, less what the action leaves behind."""
@@ -331,7 +331,7 @@ def test_the_tallys_peak_is_what_the_walk_predicts(name: str, pool: Pool) -> Non
     check_peaks(pool, NAMED_PLANS[name]("fp32"))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(plan=plans())
 def test_so_it_is_for_random_plans(plan: Plan, pool: Pool) -> None:
     check_peaks(pool, plan)

@@ -77,7 +77,6 @@ _SOME_DEVICES = st.just(frozenset()) | st.frozensets(st.integers(0, 5))
 @given(plan=plans("fp64"), in_place=st.booleans(), accelerators=_SOME_DEVICES)
 @settings(
     max_examples=12,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
     database=None,
@@ -124,7 +123,6 @@ def test_collectives_inside_islands_train_like_one_process(
 @given(plan=plans("fp64"), where=islands(), in_place=st.booleans(), accelerators=_SOME_DEVICES)
 @settings(
     max_examples=8,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
     database=None,

@@ -33,7 +33,7 @@ def _stages(problem: Problem, rows: int) -> list[Stage]:
     return stages
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layers=st.integers(1, 9), memory=st.integers(40, 400), rows=st.integers(1, 3))
 def test_the_slowest_stage_is_as_quick_as_enumeration_finds(layers: int, memory: int, rows: int) -> None:
     problem = Problem.of(with_memory(three_speeds(), memory * 1024), workload(tiny_model(layers=layers)))
@@ -57,7 +57,7 @@ def test_the_slowest_stage_is_as_quick_as_enumeration_finds(layers: int, memory:
     assert slowest(tuple(found)) == pytest.approx(min(map(slowest, splits)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     model=models(),
     degree=st.sampled_from([1, 2]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from hethub.planners.columns import Columns, Tails
 from hethub.planners.interface import Problem
@@ -19,7 +19,7 @@ MICRO_BATCHES = (1, 2, 3, 7, 40)
 NEAR = 1e-9
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(problem=problems())
 def test_no_pipeline_is_quicker_than_its_bound(problem: Problem) -> None:
     """Seen to catch, each: fill 3 %, hops 20 % or period 2 % too long, a segment's end taken for its start; and three

@@ -21,7 +21,7 @@ from tests.plan_strategies import three_speeds, tiny_model
 from tests.planners.examples import one_two_four, problems, workload
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problem=problems())
 def test_a_plan_is_valid_executable_and_no_quicker_than_physics(problem: Problem) -> None:
     try:
@@ -35,7 +35,7 @@ def test_a_plan_is_valid_executable_and_no_quicker_than_physics(problem: Problem
     assert all(loser.step_seconds >= found.step_seconds for loser in found.runners_up)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(problem=problems())
 def test_where_an_even_split_fits_the_planner_finds_a_plan(problem: Problem) -> None:
     even = EvenPlanner().search(problem)

@@ -24,9 +24,7 @@ def _ranked(problem: Problem, constraints: Constraints = FREE) -> Ranking:
     return rank(chains, space, problem.workload.global_batch, 4)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(problem=tiny_problems())
 def test_the_best_candidate_is_brute_forces(problem: Problem) -> None:
     """Seen to catch: a pipeline without micro-batches counted among those that share the updates (a real bug)."""
@@ -38,7 +36,7 @@ def test_the_best_candidate_is_brute_forces(problem: Problem) -> None:
     assert ranking.lower_bound_seconds <= best * (1 + 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems())
 def test_no_step_is_below_the_lower_bound(problem: Problem) -> None:
     ranking = _ranked(problem)
@@ -46,7 +44,7 @@ def test_no_step_is_below_the_lower_bound(problem: Problem) -> None:
         assert ranking.lower_bound_seconds <= candidate.seconds * (1 + 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problem=problems(), what=st.sampled_from(["link", "memory", "node"]))
 def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
     """Without stages that unlike devices share."""
@@ -75,7 +73,7 @@ def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what:
         assert after.candidates[0].seconds * (1 - gap) <= before.candidates[0].seconds * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     usage=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(any), min_size=1, max_size=6),
     rows=st.lists(st.integers(1, 20), min_size=6, max_size=6),

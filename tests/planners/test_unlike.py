@@ -48,9 +48,7 @@ def _best_pair(search: Search) -> float:
     return best
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(problem=_problems())
 def test_no_unlike_plan_is_below_the_bound_of_any_split(problem: Problem) -> None:
     """The search prices nothing here, so that only its bounds can hold. Seen to catch: the longest tail added to a

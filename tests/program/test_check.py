@@ -47,7 +47,7 @@ def test_named_plans_are_valid(name: str, precision: str) -> None:
     assert plan.workload.global_batch == 8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_random_plans_are_valid(plan: Plan) -> None:
     assert check_plan(plan) == []
@@ -167,14 +167,14 @@ def value_at(content: Any, keys: tuple[str | int, ...]) -> Any:
     return content
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans(), data=st.data())
 def test_one_more_of_anything_is_refused(plan: Plan, data: st.DataObject) -> None:
     keys = data.draw(st.sampled_from(list(counts(tree(plan)))))
     assert check_plan(edited(plan, keys, value_at(tree(plan), keys) + 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans(), data=st.data())
 def test_leaving_anything_out_is_refused(plan: Plan, data: st.DataObject) -> None:
     content = tree(plan)

@@ -25,7 +25,7 @@ def places(program: Program) -> Iterator[tuple[StagePlace, ReplicaPlace, int, Ra
                     yield stage, replica, member, rank, len(pipeline.stages) - 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_every_rank_gets_each_row_and_token_of_its_own_once(plan: Plan) -> None:
     program = compile_plan(plan)
@@ -38,7 +38,7 @@ def test_every_rank_gets_each_row_and_token_of_its_own_once(plan: Plan) -> None:
             assert sorted(got) == ([] if absent else [(r, t) for r in range(*replica.rows) for t in tokens])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_every_byte_between_two_replicas_travels_once(plan: Plan) -> None:
     """So the fan-out to a group's members is inside the group, whatever link lies between the stages."""
@@ -54,7 +54,7 @@ def test_every_byte_between_two_replicas_travels_once(plan: Plan) -> None:
     assert set(sent.values()) <= {1}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_a_message_carries_the_bytes_of_its_rows_or_slices(plan: Plan) -> None:
     program = compile_plan(plan)

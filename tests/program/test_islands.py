@@ -44,14 +44,14 @@ def collectives(program: Program, device: int) -> list[tuple[int, tuple[int, ...
     return [(m, program.transfer(m).members) for m in joined if program.transfer(m).members]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plan=plans(), where=islands())
 def test_random_plans_with_islands_compile_to_proven_programs(plan: Plan, where: dict[int, int]) -> None:
     """Seen to catch: collectives joined in the order in which each member has them ready."""
     prove(compile_plan(plan, islands=where))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans(), where=islands())
 def test_all_members_join_collectives_in_one_order(plan: Plan, where: dict[int, int]) -> None:
     program = compile_plan(plan, islands=where)
@@ -61,7 +61,7 @@ def test_all_members_join_collectives_in_one_order(plan: Plan, where: dict[int, 
         assert mine == [entry for entry in joined[other] if one in entry[1]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans(), where=islands())
 def test_every_byte_crosses_between_islands_once(plan: Plan, where: dict[int, int]) -> None:
     """Of what a collective carries inside: an island sends its sum to the updater and is sent the new weights once."""
@@ -87,7 +87,7 @@ def test_every_byte_crosses_between_islands_once(plan: Plan, where: dict[int, in
             assert crossed[number, island] == (0 if own else 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plan=plans(), where=islands())
 def test_a_collective_has_the_slices_of_an_island_each_in_one_share(
     plan: Plan, where: dict[int, int]
@@ -340,7 +340,7 @@ def test_a_collective_takes_what_its_ring_takes() -> None:
     assert seen  # the first of them has the links for itself
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plan=plans(), where=islands())
 def test_memory_of_collectives_is_released(plan: Plan, where: dict[int, int]) -> None:
     """Devices that are no host. The closed form leaves out what pads shares; what a step did not give back would stand

@@ -75,7 +75,7 @@ def test_recomputation_saves_activations_in_the_walk_too(mode: str) -> None:
     assert again[first].live_bytes < kept[first].live_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plan=plans())
 def test_everything_is_released_and_parts_add_up(plan: Plan) -> None:
     """A second walk over the same program would find the same peak: nothing leaks from step to step. The walk's own
@@ -87,7 +87,7 @@ def test_everything_is_released_and_parts_add_up(plan: Plan) -> None:
         assert peak.total - peak.workspace <= peak.live_bytes <= peak.total
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_the_closed_form_is_an_upper_bound_and_no_wild_one(plan: Plan) -> None:
     """Of the walk, but for what is of no model's size: the trailers of emulated messages, norms and totals; and but for
@@ -106,7 +106,7 @@ def test_the_closed_form_is_an_upper_bound_and_no_wild_one(plan: Plan) -> None:
         assert peak.total - trailers - copies <= bound[device].total <= 4 * peak.total, device
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plan=plans())
 def test_answers_tell_only_of_what_has_been_received(plan: Plan) -> None:
     """Whoever gets a message may wait for the sends that it acknowledges: they have a receiver that is done with
@@ -123,7 +123,7 @@ def test_answers_tell_only_of_what_has_been_received(plan: Plan) -> None:
             assert other in before or (transfer.what == What.NORM and back.what == What.TOTAL)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plan=plans())
 def test_the_norms_total_comes_when_all_before_it_has_been_received(plan: Plan) -> None:
     """So that its receiver may wait for every send. Each device takes all messages but the total before it tells its

@@ -46,7 +46,7 @@ def tables(plan: Plan) -> tuple[Layout, Ownership]:
     return layout, own(layout)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_slices_partition_every_parameter(plan: Plan) -> None:
     _, table = tables(plan)
@@ -61,7 +61,7 @@ def test_slices_partition_every_parameter(plan: Plan) -> None:
     assert dict(at) == {i: p.shape[p.axis] for i, p in enumerate(table.parameters)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_holders_hold_exactly_their_span_and_one_of_them_updates(plan: Plan) -> None:
     layout, table = tables(plan)
@@ -74,7 +74,7 @@ def test_holders_hold_exactly_their_span_and_one_of_them_updates(plan: Plan) -> 
     assert sum(table.owned_elements.values()) == sum(math.prod(p.shape) for p in table.parameters)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_holders_sum_every_row_of_the_batch_at_each_place(plan: Plan) -> None:
     """Once for each replica; a norm weight, which every member of a group holds for its own tokens, once a member."""
@@ -86,7 +86,7 @@ def test_holders_sum_every_row_of_the_batch_at_each_place(plan: Plan) -> None:
             assert members == 1 or table.parameters[entry.parameter].cut == "none"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_routes_carry_each_gradient_in_and_each_weight_out(plan: Plan) -> None:
     _, table = tables(plan)

@@ -20,7 +20,7 @@ def test_named_plans_compile_to_proven_programs(name: str, training: bool) -> No
     prove(compile_plan(NAMED_PLANS[name]("fp32"), training=training))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_random_plans_compile_to_proven_programs(plan: Plan) -> None:
     prove(compile_plan(plan))

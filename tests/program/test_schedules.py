@@ -105,7 +105,7 @@ def most_held(order: list[Task], stage: int) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_every_piece_of_work_stands_once_after_what_it_needs(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(name))
@@ -121,7 +121,7 @@ def test_every_piece_of_work_stands_once_after_what_it_needs(name: str, data: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_stage_holds_more_than_its_limit(name: str, data: st.DataObject) -> None:
     shape = data.draw(shapes(name))
@@ -130,7 +130,7 @@ def test_no_stage_holds_more_than_its_limit(name: str, data: st.DataObject) -> N
         assert most_held(order, stage) <= limit
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=shapes())
 def test_evaluation_only_goes_forward(shape: Shape) -> None:
     order = forward_only(shape)
@@ -234,7 +234,7 @@ def test_zb_h1_has_the_published_bubble_within_1f1bs_peak(stages: int, rounds: f
 # -- list scheduling -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shape=shapes())
 def test_list_is_never_longer_than_1f1b_and_zb_h1(shape: Shape) -> None:
     found = makespan(SCHEDULES["list"](shape), shape)

@@ -79,7 +79,7 @@ def test_two_stages_and_two_micro_batches_by_hand() -> None:
     assert end_of(timeline, front, Kind.BACKWARD, 1) == pytest.approx(max(home, second + hop) + b0, rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_a_step_is_no_shorter_than_any_device_is_busy(plan: Plan) -> None:
     program, step, timeline = run(plan)
@@ -90,7 +90,7 @@ def test_a_step_is_no_shorter_than_any_device_is_busy(plan: Plan) -> None:
     assert timeline.records["end"].max() <= step * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_a_device_does_one_thing_at_a_time_in_its_own_order(plan: Plan) -> None:
     program, _, timeline = run(plan)
@@ -106,7 +106,7 @@ def test_a_device_does_one_thing_at_a_time_in_its_own_order(plan: Plan) -> None:
         assert (own["start"][1:] >= own["end"][:-1] - 1e-15).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans())
 def test_nothing_is_received_before_it_could_arrive(plan: Plan) -> None:
     program, _, timeline = run(plan)
@@ -124,7 +124,7 @@ def test_nothing_is_received_before_it_could_arrive(plan: Plan) -> None:
         assert send["bytes"] == record["bytes"] == transfer.bytes
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_messages_of_a_channel_arrive_in_the_order_of_their_sends(plan: Plan) -> None:
     """A receive that had to wait ends at the arrival; no later message of its channel arrived earlier."""
@@ -139,7 +139,7 @@ def test_messages_of_a_channel_arrive_in_the_order_of_their_sends(plan: Plan) ->
         assert sent == sorted(sent)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_a_group_starts_and_ends_its_actions_together(plan: Plan) -> None:
     program, _, timeline = run(plan)
@@ -152,7 +152,7 @@ def test_a_group_starts_and_ends_its_actions_together(plan: Plan) -> None:
     assert all(len(found) == 1 for found in ends.values())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_the_same_plan_gives_the_same_timeline(plan: Plan) -> None:
     one, other = run(plan), run(plan)
@@ -188,7 +188,7 @@ def test_the_middle_of_three_steps_of_one_device_is_like_a_single_one() -> None:
     assert len(timeline.records) == 3 * len(program.devices[program.layout.used[0]])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_new_weights_are_received_one_step_later(plan: Plan) -> None:
     program, _, timeline = run(plan, steps=3)
@@ -205,7 +205,7 @@ def test_new_weights_are_received_one_step_later(plan: Plan) -> None:
         assert receives.tolist() == [0, 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans())
 def test_following_steps_are_simulated_to_the_end(plan: Plan) -> None:
     program, middle, timeline = run(plan, steps=3)

@@ -49,7 +49,7 @@ def test_what_one_stage_sends_its_neighbour_takes_in_the_same_order(name, shape)
         assert moves(stage + 1, What.GRADIENT, True) == moves(stage, What.GRADIENT, False)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     stages=st.integers(1, 5),
     replicas=st.integers(1, 3),

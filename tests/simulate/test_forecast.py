@@ -206,7 +206,7 @@ def test_a_fault_without_a_place_in_the_plan_is_refused_at_its_line() -> None:
         played([fault(3, action="backward stage 9 micro-batch 0")])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     points=st.lists(
         st.tuples(

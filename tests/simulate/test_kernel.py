@@ -29,7 +29,7 @@ rules = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plan=plans(), rules=rules, where=st.just({}) | islands())
 def test_compiled_and_interpreted_give_the_same_bits(plan: Plan, rules: Rules, where: dict[int, int]) -> None:
     """Seeded bug it caught: compiled with fastmath, which may reorder sums."""
@@ -46,7 +46,7 @@ def test_compiled_and_interpreted_give_the_same_bits(plan: Plan, rules: Rules, w
     assert found[0] == found[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans(), data=st.data())
 def test_links_queue_by_the_rule_that_emulated_links_follow(plan: Plan, data: st.DataObject) -> None:
     """Seeded bug it caught: a part of the latency counted into the cells' time."""
@@ -175,7 +175,7 @@ def fluid(sizes: list[float], starts: list[float], bandwidth: float) -> list[flo
     return ends
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.lists(st.tuples(st.floats(1, 1e3), st.floats(0, 50)), min_size=1, max_size=8))
 def test_sharing_is_what_a_fluid_would_do(data: list[tuple[float, float]]) -> None:
     """Seeded bugs it caught: `work_done` not brought up to date when a transfer joins; a stale event obeyed."""
@@ -284,7 +284,7 @@ def test_a_member_that_never_joins_is_told() -> None:
         simulate(replace(program, devices=devices), compute_model(plan))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(plan=plans(), sharing=st.booleans())
 def test_blocking_sends_hold_devices_no_longer_than_messages_take(plan: Plan, sharing: bool) -> None:
     program, compute = compile_plan(plan), compute_model(plan)

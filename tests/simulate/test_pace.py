@@ -42,7 +42,7 @@ def pace(plan: Plan, devices: dict[int, float], links: dict[str, float]) -> Pace
     return expected.pace(measured.records, 0)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_slow_device_has_its_factor_and_all_others_one(plan: Plan, data: st.DataObject) -> None:
     """Seen to catch: time from start to end in place of the device's own compute (members of a group that waited for
@@ -57,7 +57,7 @@ def test_a_slow_device_has_its_factor_and_all_others_one(plan: Plan, data: st.Da
     assert found.devices == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_slow_device_is_not_taken_for_a_slow_link(plan: Plan, data: st.DataObject) -> None:
     """Others wait at other times then, and for other messages. Seen to catch: the least delayed message of a step over
@@ -68,7 +68,7 @@ def test_a_slow_device_is_not_taken_for_a_slow_link(plan: Plan, data: st.DataObj
     assert all(ratio < MOVED for ratio in found.links.values()), found.links
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(plan=plans(), data=st.data())
 def test_a_link_of_a_quarter_of_its_bandwidth_is_named_with_its_share(
     plan: Plan, data: st.DataObject

@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**9))
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_that_is_nearly_right_is_read_or_refused(folder: Path, name: str, seed: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from hethub.errors import InputError
 from hethub.program.check import check_plan, require_valid
@@ -33,7 +33,7 @@ def test_a_named_plan_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     assert check_plan(loaded) == []
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(plan=plans())
 def test_a_random_plan_comes_back_as_it_was(plan: Plan, tmp_path: Path) -> None:
     loaded, _ = load_plan(saved(plan, tmp_path))

@@ -67,7 +67,7 @@ def test_a_device_that_adds_up_step_by_step_agrees_with_the_timeline(name: str) 
     assert_agree(simulated(NAMED_PLANS[name]("fp32"), 3))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plans())
 def test_so_it_does_for_any_plan(plan: Plan) -> None:
     assert_agree(simulated(plan, 2))

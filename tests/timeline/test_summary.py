@@ -215,7 +215,7 @@ def ratios(summary):
     return np.array([getattr(summary, f"{name}_ratio") for name in SHARES])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(legal_timelines())
 def test_shares_of_any_legal_timeline_sum_to_one(line):
     steps = np.unique(line.records["step"])
@@ -228,7 +228,7 @@ def test_shares_of_any_legal_timeline_sum_to_one(line):
                 assert (ratios(summary) > -1e-9).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(legal_timelines())
 def test_windows_add_up(line):
     steps = np.unique(line.records["step"])
@@ -241,7 +241,7 @@ def test_windows_add_up(line):
         assert total == pytest.approx(ratios(summary) * summary.seconds, abs=1e-9)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(legal_timelines())
 def test_busy_is_the_sum_of_the_busy_column_over_the_whole_run(line):
     if not len(line.records) or not (step_seconds(line) > 1e-6).all():

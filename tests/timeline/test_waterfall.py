@@ -119,7 +119,7 @@ def test_a_step_that_is_not_there_is_refused(timeline, rows):
         waterfall(timeline(rows(0, 0.0)), 0, 7)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(plan=plans())
 def test_shares_add_up_and_agree_with_the_summary(plan):
     compute = compute_model(plan)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hethub.cost.profiles.profile import LayerKey, LayerRow, Profile, TransferRow, load_profile, save_profile
@@ -64,7 +64,6 @@ CELLS = st.sampled_from(["A", "1", "2.5", "-1", "nan", "1e999", "", '"', "#", "\
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.lists(CELLS, max_size=4), max_size=4),
     head=st.sampled_from(GOOD.splitlines()) | st.text(),

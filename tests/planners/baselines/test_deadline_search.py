@@ -13,7 +13,7 @@ from hethub.planners.baselines.sailor_like import equal_layers, sailor_like
 from hethub.planners.baselines.split import Band, Group, Side, Split
 from tests.planners.baselines.made_up import MadeUpPrices, kind
 
-settings.register_profile("planners", deadline=None, max_examples=25)
+settings.register_profile("planners", max_examples=25)
 
 
 @st.composite
