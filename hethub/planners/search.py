@@ -106,6 +106,8 @@ def _price_alike(search: Search) -> float:
     queue: list[tuple[float, int, int, int]] = []  # bound, column, least and most copies
     for least, last in _ranges(int(most.max(initial=1))):
         able = promising[most[promising] >= least]
+        if not len(able):  # of those that may be repeated so often none is among the promising
+            break
         copies = np.minimum(most[able], last)
         bounds = _alike(search, able, least, copies)
         kept = np.argsort(bounds, kind="stable")[:_ALIKE]
