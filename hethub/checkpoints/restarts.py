@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the node agent reads `Cause` and does without the specs
     from hethub.specs.job import FailurePolicy
 
-__all__ = ["Cause", "Decision", "decide"]
+__all__ = ["Cause", "Decision", "decide", "told_cause"]
 
 
 class Cause(StrEnum):
@@ -36,6 +36,13 @@ class Decision:
     restart: bool
     without_the_lost: bool
     why: str
+
+
+def told_cause(cause: Cause, device: str, used: Iterable[str], dead: Collection[str]) -> Cause:
+    """The cause of a failure at `device`, or its node where all of that node's devices in use, several, are dead."""
+    node = device.rpartition("/")[0]
+    beside = {name for name in used if name.rpartition("/")[0] == node}
+    return Cause.NODE if len(beside) > 1 and beside <= set(dead) else cause
 
 
 def decide(cause: Cause, policy: FailurePolicy, restarts_at: Sequence[float], now: float) -> Decision:

@@ -274,6 +274,12 @@ class CostGraph:
             found = self._paths[key] = self._staged(found, key) if found.transport == "host-staged" else found
         return found
 
+    def has_collectives(self, device: int) -> bool:
+        """Whether its vendor's library may carry gradients and weights (see `program.islands`): emulated links carry
+        messages only."""
+        vendor = catalog.vendor(self.devices[device].type.vendor)
+        return vendor.has_native_collectives and self.cluster.emulated_time_scale is None
+
     def ring(self, members: Sequence[int]) -> Path:
         """A ring of devices as one path, whose transfer is what each of them passes on in a reduce-scatter or
         all-gather: all shares but one, in as many steps of which each takes the longest hop's latency. Every hop's

@@ -21,7 +21,6 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
-from hethub import catalog
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
 from hethub.cost.graph import is_host
 from hethub.cost.shapes import (
@@ -400,12 +399,6 @@ def _exchanged(
     )
 
 
-def _has_collectives(compute: ComputeModel, device: int) -> bool:
-    """Whether collectives may carry a device's gradients and weights (see `program.islands`)."""
-    vendor = catalog.vendor(compute.graph.devices[device].type.vendor)
-    return vendor.has_native_collectives and compute.graph.cluster.emulated_time_scale is None
-
-
 def device_memory(
     compute: ComputeModel,
     layout: Layout,
@@ -447,7 +440,7 @@ def device_memory(
             compute.workload,
             None if owned_elements is None else owned_elements.get(device, 0),
             None if incoming_elements is None else incoming_elements.get(device, 0),
-            joint_elements.get(device, 0) if _has_collectives(compute, device) else 0,
+            joint_elements.get(device, 0) if compute.graph.has_collectives(device) else 0,
         )
         for device, one in found.items()
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hethub.checkpoints.manifest import TrainingSpec
-from hethub.checkpoints.restarts import Cause, decide
+from hethub.checkpoints.restarts import Cause, decide, told_cause
 from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.errors import RunError
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
@@ -230,13 +230,11 @@ class Attempts:
             look.wait(_MORE_DEATHS_SECONDS / 5)
             dead |= {everyone[d].name for d in crew.dead()}
         gone = [d for d in crew.devices if everyone[d].name in dead]
-        if (
-            gone and failure.cause == Cause.LINK
-        ):  # a survivor told first that it had lost its connection to them
+        # A survivor may be the first to tell, of its lost connection to them.
+        if gone and failure.cause == Cause.LINK:
             failure = crew.died(gone[0])
-        node = failure.device.rpartition("/")[0]
-        beside = {everyone[d].name for d in crew.devices if everyone[d].name.rpartition("/")[0] == node}
-        return failure, Cause.NODE if len(beside) > 1 and beside <= dead else failure.cause, dead
+        used = (everyone[d].name for d in crew.devices)
+        return failure, told_cause(failure.cause, failure.device, used, dead), dead
 
     def _replan(self, lost: Collection[str]) -> None:
         cluster = self.job.cluster

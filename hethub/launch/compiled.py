@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
@@ -76,6 +79,10 @@ class Compiled:
         """Names of the devices in use, by their index."""
         devices = self.plan.cluster.devices()
         return tuple(devices[d].name for d in self.program.layout.used)
+
+    def measured(self, records: npt.NDArray[np.void], scale: float) -> Timeline:
+        """Records of a run of the program, at `scale` wall seconds per modelled second."""
+        return Timeline(replace(self.predicted.info, origin=MEASURED, time_scale=scale), records)
 
     def save(self, folder: Path) -> None:
         """Write plan and prediction into a run folder, where steps that were measured under another are forgotten."""

@@ -96,9 +96,7 @@ class Crew:
         self._hosts: dict[_Node, Any] = {}
         self._groups: dict[_Node, Any] = {}
         self._members: dict[_Node, list[int]] = {}  # all devices of the nodes in use
-        self._seats: dict[
-            str, int
-        ] = {}  # device name -> its place among those that its host was started with
+        self._seats: dict[str, int] = {}  # device name -> place among those that its host was started with
         self._working: set[int] = set()  # devices that have a worker
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only

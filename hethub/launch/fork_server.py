@@ -132,9 +132,8 @@ def _become_worker(request: dict[str, object], descriptor: int, parent: int) -> 
     device = int(str(request["device"]))
     sees = "".join(f", {name}={value}" for name, value in environment.items())
     print(f"device index {device}, process {os.getpid()}, host {socket.gethostname()}{sees}", flush=True)  # noqa: T201
-    faulthandler.register(
-        STACKS_SIGNAL, file=2, all_threads=True
-    )  # needs no lock that a hung thread may hold
+    # Needs no lock that a hung thread may hold.
+    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
     serve(socket.socket(fileno=descriptor), device)
 
 

@@ -14,9 +14,8 @@ __all__ = ["HOST_SILENT_SECONDS", "HostWatch"]
 
 HOST_SILENT_SECONDS = 6.0  # of the 20 s in which a lost node is to be replaced
 _ASK_SECONDS = 1.0  # between an answer and the next question
-_MOST_SECONDS = (
-    3.0  # that one look counts for: a driver that waits for a silent host in other ways looks that seldom
-)
+# That one look counts for: a driver that waits for a silent host in other ways looks that seldom.
+_MOST_SECONDS = 3.0
 
 Node = TypeVar("Node")
 

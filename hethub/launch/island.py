@@ -42,12 +42,15 @@ class Island:
         self.libraries = libraries
         self._begun: dict[int, _Begun] = {}  # by message
         self._places: dict[tuple[What, tuple[int, ...]], list[Tensor]] = {}
+        self._longest: dict[int, int] = {}  # message -> elements of its longest share
 
     def begin(self, message: int) -> None:
         """Give this device's part, as it is after all work so far."""
         transfer = self.program.transfer(message)
         library = self.libraries[transfer.members]
-        elements = max(self.shards.ownership.route_elements(share) for share in transfer.shares)
+        if message not in self._longest:
+            self._longest[message] = max(map(self.shards.ownership.route_elements, transfer.shares))
+        elements = self._longest[message]
         if transfer.what == What.REDUCE_SCATTER:
             gradients = [self._lying(transfer.what, share) for share in transfer.shares]
             like = next(tensor for tensors in gradients for tensor in tensors)

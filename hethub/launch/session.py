@@ -34,7 +34,6 @@ from hethub.launch.step_watch import StepWatch
 from hethub.launch.telemetry import Telemetry
 from hethub.program.actions import Program
 from hethub.program.faults import join_faults, plan_faults
-from hethub.simulate.comparison import MEASURED
 from hethub.specs.job import Fault, Job
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
@@ -394,8 +393,7 @@ class Session:
 
     def _timeline(self, compiled: Compiled, scale: float) -> Timeline:
         parts = self.crew.call("records")
-        info = replace(compiled.predicted.info, origin=MEASURED, time_scale=scale)
-        return Timeline(info, np.concatenate([parts[device] for device in sorted(parts)]))
+        return compiled.measured(np.concatenate([parts[device] for device in sorted(parts)]), scale)
 
     def save_weights(self, compiled: Compiled, path: Path) -> None:
         """Write the whole model, Hugging Face names, as one safetensors file."""

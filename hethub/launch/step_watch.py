@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from hethub.launch.compiled import Compiled
 from hethub.launch.drift import DriftWatch, Moved
 from hethub.simulate.comparison import MEASURED, WARM_UP_STEPS
 from hethub.simulate.pace import Expected, Pace
-from hethub.timeline.record import Timeline
 
 __all__ = ["StepWatch"]
 
@@ -73,6 +71,5 @@ class StepWatch:
         """Write what was seen last as the run's measured steps, unless that stands there."""
         if self._unwritten is None:
             return
-        info = replace(self._compiled.predicted.info, origin=MEASURED, time_scale=self._scale)
-        Timeline(info, self._unwritten).save(self._file)
+        self._compiled.measured(self._unwritten, self._scale).save(self._file)
         self._unwritten = None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hethub import catalog
 from hethub.cost.graph import CostGraph
 from hethub.program.ownership import Ownership
 
@@ -38,15 +37,11 @@ class Islands:
 def native_islands(graph: CostGraph, devices: Iterable[int]) -> Islands:
     """Of these devices, those of a type whose vendor has a library for collectives, joined where all paths between
     them are native. None where links are emulated: those carry messages only."""
-    if graph.cluster.emulated_time_scale is not None:
-        return Islands({})
     found: dict[int, int] = {}
     islands: list[tuple[str, dict[str, int]]] = []  # type, and a device of each node group
     nodes: dict[tuple[str, str, int], tuple[int, int]] = {}  # island, and the first device there
-    for number in sorted(devices):
+    for number in sorted(d for d in devices if graph.has_collectives(d)):
         device = graph.devices[number]
-        if not catalog.vendor(device.type.vendor).has_native_collectives:
-            continue
         type_name = graph.as_known(device.type).name
         node = (type_name, device.group, device.node)
         if node not in nodes:

@@ -198,12 +198,6 @@ class Course:
                 newest = step
         return newest
 
-    def beside(self, device: int) -> frozenset[str]:
-        """All devices in use of a device's node."""
-        node = self.names[device].rpartition("/")[0]
-        used = (self.names[d] for d in self.program.layout.used)
-        return frozenset(name for name in used if name.rpartition("/")[0] == node)
-
 
 def _spans(
     records: np.ndarray[tuple[int], np.dtype[np.void]], scale: float

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hethub.checkpoints.restarts import Cause, decide
+from hethub.checkpoints.restarts import Cause, decide, told_cause
 from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.program.faults import PlannedFault, faults_left
 from hethub.simulate.course import Course, RecoverySeconds
@@ -204,7 +204,6 @@ def _next_failure(course: Course, first: int) -> _Failure | None:
         detect += course.recovery.silence_seconds if fault.do == "stop" else 0.0
     together = [(number, other) for seconds, number, other in coming if seconds <= at + detect]
     dead = frozenset(course.names[other.device] for _, other in together if other.do in _DEATHS)
-    beside = course.beside(fault.device)
-    if len(beside) > 1 and beside <= dead:
-        cause = Cause.NODE
+    used = (course.names[device] for device in course.program.layout.used)
+    cause = told_cause(cause, course.names[fault.device], used, dead)
     return _Failure(fault, at, detect, cause, frozenset(number for number, _ in together), dead)
