@@ -280,6 +280,10 @@ class CostGraph:
         vendor = catalog.vendor(self.devices[device].type.vendor)
         return vendor.has_native_collectives and self.cluster.emulated_time_scale is None
 
+    def way(self, source: int, destination: int, members: Sequence[int] = ()) -> Path:
+        """The path of a message, or the ring of a collective of `members`."""
+        return self.ring(members) if members else self.path(source, destination)
+
     def ring(self, members: Sequence[int]) -> Path:
         """A ring of devices as one path, whose transfer is what each of them passes on in a reduce-scatter or
         all-gather: all shares but one, in as many steps of which each takes the longest hop's latency. Every hop's

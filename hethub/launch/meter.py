@@ -85,7 +85,7 @@ def ready_to_count(
     seconds = [
         predicted_seconds[m]
         if m in predicted_seconds
-        else (graph.ring(t.members) if t.members else graph.path(t.source, t.destination)).seconds(t.bytes)
+        else graph.way(t.source, t.destination, t.members).seconds(t.bytes)
         for m, t in enumerate(transfers)
     ]
     Moments.create(moments, np.array(seconds), len(graph.devices))

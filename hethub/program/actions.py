@@ -189,10 +189,8 @@ class Program:
             words.append(f"bucket {entry.part}" if entry.kind != Kind.GATHER else f"{entry.part}")
         if entry.message >= 0:
             transfer = self.transfer(entry.message)
-            what, end = (
-                transfer.what.name.lower().replace("_", "-"),
-                "to" if entry.kind == Kind.SEND else "from",
-            )
+            what = transfer.what.name.lower().replace("_", "-")
+            end = "to" if entry.kind == Kind.SEND else "from"
             other = transfer.destination if entry.kind == Kind.SEND else transfer.source
             ranks = ", ".join(map(str, transfer.members))
             words.append(f"{what} {end} {f'ranks {ranks}' if transfer.members else f'rank {other}'}")

@@ -276,10 +276,8 @@ class _DeviceProof:
             self.enter(_PHASE_OF_MESSAGE[transfer.what])
 
     def receive(self, action: Action) -> None:
-        transfer, number = (
-            self.program.transfer(action.message),
-            self.program.messages[action.message].transfer,
-        )
+        number = self.program.messages[action.message].transfer
+        transfer = self.program.transfers[number]
         self.received.add((number, action.micro_batch))
         if transfer.what in CARRIED:
             self.mailed.update(transfer.slices)

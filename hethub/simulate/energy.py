@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hethub.cost.graph import CostGraph, Path
-from hethub.program.actions import Program, Transfer
+from hethub.cost.graph import CostGraph
+from hethub.program.actions import Program
 from hethub.specs.cluster import DeviceType
 from hethub.timeline.summary import DeviceSummary
 
@@ -45,17 +45,12 @@ def egress_usd(program: Program, graph: CostGraph) -> float:
     if not any(prices):
         return 0.0
     each = [
-        sum(prices[number] for number in _way(graph, t).crossings) * t.bytes / 1e9 for t in program.transfers
+        sum(prices[number] for number in graph.way(t.source, t.destination, t.members).crossings)
+        * t.bytes
+        / 1e9
+        for t in program.transfers
     ]
     return sum(each[message.transfer] for message in program.messages)
-
-
-def _way(graph: CostGraph, transfer: Transfer) -> Path:
-    return (
-        graph.ring(transfer.members)
-        if transfer.members
-        else graph.path(transfer.source, transfer.destination)
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

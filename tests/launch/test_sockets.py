@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,34 +92,39 @@ else:
 """
 
 
-def test_a_stranger_is_not_let_into_the_ray_that_a_run_starts(tmp_path: Path) -> None:
-    """Its servers listen on every interface, and who is let in runs code. Seen to fail with RAY_AUTH_MODE=disabled."""
-    write_job(tmp_path)
-    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
-    launch = Launch(tmp_path)
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """A launch that trains until all have looked at its sockets."""
+    folder = tmp_path_factory.mktemp("running")
+    write_job(folder)
+    edit(folder / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
+    launch = Launch(folder)
     try:
         launch.training()
-        (head,) = [
-            n for n in marked(launch.temporary) if b"gcs_server" in content(n, "cmdline").split(b"\0")[0]
-        ]
-        table = listeners()
-        ports = [table[inode][1] for inode in sockets_of(head) if inode in table]
-        answers = [
-            subprocess.run(
-                [sys.executable, "-c", STRANGER, f"127.0.0.1:{port}"],
-                env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            ).stdout
-            for port in ports
-        ]
-        assert answers and all(answer.startswith("refused") for answer in answers), answers
+        yield launch
         launch.process.send_signal(signal.SIGINT)
         launch.end()
     finally:
         launch.close()
+
+
+def test_a_stranger_is_not_let_into_the_ray_that_a_run_starts(running: Launch) -> None:
+    """Its servers listen on every interface, and who is let in runs code. Seen to fail with RAY_AUTH_MODE=disabled."""
+    (head,) = [n for n in marked(running.temporary) if b"gcs_server" in content(n, "cmdline").split(b"\0")[0]]
+    table = listeners()
+    ports = [table[inode][1] for inode in sockets_of(head) if inode in table]
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", STRANGER, f"127.0.0.1:{port}"],
+            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        ).stdout
+        for port in ports
+    ]
+    assert answers and all(answer.startswith("refused") for answer in answers), answers
 
 
 def test_who_joins_a_ray_without_its_token_is_told_in_a_line(
@@ -140,22 +146,13 @@ def test_who_joins_a_ray_without_its_token_is_told_in_a_line(
     assert result.err.splitlines()[-1].startswith("hethub: ray address 127.0.0.1:6379: Token authentication")
 
 
-def test_workers_and_the_agent_of_a_run_listen_on_loopback_only(tmp_path: Path) -> None:
-    write_job(tmp_path)
-    edit(tmp_path / "job.yaml", ("steps: 3", "steps: 100000"), ("evaluate: {every: 3, rows: 16}\n", ""))
-    launch = Launch(tmp_path)
-    try:
-        launch.training()
-        ours = [
-            number
-            for number in marked(launch.temporary)
-            if re.search(rb"hethub\.(launch\.fork_server|telemetry\.agent)", content(number, "cmdline"))
-        ]
-        table = listeners()
-        found = {table[inode] for number in ours for inode in sockets_of(number) if inode in table}
-        assert len(ours) >= 4  # what workers are forked from, two workers, the agent
-        assert found and all(address in LOOPBACK for address, _ in found), found
-        launch.process.send_signal(signal.SIGINT)
-        launch.end()
-    finally:
-        launch.close()
+def test_workers_and_the_agent_of_a_run_listen_on_loopback_only(running: Launch) -> None:
+    ours = [
+        number
+        for number in marked(running.temporary)
+        if re.search(rb"hethub\.(launch\.fork_server|telemetry\.agent)", content(number, "cmdline"))
+    ]
+    table = listeners()
+    found = {table[inode] for number in ours for inode in sockets_of(number) if inode in table}
+    assert len(ours) >= 4  # what workers are forked from, two workers, the agent
+    assert found and all(address in LOOPBACK for address, _ in found), found
