@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -153,13 +154,17 @@ def _touched(path: Path) -> int | None:
 
 
 def _alive(process: object) -> bool:
-    """Whether there is such a process on this host; a number that is none counts as alive, which only costs time."""
+    """Whether there is such a process on this host; a number that is none counts as alive, which only costs time. One
+    that has ended and was not waited for yet is none."""
     if not isinstance(process, int):
         return True
     try:
-        os.kill(process, 0)
+        descriptor = os.pidfd_open(process)
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    return True
+    try:
+        return not select.select([descriptor], [], [], 0)[0]
+    finally:
+        os.close(descriptor)

@@ -131,6 +131,7 @@ def test_a_detached_run_is_watched_stopped_with_a_checkpoint_and_lost_when_kille
     calibrated = json.loads(told.out)
     assert calibrated["goes_on"] and calibrated["steps"][0] >= began_at
     os.kill(state["process"], signal.SIGKILL)
+    wait_for_end(state["process"])
     lost = operator.status()
     assert lost["state"] == "lost" and f"process {state['process']}" in lost["why"]
     refused = operator.do("stop", "run")
