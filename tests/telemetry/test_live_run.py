@@ -50,9 +50,16 @@ def test_every_panel_has_data_in_a_sane_range(scraped_run: ScrapedRun, expressio
         return
     assert found
     low, high = RANGES.get(expression.title, RANGE_OF_UNIT[expression.unit])
-    for labels, value in found:
-        assert expression.labels <= labels.keys()
-        assert math.isfinite(value) and low <= value <= high, (labels, value)
+
+    def is_sane() -> bool:
+        now = answer(scraped_run, expression)
+        return bool(now) and all(
+            expression.labels <= labels.keys() and math.isfinite(value) and low <= value <= high
+            for labels, value in now
+        )
+
+    # What a host that others kept busy did leaves the window with its seconds.
+    until(is_sane, 60, f"{low} to {high}, at first {found}")
 
 
 RANGE_OF_UNIT = {
