@@ -113,7 +113,7 @@ class ComputeModel:
         self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
-        self._groups: dict[tuple[str, int], tuple[int, ...] | None] = {}
+        self._nodes: dict[tuple[str, int], tuple[int, ...] | None] = {}
 
     def on(self, graph: CostGraph) -> ComputeModel:
         """The same workload on another cluster, under what was measured."""
@@ -206,14 +206,14 @@ class ComputeModel:
     def _neighbours(self, device_type: DeviceType, degree: int) -> tuple[int, ...] | None:
         """As many devices known by the type on one node, or None where no node has them."""
         key = (device_type.name, degree)
-        if key not in self._groups:
+        if key not in self._nodes:
             nodes: dict[tuple[str, int], list[int]] = {}
             for number, device in enumerate(self.graph.devices):
                 if self.graph.as_known(device.type).name == device_type.name:
                     nodes.setdefault((device.group, device.node), []).append(number)
             wide = (tuple(node[:degree]) for node in nodes.values() if len(node) >= degree)
-            self._groups[key] = next(wide, None)
-        return self._groups[key]
+            self._nodes[key] = next(wide, None)
+        return self._nodes[key]
 
     def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
         """Forward and backward of one layer on one device alone, nothing recomputed."""
