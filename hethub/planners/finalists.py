@@ -47,9 +47,7 @@ def fits(
     keeps free on its type."""
     reserve = reserve_bytes or {}
     devices = compute.graph.devices
-    use = device_memory(
-        compute, layout, ownership.owned_elements, ownership.incoming_elements, ownership.joint_elements
-    )
+    use = device_memory(compute, layout, *ownership.updates)
     return all(
         memory.total <= usable_bytes(devices[d].type) - reserve.get(devices[d].type.name, 0)
         for d, memory in use.items()

@@ -43,10 +43,7 @@ class Modelled:
         if self.fold is None:
             peaks = program_memory(self.program, self.compute)
             return {device: peak.total for device, peak in peaks.items()}
-        table = self.ownership
-        uses = device_memory(
-            self.compute, self.layout, table.owned_elements, table.incoming_elements, table.joint_elements
-        )
+        uses = device_memory(self.compute, self.layout, *self.ownership.updates)
         return {device: use.total for device, use in uses.items()}
 
     @cached_property
