@@ -18,15 +18,12 @@ from hethub.planners.chain import Chains
 from hethub.planners.interface import Problem
 from hethub.planners.placement import place
 from hethub.planners.pools import Pools
-from hethub.planners.search import rank
 from hethub.planners.seats import Seat, SeatCosts
 from hethub.program.ownership import MOST_INCOMING, Ownership, own
 from hethub.program.updaters import own_by_strength
 from hethub.specs.cluster import Planning, load_planning
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.llama_config import Model, model_from_config
-from tests.planners.brute_force import set_up
-from tests.planners.examples import problems
 
 SIX = Path(__file__).parents[2] / "cluster_specs" / "six-vendors.yaml"
 GIB = 1 << 30
@@ -43,13 +40,14 @@ def model_named(name: str) -> Model:
     return found
 
 
-def accelerators(model: Model, nodes: Mapping[str, int], *, memory_gib: float, batch: int) -> Problem:
-    """So many nodes of some vendors' groups, all with that much memory."""
+def large(
+    model: Model, nodes: Mapping[str, int], *, memory_gib: float, batch: int, hosts: bool = False
+) -> Problem:
+    """So many nodes of some vendors' groups, all with that much memory: accelerators, or hosts of their speeds."""
     told = six_vendors()
     groups = tuple(replace(g, nodes=nodes[g.name]) for g in told.cluster.node_groups if g.name in nodes)
-    types = {
-        name: replace(t, memory_bytes=int(memory_gib * GIB)) for name, t in told.cluster.device_types.items()
-    }
+    changed = {"memory_bytes": int(memory_gib * GIB)} | ({"vendor": "cpu"} if hosts else {})
+    types = {name: replace(t, **changed) for name, t in told.cluster.device_types.items()}
     cluster = replace(told.cluster, node_groups=groups, device_types=types)
     return Problem.of(cluster, replace(told.workload, model=model, global_batch=batch))
 
@@ -121,49 +119,37 @@ def require_counted(problem: Problem, chains: Chains, candidate: Candidate) -> N
 
 
 @st.composite
-def fleets(draw: st.DrawFn) -> tuple[Problem, Chains, Candidate]:
-    """One or two sorts of pipelines, up to some hundreds of them, of accelerators that may be short of memory."""
-    names = draw(
-        st.lists(
-            st.sampled_from([g.name for g in six_vendors().cluster.node_groups]),
-            min_size=1,
-            max_size=2,
-            unique=True,
-        )
-    )
-    nodes = {name: draw(st.integers(1, 60)) for name in names}
+def fleets(draw: st.DrawFn, *, hosts: bool) -> tuple[Problem, Chains, Candidate]:
+    """One or two sorts of pipelines, up to some hundreds of them, on devices that may be short of memory."""
+    names = [group.name for group in six_vendors().cluster.node_groups]
+    chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+    nodes = {name: draw(st.integers(1, 60)) for name in chosen}
     model = model_named(draw(st.sampled_from(["llama-7b", "llama-13b", "llama3-8b", "llama-70b"])))
-    problem = accelerators(model, nodes, memory_gib=draw(st.integers(6, 80)), batch=1 << 14)
+    problem = large(model, nodes, memory_gib=draw(st.integers(6, 80)), batch=1 << 14, hosts=hosts)
     chains = Chains(SeatCosts(problem.compute, Pools(problem.compute.graph)))
     parts = []
     for pool in chains.costs.pools.all:
         degree, length = draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(1, 12))
-        copies = pool.unit_count(degree) // length
+        replicas = draw(st.sampled_from([1, 1, 2]))
+        copies = pool.unit_count(degree) // (length * replicas)
         if copies:
-            seat = Seat(pool.number, degree, 1)
-            parts.append(Part((((seat,), length),), 1, draw(st.integers(max(1, copies // 2), copies))))
+            slot = (Seat(pool.number, degree, replicas),)
+            parts.append(Part(((slot, length),), replicas, draw(st.integers(max(1, copies // 2), copies))))
     assume(parts)
-    candidate = price(
-        chains,
-        parts,
-        problem.workload.global_batch,
-        stage_major=draw(st.booleans()),
-        reach=draw(st.integers(0, 2)),
-    )
+    stage_major, reach = draw(st.booleans()), draw(st.integers(0, 2))
+    candidate = price(chains, parts, problem.workload.global_batch, stage_major=stage_major, reach=reach)
     assume(candidate is not None)
     assert candidate is not None
     return problem, chains, candidate
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
-@given(fleet=fleets())
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(fleet=fleets(hosts=False))
 def test_accelerators_need_no_more_than_the_search_counts(fleet: tuple[Problem, Chains, Candidate]) -> None:
     require_counted(*fleet)
 
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(problem=problems())
-def test_hosts_need_no_more_than_the_search_counts(problem: Problem) -> None:
-    chains, space = set_up(problem)
-    for candidate in rank(chains, space, problem.workload.global_batch, 4).candidates:
-        require_counted(problem, chains, candidate)
+@given(fleet=fleets(hosts=True))
+def test_hosts_need_no_more_than_the_search_counts(fleet: tuple[Problem, Chains, Candidate]) -> None:
+    require_counted(*fleet)
