@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from hethub.cost.footprint import rank_share
@@ -118,6 +119,14 @@ class ComputeModel:
     def on(self, graph: CostGraph) -> ComputeModel:
         """The same workload on another cluster, under what was measured."""
         return ComputeModel(graph, self.workload, self.profile, slow_down=self.slow_down)
+
+    @cached_property
+    def by_figures(self) -> ComputeModel:
+        """The same cluster by its figures alone: what decides a program's order, so that a plan that was made with what
+        was measured runs the very lists that were predicted, wherever those measurements are not at hand."""
+        if self.profile is None and not self.slow_down:
+            return self
+        return ComputeModel(self.graph, self.workload)
 
     def _rate(self, device_type: DeviceType) -> tuple[float, float, int]:
         """Achievable flop/s and bytes/s, and bytes per element, of a device type in this job's precision."""

@@ -19,7 +19,9 @@ _MARGIN = 0.9  # of the free memory, since small slices go whole to one updater
 def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
     """The ownership table with updaters' shares in proportion to their memory bandwidth (an update only touches
     memory), less where that would not fit. Where no such shares are found they begin with even ones, which a plan that
-    fits has the memory for; where those do not fit either, the table with the least shortage."""
+    fits has the memory for; where those do not fit either, the table with the least shortage. It depends on the plan
+    alone, not on what was measured."""
+    compute = compute.by_figures
     devices = compute.graph.devices
     uses = rank_uses(compute, layout)
     found: list[tuple[int, Ownership]] = []
