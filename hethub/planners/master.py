@@ -8,11 +8,12 @@ are still many, greedily.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import lt
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Relaxed", "Taken", "most_rows", "relax"]
+__all__ = ["Relaxed", "Taken", "most_by_counts", "most_rows", "relax"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -116,6 +117,12 @@ def most_rows(
     return (int(sum(rows[c] * n for c, n in taken)), taken) if taken else None
 
 
+def most_by_counts(usage: Ints, rows: Ints, available: Ints) -> Ints:
+    """Most rows that so many devices of each pool can do, for all counts of devices."""
+    items = _items(usage, rows, available, None)
+    return _filled(np.zeros(tuple(available + 1), dtype=np.int64), usage[items], rows[items])
+
+
 def _steps(usage: Ints, rows: Ints, left: Ints) -> Ints:
     """The unit of each pool's count: what all columns that fit use a multiple of."""
     able = (usage <= left).all(axis=1) & (rows > 0)
@@ -166,14 +173,7 @@ def _lattice(
             return None
         exact -= 1 << 40
         exact[(0,) * len(sizes)] = 0
-    ends = [size + 1 for size in sizes.tolist()]
-    for need, gain in zip((usage[items] // steps).tolist(), rows[items].tolist(), strict=True):
-        # 1, 2, 4, ... of it: every number is a sum of those
-        while all(n < end for n, end in zip(need, ends, strict=True)):
-            into = exact[tuple([slice(n, None) for n in need])]
-            source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
-            np.maximum(into, source + gain, out=into)
-            need, gain = [2 * n for n in need], 2 * gain
+    _filled(exact, usage[items] // steps, rows[items])
     state = sizes.copy()
     if exact[tuple(state)] < 0:
         return None
@@ -188,6 +188,21 @@ def _lattice(
         else:
             state = _smaller(exact, state)
     return chosen
+
+
+def _filled(exact: Ints, usage: Ints, rows: Ints) -> Ints:
+    """`exact[counts]` raised to the most rows that any number of these do with so many devices."""
+    ends = exact.shape
+    for need, gain in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
+        if exact[need] >= gain:  # others do as much
+            continue
+        # 1, 2, 4, ... of it: every number is a sum of those
+        while all(map(lt, need, ends)):
+            into = exact[tuple([slice(n, None) for n in need])]
+            source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
+            np.maximum(into, source + gain, out=into)
+            need, gain = tuple([2 * n for n in need]), 2 * gain
+    return exact
 
 
 def _smaller(exact: Ints, state: Ints) -> Ints:
