@@ -13,7 +13,7 @@ from operator import lt
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Relaxed", "Taken", "most_by_counts", "most_rows", "relax"]
+__all__ = ["Counted", "Relaxed", "Taken", "most_rows", "relax"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -117,10 +117,22 @@ def most_rows(
     return (int(sum(rows[c] * n for c, n in taken)), taken) if taken else None
 
 
-def most_by_counts(usage: Ints, rows: Ints, available: Ints) -> Ints:
-    """Most rows that so many devices of each pool can do, for all counts of devices."""
-    items = _items(usage, rows, available, None)
-    return _filled(np.zeros(tuple(available + 1), dtype=np.int64), usage[items], rows[items])
+class Counted:
+    """Columns by how many devices of each pool they use, where all counts make a small lattice."""
+
+    def __init__(self, usage: Ints, available: Ints) -> None:
+        key = usage @ np.cumprod(np.concatenate(([1], available[:-1] + 1)))  # one number for each usage
+        self._order = np.argsort(key, kind="stable")
+        self._firsts = np.flatnonzero(np.diff(key[self._order], prepend=-1))
+        self._usage = usage[self._order[self._firsts]]  # what is part of another usage stands before it
+        self._shape = tuple(available + 1)
+
+    def most_rows(self, rows: Ints) -> Ints:
+        """Most rows that so many devices of each pool can do, for all counts of devices."""
+        exact = np.zeros(self._shape, dtype=np.int64)
+        if len(self._order):
+            _fill(exact, self._usage, np.maximum.reduceat(rows[self._order], self._firsts))
+        return exact
 
 
 def _steps(usage: Ints, rows: Ints, left: Ints) -> Ints:
@@ -173,7 +185,7 @@ def _lattice(
             return None
         exact -= 1 << 40
         exact[(0,) * len(sizes)] = 0
-    _filled(exact, usage[items] // steps, rows[items])
+    _fill(exact, usage[items] // steps, rows[items])
     state = sizes.copy()
     if exact[tuple(state)] < 0:
         return None
@@ -190,8 +202,8 @@ def _lattice(
     return chosen
 
 
-def _filled(exact: Ints, usage: Ints, rows: Ints) -> Ints:
-    """`exact[counts]` raised to the most rows that any number of these do with so many devices."""
+def _fill(exact: Ints, usage: Ints, rows: Ints) -> None:
+    """Raise `exact[counts]` to the most rows that any number of these do with so many devices."""
     ends = exact.shape
     for need, gain in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
         if exact[need] >= gain:  # others do as much
@@ -202,7 +214,6 @@ def _filled(exact: Ints, usage: Ints, rows: Ints) -> Ints:
             source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
             np.maximum(into, source + gain, out=into)
             need, gain = tuple([2 * n for n in need]), 2 * gain
-    return exact
 
 
 def _smaller(exact: Ints, state: Ints) -> Ints:

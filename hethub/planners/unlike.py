@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from operator import sub
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from hethub.planners.candidate import chains_of
 from hethub.planners.columns import MANY, Columns, Tails
-from hethub.planners.master import Taken, most_by_counts, most_rows, relax
+from hethub.planners.master import Counted, Taken, most_rows, relax
 from hethub.planners.priced import Search
 
 __all__ = ["NEAR", "Branch", "roots"]
@@ -77,6 +78,11 @@ class Branch:
         """Whether it is settled which pools work."""
         return len(self.limits.must) == len(self.limits.may)
 
+    @cached_property
+    def counted(self) -> Counted:
+        """Its columns by what they use; on small clusters."""
+        return Counted(self.columns.usage, self.search.available)
+
     # -- bounds ---------------------------------------------------------------------------------------------------
 
     def tails(self, pipelines: int) -> Tails:
@@ -113,7 +119,7 @@ class Branch:
         search = self.search
         rows, pipelines = self._rows_and_pipelines(seconds)
         if search.space.small:
-            able = int(most_by_counts(self.columns.usage, rows, search.available).max()) >= search.batch
+            able = bool(self.counted.most_rows(rows).max() >= search.batch)
         else:
             relaxed = relax(self.columns.usage, rows, search.available)
             able = relaxed.rows >= search.batch * (1 - _SHORT)
@@ -201,6 +207,8 @@ class Branch:
         if (limits.may, limits.must) == (self.limits.may, self.limits.must):
             part = Branch(self.search, self.name, limits, self.numbers, self.columns)
             part._tails = self._tails
+            if self.search.space.small:
+                part.counted = self.counted
         else:
             left_out = [k for k, pool in enumerate(self.search.space.pools) if pool not in limits.may]
             part = self._of(np.flatnonzero((self.columns.usage[:, left_out] == 0).all(axis=1)), limits)
@@ -308,21 +316,25 @@ class Branch:
         many would have to be looked at."""
         search, columns = self.search, self.columns
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
-        order = np.flatnonzero(rows > 0)
-        most = most_by_counts(columns.usage[order], rows[order], search.available)
-        usage, own = columns.usage[order], rows[order]
-        needs = [tuple(need) for need in usage.tolist()]
+        most = self.counted.most_rows(rows)
+        able_with: dict[
+            tuple[int, ...], tuple[Ints, Ints]
+        ] = {}  # devices left -> columns, rows with one and the rest
+
+        def able(left: tuple[int, ...]) -> tuple[Ints, Ints]:
+            if left not in able_with:
+                after_one = np.array(left) - columns.usage
+                fitting = np.flatnonzero((after_one >= 0).all(axis=1) & (rows > 0))
+                able_with[left] = fitting, rows[fitting] + most[tuple(after_one[fitting].T)]
+            return able_with[left]
 
         def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
             if missing <= 0:
                 yield ()
-            after_one = np.array(left) - usage[start:]
-            able = np.flatnonzero((after_one >= 0).all(axis=1))
-            # one of a column allows at least the rows that several of it do
-            able = able[own[start:][able] + most[tuple(after_one[able].T)] >= missing]
-            for place in (able + start).tolist():
-                need, number = needs[place], 1
-                after, still = tuple(map(sub, left, need)), missing - int(own[place])
+            fitting, done = able(left)  # one of a column allows at least the rows that several of it do
+            for place in fitting[(fitting >= start) & (done >= missing)].tolist():
+                need, own, number = tuple(columns.usage[place].tolist()), int(rows[place]), 1
+                after, still = tuple(map(sub, left, need)), missing - own
                 while min(after) >= 0:
                     looked[0] += 1
                     if looked[0] > _LOOKED:
@@ -333,8 +345,8 @@ class Branch:
                             if rest is None:
                                 yield None
                                 return
-                            yield ((int(self.numbers[order[place]]), number), *rest)
-                    after, still, number = tuple(map(sub, after, need)), still - int(own[place]), number + 1
+                            yield ((int(self.numbers[place]), number), *rest)
+                    after, still, number = tuple(map(sub, after, need)), still - own, number + 1
 
         yield from further(0, tuple(search.available.tolist()), search.batch)
 
@@ -370,6 +382,6 @@ def _useful(branch: Branch) -> Ints:
     if not search.best.kept or not len(usage):
         return np.arange(len(usage))
     rows = np.minimum(branch.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
-    most = most_by_counts(usage, rows, search.available)
+    most = branch.counted.most_rows(rows)
     rest = most[tuple((search.available - usage).T)]
     return np.flatnonzero((rows > 0) & (rows + rest >= search.batch))
