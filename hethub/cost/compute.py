@@ -271,9 +271,12 @@ class ComputeModel:
         `recompute` is the stage's mode: it says what RECOMPUTE does again, and with "full" the head's gradients move
         from FORWARD to there. Without `training` FORWARD is an evaluation's.
         """
-        # Decoders are alike: their number and the ends tell all.
+        # Decoders are alike: their number and the ends tell all. So are devices of a type that work alone.
         ends = (layers[0] == 0, layers[1] == self.workload.model.layers + 2)
-        key = (ranks, layers[1] - layers[0], ends, rows, work, recompute, training)
+        who: object = ranks
+        if len(ranks) == 1:
+            who = self.graph.devices[ranks[0].device].type.name, ranks[0].share
+        key = (who, layers[1] - layers[0], ends, rows, work, recompute, training)
         found = self._prices.get(key)
         if found is None:
             largest = max(rank.share.vocab[1] - rank.share.vocab[0] for rank in ranks)
