@@ -105,9 +105,8 @@ def _price_alike(search: Search) -> float:
     order = np.argsort(rough, kind="stable")
     others = float(rough[order[_LOOKED_AT]]) if len(order) > _LOOKED_AT else math.inf
     promising = np.sort(order[:_LOOKED_AT])
-    for column in order[
-        :_PRICED_FIRST
-    ].tolist():  # until one fits, so that few others have to be looked at closely
+    # until one fits, so that few others have to be looked at closely; periods of small spaces count no memory yet
+    for column in () if search.space.small else order[:_PRICED_FIRST].tolist():
         if not search.best.kept:
             search.offer(((column, int(most[column])),))
     queue: list[tuple[float, int, int, int]] = []  # bound, column, least and most copies

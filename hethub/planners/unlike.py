@@ -105,14 +105,17 @@ class Branch:
 
     def _rows_and_pipelines(self, seconds: float) -> tuple[Ints, int]:
         """The same, and how many pipelines there are at least: as many as the most rows of one ask for."""
-        within, known = self._side_by_side
-        known = known if seconds <= within else _UNLIKE
-        rows = self._rows(self.columns, seconds, self.tails(known))
-        pipelines = max(known, -(-self.search.batch // max(1, int(rows.max(initial=1)))))
-        pipelines = 1 << (pipelines.bit_length() - 1)  # few different ones, so that tails are used again
-        if pipelines > known:
+        within, pipelines = self._side_by_side
+        pipelines = pipelines if seconds <= within else _UNLIKE
+        while True:
             rows = self._rows(self.columns, seconds, self.tails(pipelines))
-        return rows, pipelines
+            more = max(1, -(-self.search.batch // max(1, int(rows.max(initial=1)))))
+            more = 1 << (more.bit_length() - 1)  # few different ones, so that tails are used again
+            if more <= pipelines:
+                return rows, pipelines
+            if more > self.search.available.sum():  # than devices: no plan is so quick
+                return np.zeros_like(rows), pipelines
+            pipelines = more
 
     def may_be_done(self, seconds: float) -> bool:
         """Whether the bounds allow the batch within these seconds."""
