@@ -16,10 +16,10 @@ from hethub.cost.memory import (
     MemoryUse,
     apart_bytes,
     cut_inside_elements,
-    device_memory,
     layer_bytes,
     on_host,
     rank_shape,
+    rank_uses,
     usable_bytes,
 )
 from hethub.cost.shapes import BYTES
@@ -210,7 +210,7 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
         def use_of(held: int, recompute: str) -> MemoryUse:
             stage = StagePlace(0, layers, recompute, held, (replica,))
             pipeline = PipelinePlace(0, "1f1b", held, replica.rows[1], 0, (stage,))
-            return device_memory(compute, Layout(workload.model, (pipeline,)), {})[rank.device]
+            return rank_uses(compute, Layout(workload.model, (pipeline,)))[rank.device].use
 
         use = use_of(1, "none")
         found = self[place] = Ends(

@@ -78,8 +78,8 @@ def test_no_unlike_plan_is_below_the_bound_of_any_split(problem: Problem) -> Non
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(problem=_problems())
 def test_looking_at_few_columns_first_changes_no_bound(problem: Problem) -> None:
-    """Seen to catch: what the few columns need taken for the bound of all; and a real bug: more pipelines than there are
-    devices, which update sooner, made shorter times possible than longer ones."""
+    """Seen to catch: what the few columns need taken for the bound of all; and a real bug: more pipelines than there
+    are devices, which update sooner, made shorter times possible than longer ones."""
     chains, space = set_up(problem)
     search = Search(chains, space, problem.workload.global_batch, 1, lambda: False, None)
     best = _best_pair(search) if len(search.columns) else math.inf
