@@ -36,7 +36,8 @@ class Chain:
     """A priced pipeline. One of M micro-batches takes `fill + (M - 1) * period` seconds, then all take
     `tail`.
 
-    The period is `slowest_seconds`, the slowest stage's, or more where links or memory hold it up.
+    The period is `slowest_seconds`, the slowest stage's, or more where links or memory hold it up. Where backwards are
+    split, the fill is shorter by `split_seconds`: of the weight parts only the first stage's is waited for.
     """
 
     crew: Crew
@@ -46,6 +47,7 @@ class Chain:
     fill_seconds: float
     period_seconds: float
     tail_seconds: float
+    split_seconds: float
 
     def seconds(self, micro_batches: int) -> float:
         """Closed form of the pipeline's part of the step."""
@@ -170,6 +172,9 @@ class Chains:
             fill_seconds=trips[0],
             period_seconds=period,
             tail_seconds=tail,
+            split_seconds=sum(
+                stage.weight_seconds(n) for stage, n in zip(stages[1:], decoders[1:], strict=True)
+            ),
         )
 
 

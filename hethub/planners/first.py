@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
 from hethub.planners.finalists import (
+    BIG_SCHEDULE,
     Finalist,
     actions_of,
     describe,
     run_off,
+    shallower,
     simulate_plan,
     why_slower,
 )
@@ -29,8 +31,11 @@ from hethub.specs.plan import Plan
 __all__ = ["Choice", "FirstPlanner"]
 
 _FINALISTS = 6
+_RANKED = 4  # times as many are ranked, so that those are among them which split backwards make the best
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
+_COMPLETED = 2  # finalists whose steady step is simulated, at most
+_DEEP = 2  # the reach that is tried first
 _VARIED = 2  # finalists, and one more, tried under further schedules
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
@@ -94,9 +99,10 @@ class FirstPlanner:
         begin, chains = self._clock(), self.chains(problem)
         pools, batch = chains.costs.pools, problem.workload.global_batch
         most = _FINALISTS if problem.finalists is None else problem.finalists
-        ranking = self._rank(problem, most)
+        ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
-        affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
+        chosen = _affordable(_in_turn(ranking.candidates)[:most])
+        affordable = [_first_reach(chains, candidate, batch) for candidate in chosen]
         finalists = run_off(affordable, problem, pools)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
@@ -111,43 +117,53 @@ class FirstPlanner:
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
         """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, and the list schedule for the
-        best two by 1F1B and the best by the closed form, of those that have the memory; for bounds the list schedule,
-        which takes longer to make, for one; and where 1F1B is best, how deep its stages run ahead."""
+        best two by 1F1B and the best by the closed form, of those that have the memory, and where that lets them go
+        less far ahead, split 1F1B, which needs less; for bounds the list schedule, which takes longer to make, for one;
+        and where 1F1B is best, how deep its stages run ahead."""
         chains, batch = self.chains(problem), problem.workload.global_batch
+        pools = chains.costs.pools
         split: list[Finalist] = []
+        shallow: list[Finalist] = []
         by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
-        for finalist in (*finalists[:_VARIED], *by_closed_form):
+        for tried, finalist in enumerate((*finalists[:_VARIED], *by_closed_form)):
             if len(split) > _VARIED:
                 break
-            for reach in (2, 1, 0):
-                varied = _with(chains, finalist.candidate, batch, reach, "zb-h1")
-                done = run_off([varied], problem, chains.costs.pools)
-                if done:
-                    split += done
-                    break
+            reach, done = _deepest(chains, finalist.candidate, problem, "zb-h1")
+            split += done
+            if reach < _DEEP and tried <= _VARIED:
+                shallow += _deepest(chains, finalist.candidate, problem, BIG_SCHEDULE)[1]
         split.sort(key=lambda f: f.step_seconds)
         few = 1 if problem.finalists is not None else len(split)
         listed = [replace(f.candidate, schedule="list") for f in split[:few]]
-        found = [*split, *run_off(listed, problem, chains.costs.pools)]
+        found = [*split, *shallow, *run_off(listed, problem, pools)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
         if best.schedule != "1f1b":  # which is as deep as fits
             return found
         known = {f.candidate.key for f in (*finalists, *found)}
         deeper = (_with(chains, best, batch, reach, "1f1b") for reach in (0, 1, 2))
         others = {other.key: other for other in deeper if other.key not in known}
-        return [*found, *run_off(others.values(), problem, chains.costs.pools)]
+        return [*found, *run_off(others.values(), problem, pools)]
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
-        """The best finalist that fits, simulated whole."""
+        """Of the best few finalists that fit the one whose steady step is the shortest. Of those that were simulated in
+        part so far, which may turn out longer, no more are simulated than may be the quickest."""
+        best: tuple[float, Sequence[Finalist], Modelled] | None = None
+        completed = 0
         for place, finalist in enumerate(choice.finalists):
-            modelled = finalist.modelled
+            in_part = finalist.modelled is None
+            if completed == _COMPLETED or (best and in_part and finalist.step_seconds >= best[0]):
+                break
+            finalist, modelled = _whole(finalist, problem) if in_part else (finalist, finalist.modelled)
             if modelled is None:
-                reserve = problem.constraints.memory_reserve_bytes
-                modelled = simulate_plan(finalist.plan, problem.compute, record=True, reserve_bytes=reserve)
-            if modelled is not None:
-                return _found(choice.finalists[place:], modelled, choice)
-        return None
+                continue
+            completed += 1
+            modelled = modelled.steady()
+            seconds = modelled.simulation.step_seconds
+            if best is None or seconds < best[0]:
+                left = (*choice.finalists[:place], *choice.finalists[place + 1 :])
+                best = seconds, (finalist, *left), modelled
+        return None if best is None else _found(best[1], best[2], choice)
 
     def _rank(self, problem: Problem, most: int) -> Ranking:
         chains, batch = self.chains(problem), problem.workload.global_batch
@@ -246,6 +262,44 @@ def _second(
             reason = f"{reason} (estimated: the plan is too big to simulate more than one)"
             return (RunnerUp(description=description, step_seconds=seconds, reason=reason),)
     return ()
+
+
+def _deepest(
+    chains: Chains, candidate: Candidate, problem: Problem, schedule: str
+) -> tuple[int, list[Finalist]]:
+    """(Reach, the candidate with stages that run as far ahead as fits, simulated under the schedule); (-1, none) where
+    it does not fit."""
+    for reach in range(_DEEP, -1, -1):
+        varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
+        done = run_off([varied], problem, chains.costs.pools)
+        if done:
+            return reach, done
+    return -1, []
+
+
+def _whole(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled | None]:
+    """A finalist that was simulated in part, simulated whole; where its schedule has not the memory, with less in
+    flight, or else under 1F1B. None where it does not fit."""
+    reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
+    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
+    if modelled is not None:
+        return finalist, modelled
+    less = shallower(plan, problem.compute, reserve)
+    modelled = None if less is None else simulate_plan(less, problem.compute, reserve_bytes=reserve)
+    if less is not None and modelled is not None:
+        return replace(finalist, plan=less), modelled
+    pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
+    plan = plan.model_copy(update={"pipelines": pipelines})
+    candidate = replace(finalist.candidate, schedule="1f1b")
+    found = replace(finalist, candidate=candidate, plan=plan)
+    return found, simulate_plan(plan, problem.compute, reserve_bytes=reserve)
+
+
+def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The best by the closed form, the best by that of split backwards, the next, and so on, each once."""
+    split = sorted(candidates, key=lambda candidate: candidate.split_backward_seconds)
+    both = (candidate for pair in zip(candidates, split, strict=True) for candidate in pair)
+    return tuple({id(candidate): candidate for candidate in both}.values())
 
 
 def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:
