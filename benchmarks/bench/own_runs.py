@@ -1,8 +1,11 @@
 """Our own runs, predicted: random plans on CPU workers that quotas make really unequal, from measured profiles.
 
-Nothing is fitted to the runs: layer times come from a profile that the workers measure under their quotas before, all
-at once, since they share the machine in the runs too; memory traffic comes from the same measurement. What is predicted
-is the program that runs: the same compute model compiles both. Compared is the step between two others.
+Nothing is fitted to the runs: layer times come from a profile that the workers measure under their quotas, all at once,
+since they share the machine in the runs too; memory traffic comes from the same measurement. What is predicted is the
+program that ran. Compared is the step between two others.
+
+This machine's speed wanders: a step of one plan was seen to take 6.0 and 6.9 seconds within minutes. So all is done in
+rounds, the profile and then every plan, and the median over the rounds counts, of the profile as of each plan's step.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,23 +46,29 @@ from hethub.timeline.summary import step_numbers, step_seconds
 from .crew import Crew
 from .engines import Ours, Training, take, text_of
 from .plans import cpu_cluster, llama_model, rank_of
-from .quota import CORES, CpuQuotas, check_quotas, core_shares, settled_quotas, why_no_quotas
+from .quota import Cores, CpuQuotas, check_quotas, core_shares, settled_quotas, why_no_quotas
 
 __all__ = ["own_runs"]
 
 MODEL = llama_model(hidden=256, layers=6, heads=4)
 SEQUENCE = 128
-BATCH = 48
+BATCH = 36
 PLANS = 20
-_STEPS, _WARM_UP = 3, 1
+ROUNDS = 3
+# Less than the two cores together by a third: what else runs on the machine then takes nothing of a quota.
+CORES: Cores = (("fast", 0.5, 2), ("middle", 0.25, 1), ("slow", 0.125, 1))
+_WARM_UP = 1  # steps of a round before the one that counts
 _ROWS = (1, 2, 4, 8)
-_BUDGET_SECONDS = 2.0
+_BUDGET_SECONDS = 1.0
 _EXCHANGES = [
     Exchange(operation, 1 << bits)
     for operation in ("send", "send_work", "receive_work")
     for bits in (10, 18, 22)
 ]
 _EXCHANGE_SECONDS = 0.5
+
+
+_T = TypeVar("_T", LayerRow, TransferRow, LinkFit)
 
 
 class _Measurer:
@@ -114,6 +123,29 @@ class _Measurement:
             )
             groups.append(replace(group, intra_link=link, inter_link=link))
         return replace(cluster, device_types=types, node_groups=tuple(groups))
+
+
+def _middle(many: Sequence[_T], names: Sequence[str]) -> _T:
+    """The same of each round: with the median of these fields, where they were measured."""
+    found = {name: [getattr(one, name) for one in many] for name in names}
+    return replace(many[0], **{n: statistics.median(v) for n, v in found.items() if None not in v})
+
+
+def middle_of(rounds: Sequence[_Measurement]) -> _Measurement:
+    """The median of every figure over rounds that measured the same."""
+    seconds = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
+    layers = zip(*(one.profile.layers for one in rounds), strict=True)
+    works = zip(*(one.profile.transfers for one in rounds), strict=True)
+    profile = Profile(
+        tuple(_middle(rows, seconds) for rows in layers),
+        tuple(_middle(rows, ["time_seconds"]) for rows in works),
+    )
+    copies, stretch = (
+        {name: statistics.median(one[name] for one in found) for name in found[0]}
+        for found in ([r.bytes_per_second for r in rounds], [r.stretch for r in rounds])
+    )
+    link = _middle([r.link for r in rounds], ["latency_seconds", "bandwidth_bytes_per_second"])
+    return _Measurement(profile, copies, stretch, link)
 
 
 def measure(quotas: CpuQuotas) -> _Measurement:
@@ -209,11 +241,20 @@ def _split(draw: random.Random, total: int, parts: int) -> list[int]:
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
-def _predicted(plan: Plan, compute: ComputeModel) -> Timeline:
-    """Three steps that follow each other, as the simulator sees them."""
-    timeline = simulate(compile_program(lay_out(plan), compute), compute, steps=3).timeline
-    assert timeline is not None
-    return timeline
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A plan's steps of one round, and the last one's seconds."""
+
+    timeline: Timeline
+    seconds: float
+
+
+def _run(engine: Ours, plan: Plan, profile: Profile) -> _Ran:
+    """A plan from its first step, in the order that this profile gives."""
+    engine.load(plan, profile)
+    take(engine, _WARM_UP + 1)
+    measured = _measured(engine, plan)
+    return _Ran(measured, float(step_seconds(measured)[step_numbers(measured) == _WARM_UP][0]))
 
 
 def _measured(engine: Ours, plan: Plan) -> Timeline:
@@ -228,17 +269,18 @@ def _measured(engine: Ours, plan: Plan) -> Timeline:
     return Timeline(info, np.concatenate(engine.crew.call("records")))
 
 
-def _check(engine: Ours, plan: Plan, profile: Profile) -> RunCheck:
-    """Run a plan and hold its prediction against the median of its steps, the warm-up not counted."""
-    engine.load(plan, profile)
-    take(engine, _WARM_UP + _STEPS)
-    measured = _measured(engine, plan)
-    seconds = float(np.median(step_seconds(measured)[step_numbers(measured) >= _WARM_UP]))
-    predicted = _predicted(plan, ComputeModel(CostGraph(plan.cluster), plan.workload, profile))
-    if not np.array_equal(_actions(predicted, 0), _actions(measured, _WARM_UP)):
+def _check(plan: Plan, ordered: Profile, measured: _Measurement, rounds: Sequence[_Ran]) -> RunCheck:
+    """Hold the prediction of a plan, which ran in the order that `ordered` gave, against the round with the median
+    step."""
+    program = compile_program(lay_out(plan), ComputeModel(CostGraph(plan.cluster), plan.workload, ordered))
+    compute = ComputeModel(CostGraph(measured.cluster()), plan.workload, measured.profile)
+    predicted = simulate(program, compute, steps=3).timeline
+    assert predicted is not None
+    ran = sorted(rounds, key=lambda one: one.seconds)[len(rounds) // 2]
+    if not np.array_equal(_actions(predicted, 0), _actions(ran.timeline, _WARM_UP)):
         raise AssertionError(f"{plan.name}: what ran is not the program that was predicted")
-    last = _WARM_UP + _STEPS - 1
-    return check_own_run(OwnRun(plan.name, plan, predicted, measured, _WARM_UP, last, seconds))
+    run = OwnRun(plan.name, plan, predicted, ran.timeline, _WARM_UP, _WARM_UP, ran.seconds)
+    return check_own_run(run)
 
 
 def _actions(timeline: Timeline, step: int) -> Any:
@@ -248,51 +290,54 @@ def _actions(timeline: Timeline, step: int) -> Any:
     return np.unique(np.stack([records[name].astype(np.int64) for name in names], axis=1), axis=0)
 
 
-def own_runs(plans: int = PLANS) -> tuple[dict[str, float], dict[str, Any]]:
-    """`own_runs_mean_abs_error`, the largest error and `quota_error`, with every plan's times behind them. Without
-    control groups there are no figures, and `skipped` says why."""
+def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float], dict[str, Any]]:
+    """`own_runs_mean_abs_error` and the largest error, with every plan's times behind them. Without control groups
+    there are no figures, and `skipped` says why."""
     reason = why_no_quotas()
     if reason is not None:
         return {}, {"skipped": reason}
-    checks = []
+    shares = core_shares(CORES)
     with ExitStack() as stack:
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
-        quotas = stack.enter_context(CpuQuotas(core_shares()))
-        quota_checks = [settled_quotas(quotas, core_shares())]
-        measured = measure(quotas)
-        cluster = measured.cluster()
-        first = random_plan(cluster, 0)
-        engine = stack.enter_context(Ours(first, Training(workload=first.workload, tokens_file=text)))
-        quotas.place(engine.crew, range(len(core_shares())))
-        for seed in range(plans):
-            plan = random_plan(cluster, seed)
-            checks.append((plan, _check(engine, plan, measured.profile)))
-            print(_line(*checks[-1]), flush=True)
-        quota_checks.append(check_quotas(quotas, core_shares()))  # they are to hold to the end
-    off = [abs(check.time_error) for _, check in checks]
+        quotas = stack.enter_context(CpuQuotas(shares))
+        quota_checks = [settled_quotas(quotas, shares)]
+        measured = [measure(quotas)]
+        cluster, ordered = measured[0].cluster(), measured[0].profile
+        drawn = [random_plan(cluster, seed) for seed in range(plans)]
+        engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
+        quotas.place(engine.crew, range(len(shares)))
+        ran: list[list[_Ran]] = [[] for _ in drawn]
+        for number in range(rounds):
+            if number:
+                measured.append(measure(quotas))
+            for plan, own in zip(drawn, ran, strict=True):
+                own.append(_run(engine, plan, ordered))
+                print(f"round {number + 1}: {plan.name:10} {own[-1].seconds:7.3f} s", flush=True)
+        quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
+    middle = middle_of(measured)
+    checks = [_check(plan, ordered, middle, own) for plan, own in zip(drawn, ran, strict=True)]
+    off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
     return figures, {
-        "runs": [_entry(*entry) for entry in checks],
+        "runs": [_entry(*entry) for entry in zip(drawn, checks, ran, strict=True)],
         "quotas": [asdict(check) for check in quota_checks],
         "valid": all(check.holds for check in quota_checks),
     }
 
 
-def _entry(plan: Plan, check: RunCheck) -> dict[str, Any]:
+def _entry(plan: Plan, check: RunCheck, rounds: Sequence[_Ran]) -> dict[str, Any]:
     """What the result file keeps of a plan."""
+    schedules = "+".join(pipeline.schedule for pipeline in plan.pipelines)
+    print(
+        f"{plan.name:10} {schedules:16} measured {check.measured_seconds:7.3f} s, predicted "
+        f"{check.predicted_seconds:7.3f} s, {100 * check.time_error:6.1f} %, most off: {check.worst_term}"
+    )
     return {
         "plan": plan.name,
         "measured_seconds": check.measured_seconds,
+        "round_seconds": [ran.seconds for ran in rounds],
         "predicted_seconds": check.predicted_seconds,
         "error": check.time_error,
         "terms": dict(check.terms),
         "stages": [[s.layers for s in p.stages] for p in plan.pipelines],
     }
-
-
-def _line(plan: Plan, check: RunCheck) -> str:
-    schedules = "+".join(pipeline.schedule for pipeline in plan.pipelines)
-    return (
-        f"{plan.name:10} {schedules:16} measured {check.measured_seconds:7.3f} s, predicted "
-        f"{check.predicted_seconds:7.3f} s, {100 * check.time_error:6.1f} %, most off: {check.worst_term}"
-    )

@@ -29,6 +29,7 @@ __all__ = [
     "CORES",
     "MICRO_BATCHES",
     "QUOTA_ERROR",
+    "Cores",
     "CpuQuotas",
     "NoQuotasError",
     "QuotaCheck",
@@ -43,7 +44,8 @@ __all__ = [
 
 PERIOD_MICROSECONDS = 10_000
 _PREFIX = "hethub-bench-"  # of our control groups; the number of the process that made them follows
-CORES = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))  # name, share of a core, how many
+Cores = tuple[tuple[str, float, int], ...]  # name, share of a core, how many
+CORES: Cores = (("fast", 0.6, 2), ("middle", 0.3, 1), ("slow", 0.15, 1))
 QUOTA_ERROR = 0.02
 _REPETITIONS = 9
 _STEPS = 1
@@ -63,9 +65,9 @@ class NoQuotasError(Exception):
     """CPU quotas cannot be set here; the text says why."""
 
 
-def core_shares() -> list[float]:
+def core_shares(cores: Cores = CORES) -> list[float]:
     """The quota of each worker, in the order of the cluster's devices."""
-    return [share for _, share, count in CORES for _ in range(count)]
+    return [share for _, share, count in cores for _ in range(count)]
 
 
 # -- control groups ----------------------------------------------------------------------------------------
@@ -77,6 +79,13 @@ class _Hierarchy:
 
     parent: Path
     version: int
+
+    def prefer(self, group: Path) -> None:
+        """Let nothing else on the machine take what a group may have: the largest weight there is."""
+        if self.version == 1:
+            (group / "cpu.shares").write_text("262144")
+        else:
+            (group / "cpu.weight").write_text("10000")
 
     def limit(self, group: Path, share: float) -> None:
         quota = round(share * PERIOD_MICROSECONDS)
@@ -130,8 +139,10 @@ class CpuQuotas:
             if self._hierarchy.version == 2:
                 for folder in (self._hierarchy.parent, self._top):
                     (folder / "cgroup.subtree_control").write_text("+cpu")
+            self._hierarchy.prefer(self._top)
             for group, share in zip(self.groups, shares, strict=True):
                 group.mkdir()
+                self._hierarchy.prefer(group)
                 self._hierarchy.limit(group, share)
         except OSError as error:
             self.remove()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
+from hethub.cost.footprint import rank_share
 from hethub.cost.graph import CostGraph, is_host
 from hethub.cost.profiles.curve import LinkFit
 from hethub.cost.profiles.profile import LayerKey, Profile
@@ -90,8 +92,9 @@ def state_bytes(precision: str) -> int:
 class ComputeModel:
     """Prices compute on a cluster for one workload; results are kept, since few shapes repeat very often.
 
-    A `profile` sets the level where it has the layer: a whole layer on one rank takes what was measured, and the
-    roofline only shares that out over segments, halves of a backward, and ranks with less than the whole layer.
+    A `profile` sets the level where it has the layer: on one rank, or on an even group of a measured tensor-parallel
+    degree, it takes what was measured, and the roofline only shares that out over segments, halves of a backward,
+    uneven ranks, and degrees that were not measured.
     `slow_down` by device type says how much longer a device works than its figures or its profile say.
     """
 
@@ -111,10 +114,19 @@ class ComputeModel:
         self._exchange: dict[tuple[tuple[int, ...], int], float] = {}
         self._prices: dict[tuple[object, ...], ComputePrice] = {}
         self._rates: dict[str, tuple[float, float, int]] = {}
+        self._nodes: dict[tuple[str, int], tuple[int, ...] | None] = {}
 
     def on(self, graph: CostGraph) -> ComputeModel:
         """The same workload on another cluster, under what was measured."""
         return ComputeModel(graph, self.workload, self.profile, slow_down=self.slow_down)
+
+    @cached_property
+    def by_figures(self) -> ComputeModel:
+        """The same cluster by its figures alone: what decides a program's order, so that a plan that was made with what
+        was measured runs the very lists that were predicted, wherever those measurements are not at hand."""
+        if self.profile is None and not self.slow_down:
+            return self
+        return ComputeModel(self.graph, self.workload)
 
     def _rate(self, device_type: DeviceType) -> tuple[float, float, int]:
         """Achievable flop/s and bytes/s, and bytes per element, of a device type in this job's precision."""
@@ -144,7 +156,7 @@ class ComputeModel:
         if found is None:
             level = self._slow(device_type)
             if self.profile is not None:
-                level *= self._level(self.profile, device_type, kind, rows, work.kind)
+                level *= self._level(self.profile, device_type, kind, rows, work)
             roofline = self._roofline(device_type, kind, share, rows, work)
             found = self._seconds[key] = tuple(level * seconds for seconds in roofline)
         return found
@@ -162,12 +174,27 @@ class ComputeModel:
         )
 
     def _level(
-        self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, work: Kind
+        self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, work: Work
     ) -> float:
-        """Measured over roofline seconds of a whole layer on one rank; 1 where it was not measured."""
+        """Measured over roofline seconds at this tensor-parallel degree; where that was not measured, of a whole layer
+        on one rank; 1 where neither was."""
+        for degree in dict.fromkeys((work.members, 1)):
+            found = self._level_at(profile, device_type, kind, rows, work.kind, degree)
+            if found is not None:
+                return found
+        return 1.0
+
+    def _level_at(
+        self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, work: Kind, degree: int
+    ) -> float | None:
+        """Of a rank of an even group on one node, less the group's collectives, which are priced apart. Where these
+        alone would take more than was measured, all took less than is priced, in the same proportion."""
         model, device_type = self.workload.model, self.graph.as_known(device_type)
+        group = self._neighbours(device_type, degree)
+        if group is None or degree > model.kv_heads:
+            return None
         key = LayerKey(
-            model.name, device_type.name, kind, 1, self.workload.sequence_length, self.workload.precision
+            model.name, device_type.name, kind, degree, self.workload.sequence_length, self.workload.precision
         )
         kind_of = {Kind.RECOMPUTE: Kind.FORWARD}.get(work, work)
         measured = profile.seconds(key, kind_of.name.lower(), rows)
@@ -175,10 +202,27 @@ class ComputeModel:
             kind_of = Kind.BACKWARD
             measured = profile.seconds(key, "backward", rows)
         if measured is None:
+            return None
+        share = rank_share(model, degree)
+        whole = Work(kind_of, members=degree, largest_vocab=share.vocab[1])
+        roofline = sum(self._roofline(device_type, kind, share, rows, whole))
+        segments = self.segments(device_type, kind, share, rows, whole)
+        collectives = sum(self.collective_seconds(group, segment) for segment in segments)
+        if not roofline:
             return 1.0
-        whole = Work(kind_of)
-        roofline = sum(self._roofline(device_type, kind, Share.whole(model), rows, whole))
-        return measured / roofline if roofline else 1.0
+        return max(measured - collectives, measured * roofline / (roofline + collectives)) / roofline
+
+    def _neighbours(self, device_type: DeviceType, degree: int) -> tuple[int, ...] | None:
+        """As many devices known by the type on one node, or None where no node has them."""
+        key = (device_type.name, degree)
+        if key not in self._nodes:
+            nodes: dict[tuple[str, int], list[int]] = {}
+            for number, device in enumerate(self.graph.devices):
+                if self.graph.as_known(device.type).name == device_type.name:
+                    nodes.setdefault((device.group, device.node), []).append(number)
+            wide = (tuple(node[:degree]) for node in nodes.values() if len(node) >= degree)
+            self._nodes[key] = next(wide, None)
+        return self._nodes[key]
 
     def layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
         """Forward and backward of one layer on one device alone, nothing recomputed."""

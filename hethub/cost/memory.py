@@ -47,6 +47,7 @@ __all__ = [
     "LayerBytes",
     "MemoryUse",
     "RankShape",
+    "RankUse",
     "StageBytes",
     "apart_bytes",
     "cut_inside_elements",
@@ -54,8 +55,10 @@ __all__ = [
     "layer_bytes",
     "on_host",
     "rank_shape",
+    "rank_uses",
     "stage_bytes",
     "usable_bytes",
+    "with_updates",
 ]
 
 # Buffers of each kind (activation in, gradient in, and on an accelerator the message being sent each way) that a stage
@@ -315,7 +318,7 @@ def cut_inside_elements(shape: RankShape, layers: Span) -> int:
     return held_elements(shape.workload.model, shape.share, layers)[1]
 
 
-class _RankUse(NamedTuple):
+class RankUse(NamedTuple):
     """A rank's use, the optimizer and what is exchanged left out, its elements (all, and those cut inside), bytes of
     one, and whether they lie on the host."""
 
@@ -325,7 +328,7 @@ class _RankUse(NamedTuple):
     size: int
     host: bool
 
-    def __add__(self, other: _RankUse) -> _RankUse:  # type: ignore[override]  # stages of one device
+    def __add__(self, other: RankUse) -> RankUse:  # type: ignore[override]  # stages of one device
         """Of both stages. One ends or begins while the other holds all that it may."""
         use = self.use + other.use
         return self._replace(
@@ -342,7 +345,7 @@ def _rank_use(
     rank: RankPlace,
     shape: RankShape,
     ahead: int,
-) -> _RankUse:
+) -> RankUse:
     """Of one stage; `ahead` is how many micro-batches the stage before may have in flight."""
     elements = compute.stage_parameters(rank.share, stage.layers)
     found = stage_bytes(shape, stage.layers, stage.recompute)
@@ -371,14 +374,15 @@ def _rank_use(
         workspace=max(found.forward_workspace, found.backward_workspace),
         reduction=0,
     )
-    return _RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size, host)
+    return RankUse(use, elements, cut_inside_elements(shape, stage.layers), shape.size, host)
 
 
 def _exchanged(
-    found: _RankUse, workload: Workload, owned: int | None, incoming: int | None, joint: int
+    found: RankUse, workload: Workload, owned: int | None, incoming: int | None, joint: int, apart: int | None
 ) -> MemoryUse:
-    """Optimizer state of `owned` elements (None: of all), and messages with others' gradients (`incoming` elements)
-    and with the new weights that others update; or collectives of `joint` elements, what pads their shares left out.
+    """Optimizer state of `owned` elements (None: of all), `apart` of them in slices that do not lie in one piece (None:
+    as many of those that may), and messages with others' gradients (`incoming` elements) and with the new weights that
+    others update; or collectives of `joint` elements, what pads their shares left out.
 
     An accelerator takes the ones before it takes the others. On a host there are buffers for all that is to come, and
     for what goes: gradients of what others update, and new weights to those whose gradients came.
@@ -387,7 +391,8 @@ def _exchanged(
     mine = found.elements if owned is None else owned
     others = 0 if incoming is None else found.elements - mine
     come = incoming or 0
-    apart = found.cut_inside * mine // max(1, found.elements) if mine < found.elements else 0
+    if apart is None:
+        apart = found.cut_inside * mine // max(1, found.elements) if mine < found.elements else 0
     on_device = max(come * wide, joint * wide, others * found.size)
     return MemoryUse(
         weights=0,
@@ -407,14 +412,21 @@ def device_memory(
     owned_elements: Mapping[int, int] | None = None,
     incoming_elements: Mapping[int, int] | None = None,
     joint_elements: Mapping[int, int] = MappingProxyType({}),
+    apart_elements: Mapping[int, int] | None = None,
 ) -> dict[int, MemoryUse]:
     """Peak memory of every used device.
 
-    `owned_elements`, `incoming_elements` and `joint_elements` (device -> count) come from the ownership table; without
-    them a device is taken to update all that it holds, which is the most it can be given, and to wait for no one.
+    `owned_elements` and the others (device -> count) come from the ownership table; without them a device is taken to
+    update all that it holds, which is the most it can be given, and to wait for no one.
     """
-    found: dict[int, _RankUse] = {}
-    known: dict[tuple[object, ...], _RankUse] = {}  # alike ranks of alike stages
+    uses = rank_uses(compute, layout)
+    return with_updates(compute, uses, owned_elements, incoming_elements, joint_elements, apart_elements)
+
+
+def rank_uses(compute: ComputeModel, layout: Layout) -> dict[int, RankUse]:
+    """Of every used device, whoever updates what it holds."""
+    found: dict[int, RankUse] = {}
+    known: dict[tuple[object, ...], RankUse] = {}  # alike ranks of alike stages
     for pipeline in layout.pipelines:
         ahead = 0
         for stage in pipeline.stages:
@@ -435,6 +447,18 @@ def device_memory(
                     other = found.get(rank.device)
                     found[rank.device] = one if other is None else other + one
             ahead = min(stage.in_flight, pipeline.micro_batches)
+    return found
+
+
+def with_updates(
+    compute: ComputeModel,
+    uses: Mapping[int, RankUse],
+    owned_elements: Mapping[int, int] | None = None,
+    incoming_elements: Mapping[int, int] | None = None,
+    joint_elements: Mapping[int, int] = MappingProxyType({}),
+    apart_elements: Mapping[int, int] | None = None,
+) -> dict[int, MemoryUse]:
+    """Peak memory of devices that use `uses` beside what they update (see `device_memory`)."""
     return {
         device: one.use
         + _exchanged(
@@ -443,6 +467,7 @@ def device_memory(
             None if owned_elements is None else owned_elements.get(device, 0),
             None if incoming_elements is None else incoming_elements.get(device, 0),
             joint_elements.get(device, 0) if compute.graph.has_collectives(device) else 0,
+            None if apart_elements is None else apart_elements.get(device, 0),
         )
-        for device, one in found.items()
+        for device, one in uses.items()
     }

@@ -123,6 +123,7 @@ class Chains:
         count = len(staffs)
         units: dict[int, int] = {}
         stages = []
+        ahead = 0
         for i, staff in enumerate(staffs):
             held = max(1, min(math.ceil(factor * (count - i)), setting.micro_batches))
             pool, replicas = staff.costs[0].pool, sum(seat.replicas for seat, _ in staff.seats)
@@ -137,8 +138,10 @@ class Chains:
                     held=held,
                     holders=holders,
                     units=(place, place + replicas),
+                    untold=max(0, ahead - held),
                 )
             )
+            ahead = held
         return stages
 
     def _finish(
@@ -154,11 +157,15 @@ class Chains:
         if setting.reach == 0:
             limits = [min(limit, len(stages) - i) for i, limit in enumerate(limits)]
         period, in_flight = settle(times, trips, limits, setting.micro_batches, least)
+        told = _told(stages, decoders, in_flight)
+        if told != in_flight:
+            period, in_flight = settle(times, trips, told, setting.micro_batches, least)
         if setting.reach == 2:
             wide = [
                 min(limit, 2 * (len(stages) - i), setting.micro_batches) for i, limit in enumerate(limits)
             ]
             in_flight = [max(pair) for pair in zip(in_flight, wide, strict=True)]
+        in_flight = _told(stages, decoders, in_flight)
         drafts = tuple(
             StageDraft(stage.staff.seats, n, n > stage.cap_none, held)
             for stage, n, held in zip(stages, decoders, in_flight, strict=True)
@@ -176,6 +183,15 @@ class Chains:
                 stage.weight_seconds(n) for stage, n in zip(stages[1:], decoders[1:], strict=True)
             ),
         )
+
+
+def _told(stages: Sequence[Stage], decoders: Sequence[int], in_flight: Sequence[int]) -> list[int]:
+    """As many micro-batches in flight, less where the next stage has no memory for the gradients that it sends and is
+    not told of."""
+    found = list(in_flight)
+    for i in range(len(stages) - 1, 0, -1):
+        found[i - 1] = min(found[i - 1], found[i] + stages[i].most_untold(decoders[i], found[i]))
+    return found
 
 
 def divide(layers: int, stages: Sequence[Stage]) -> list[int] | None:

@@ -65,9 +65,7 @@ def _short(
     """The devices that lack memory."""
     reserve = reserve_bytes or {}
     devices = compute.graph.devices
-    use = device_memory(
-        compute, layout, ownership.owned_elements, ownership.incoming_elements, ownership.joint_elements
-    )
+    use = device_memory(compute, layout, *ownership.updates)
     return {
         d
         for d, memory in use.items()

@@ -3,6 +3,7 @@ simulator decides between the best few."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -148,22 +149,18 @@ class FirstPlanner:
     def complete(choice: Choice, problem: Problem) -> Found | None:
         """Of the best few finalists that fit the one whose steady step is the shortest. Of those that were simulated in
         part so far, which may turn out longer, no more are simulated than may be the quickest."""
-        best: tuple[float, Sequence[Finalist], Modelled] | None = None
-        completed = 0
-        for place, finalist in enumerate(choice.finalists):
+        done: list[tuple[Finalist, Modelled]] = []
+        others: list[Finalist] = []
+        for finalist in choice.finalists:
             in_part = finalist.modelled is None
-            if completed == _COMPLETED or (best and in_part and finalist.step_seconds >= best[0]):
-                break
-            finalist, modelled = _whole(finalist, problem) if in_part else (finalist, finalist.modelled)
-            if modelled is None:
+            least = min((m.simulation.step_seconds for _, m in done), default=math.inf)
+            if len(done) == _COMPLETED or (in_part and finalist.step_seconds >= least):
+                others.append(finalist)
                 continue
-            completed += 1
-            modelled = modelled.steady()
-            seconds = modelled.simulation.step_seconds
-            if best is None or seconds < best[0]:
-                left = (*choice.finalists[:place], *choice.finalists[place + 1 :])
-                best = seconds, (finalist, *left), modelled
-        return None if best is None else _found(best[1], best[2], choice)
+            whole, modelled = _whole(finalist, problem) if in_part else (finalist, finalist.modelled)
+            if modelled is not None:
+                done.append((whole, modelled.steady()))
+        return _found(done, others, choice) if done else None
 
     def _rank(self, problem: Problem, most: int) -> Ranking:
         chains, batch = self.chains(problem), problem.workload.global_batch
@@ -214,21 +211,21 @@ class FirstPlanner:
         return known
 
 
-def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:
-    """The winner, and of every other split its best variant."""
-    (winner, *losers), pools = finalists, choice.pools
+def _found(done: Sequence[tuple[Finalist, Modelled]], others: Sequence[Finalist], choice: Choice) -> Found:
+    """The winner, and of every other split its best variant. Steady steps are those of `done`; of `others` the step that
+    was simulated is scaled as the winner's."""
+    winner, modelled = min(done, key=lambda pair: pair[1].simulation.step_seconds)
+    pools, best = choice.pools, modelled.simulation.step_seconds
+    losers = [(other, other_modelled.simulation.step_seconds) for other, other_modelled in done]
+    scale = best / winner.step_seconds
+    losers += [(other, max(best, other.step_seconds * scale)) for other in others]
     shown = describe(winner.candidate, pools)
     lost: dict[str, RunnerUp] = {}
-    # of plans simulated in part the whole is as much longer as the winner's
-    scale = modelled.simulation.step_seconds / winner.step_seconds
-    for loser in losers:
+    for loser, seconds in sorted(losers, key=lambda pair: pair[1]):
         description = describe(loser.candidate, pools)
         if description != shown and description not in lost:
-            seconds = loser.step_seconds - winner.step_seconds
-            reason = why_slower(loser.candidate, winner.candidate, seconds)
-            lost[description] = RunnerUp(
-                description=description, step_seconds=loser.step_seconds * scale, reason=reason
-            )
+            reason = why_slower(loser.candidate, winner.candidate, seconds - best)
+            lost[description] = RunnerUp(description=description, step_seconds=seconds, reason=reason)
     return Found(
         plan=winner.plan,
         modelled=modelled,
@@ -256,7 +253,7 @@ def _second(
     best = winner.candidate
     for other in ranked:
         description = describe(other, pools)
-        if description != describe(best, pools) and other.seconds >= best.seconds:
+        if other.split != best.split and other.seconds >= best.seconds:
             seconds = modelled.simulation.step_seconds * other.seconds / best.seconds
             reason = why_slower(other, best, other.seconds - best.seconds)
             reason = f"{reason} (estimated: the plan is too big to simulate more than one)"

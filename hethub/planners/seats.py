@@ -108,6 +108,7 @@ class SeatCost:
     gradient: int  # bytes of a gradient element
     state: int  # bytes of an owned element's optimizer state
     host: bool  # whether tensors and messages lie in the host's memory
+    joint: bool  # whether collectives may carry gradients and weights
     boundary: int  # bytes of a stage's input or output
 
     def _lasting(self, elements: int, decoders: int, holders: int) -> float:
@@ -117,9 +118,12 @@ class SeatCost:
         return elements * (self.width + self.gradient + self.state / holders) + apart + leaving
 
     def _exchanged(self, elements: int, holders: int) -> float:
-        """Bytes of others' gradients of what a device updates; on a host also of what others update, both ways."""
+        """Bytes of others' gradients of what a device updates; on a host also of what others update, both ways; in a
+        collective of all that is shared, and of the own part of the sums."""
+        if holders < 2:
+            return 0.0
         each = 2 * self.gradient + self.width if self.host else self.gradient
-        return elements * each * (1.0 - 1.0 / holders)
+        return elements * each * (1.0 + (1.0 if self.joint else -1.0) / holders)
 
     def least_lines(self, place: tuple[bool, bool], holders: int) -> LeastLines:
         """For any number of devices up to `holders` that share the update."""
@@ -134,33 +138,56 @@ class SeatCost:
             own_exchanged=min(self._exchanged(ends.elements, n) for n in numbers),
         )
 
-    def most_decoders(self, place: tuple[bool, bool], held: int, holders: int, *, full: bool) -> int:
-        """How many decoders fit with `held` micro-batches in flight; negative when not even the ends do."""
+    def _waiting(self, untold: int) -> int:
+        """Bytes of gradients that were sent to a stage before that is `untold` micro-batches further ahead: on a host
+        they lie here until it tells that it has them."""
+        return untold * self.boundary if self.host else 0
+
+    def _kept(self, place: tuple[bool, bool], decoders: int) -> int:
+        """Bytes of a micro-batch in flight; a head alone does not keep its input, so that this lies beside it."""
+        alone = self.boundary if decoders == 0 and place == (False, True) else 0
+        return self.ends[place].kept + decoders * self.decoder_kept + alone
+
+    def most_decoders(
+        self, place: tuple[bool, bool], held: int, holders: int, *, full: bool, untold: int = 0
+    ) -> int:
+        """How many decoders fit with `held` micro-batches in flight, and `untold` more in the stage before; negative
+        when not even the ends do."""
         ends = self.ends[place]
         room = self.usable - ends.fixed - self._lasting(ends.elements, 0, holders)
         each = self._lasting(self.decoder_elements, 1, holders)
+        passing = self._waiting(untold)
         if full:
-            computing = (room - (held - 1) * ends.entry - ends.kept) // (each + self.decoder_kept)
+            computing = (room - passing - (held - 1) * ends.entry - ends.kept) // (each + self.decoder_kept)
         else:
-            computing = (room - held * ends.kept) // (each + held * self.decoder_kept)
+            computing = (room - passing - held * ends.kept) // (each + held * self.decoder_kept)
         room -= ends.kept + self._exchanged(ends.elements, holders)
         each += self.decoder_kept + self._exchanged(self.decoder_elements, holders)
-        return int(min(computing, room // each))
+        most = int(min(computing, room // each))
+        if most == 0 and self.bytes(place, 0, held, holders, full=full, untold=untold) > self.usable:
+            return -1
+        return most
 
-    def most_in_flight(self, place: tuple[bool, bool], decoders: int, holders: int, *, full: bool) -> int:
-        """How many micro-batches fit with `decoders` decoders that fit as such."""
+    def most_in_flight(
+        self, place: tuple[bool, bool], decoders: int, holders: int, *, full: bool, untold: int = 0
+    ) -> int:
+        """How many micro-batches fit with `decoders` decoders that fit as such, and `untold` more in the stage
+        before."""
         ends = self.ends[place]
         elements = ends.elements + decoders * self.decoder_elements
-        kept = ends.kept + decoders * self.decoder_kept
-        room = self.usable - ends.fixed - self._lasting(elements, decoders, holders)
+        kept = self._kept(place, decoders)
+        room = self.usable - ends.fixed - self._lasting(elements, decoders, holders) - self._waiting(untold)
         return int(1 + (room - kept) // ends.entry) if full else int(room // kept)
 
-    def bytes(self, place: tuple[bool, bool], decoders: int, held: int, holders: int, *, full: bool) -> float:
-        """Peak bytes of the most loaded rank, as `cost.memory` counts them, updates shared evenly."""
+    def bytes(
+        self, place: tuple[bool, bool], decoders: int, held: int, holders: int, *, full: bool, untold: int = 0
+    ) -> float:
+        """Peak bytes of the most loaded rank, as `cost.memory` counts them, updates shared evenly, where the stage
+        before has `untold` more micro-batches in flight."""
         ends = self.ends[place]
         elements = ends.elements + decoders * self.decoder_elements
-        kept = ends.kept + decoders * self.decoder_kept
-        activations = (held - 1) * ends.entry + kept if full else held * kept
+        kept = self._kept(place, decoders)
+        activations = ((held - 1) * ends.entry + kept if full else held * kept) + self._waiting(untold)
         lasting = self._lasting(elements, decoders, holders) + ends.fixed
         return lasting + max(activations, kept + self._exchanged(elements, holders))
 
@@ -256,5 +283,6 @@ class SeatCosts:
             gradient=gradient_bytes(workload.precision),
             state=state_bytes(workload.precision),
             host=on_host(compute, devices[0]),
+            joint=compute.graph.has_collectives(devices[0]),
             boundary=rows * workload.sequence_length * model.hidden_size * width,
         )

@@ -9,6 +9,8 @@ from hethub.planners.seats import Seat, SeatCost
 
 __all__ = ["Setting", "Staff", "Stage"]
 
+_ANY = 1 << 30
+
 
 class Setting(NamedTuple):
     """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, the `pools` of all of them,
@@ -35,21 +37,30 @@ class Staff:
 class Stage:
     """A staffed slot in its place: its seconds as a function of its decoders, and its memory limits.
 
-    `held` micro-batches are in flight, at least `holders` devices share the update of its layers, and
-    `units` is the half-open span of its groups among those of its pool in the pipeline. At most `cap_none`
-    decoders fit without recomputation, and `cap` with it.
+    `held` micro-batches are in flight, `untold` more in the stage before, at least `holders` devices share the update
+    of its layers, and `units` is the half-open span of its groups among those of its pool in the pipeline. At most
+    `cap_none` decoders fit without recomputation, and `cap` with it.
     """
 
     def __init__(
-        self, staff: Staff, *, first: bool, last: bool, held: int, holders: int, units: tuple[int, int]
+        self,
+        staff: Staff,
+        *,
+        first: bool,
+        last: bool,
+        held: int,
+        holders: int,
+        units: tuple[int, int],
+        untold: int = 0,
     ) -> None:
         self.staff = staff
         self.first = first
         self.last = last
         self.holders = holders
+        self.untold = untold
         self.units = units
         kept, recomputed = (
-            min(c.most_decoders((first, last), held, holders, full=full) for c in staff.costs)
+            min(c.most_decoders((first, last), held, holders, full=full, untold=untold) for c in staff.costs)
             for full in (False, True)
         )
         self.cap_none = kept
@@ -90,8 +101,16 @@ class Stage:
     def most_in_flight(self, decoders: int) -> int:
         """How many micro-batches fit beside `decoders` decoders."""
         full = decoders > self.cap_none
-        ends = (self.first, self.last)
-        return min(c.most_in_flight(ends, decoders, self.holders, full=full) for c in self.staff.costs)
+        given = ((self.first, self.last), decoders, self.holders)
+        return min(c.most_in_flight(*given, full=full, untold=self.untold) for c in self.staff.costs)
+
+    def most_untold(self, decoders: int, held: int) -> int:
+        """How many more micro-batches than `held` the stage before may have in flight; on a host alone that takes
+        memory here."""
+        full = decoders > self.cap_none
+        given = ((self.first, self.last), decoders, held, self.holders)
+        rooms = ((c.usable - c.bytes(*given, full=full)) // c.boundary for c in self.staff.costs if c.host)
+        return int(max(0, min(rooms, default=_ANY)))
 
     def elements(self, cost: SeatCost, decoders: int) -> int:
         """Parameter elements of the most loaded rank."""

@@ -356,9 +356,7 @@ def _check_memory(plan: Plan, seats: list[_Seat]) -> Iterator[Problem]:
     layout = lay_out(plan)
     compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
     ownership = own_by_strength(layout, compute)
-    uses = device_memory(
-        compute, layout, ownership.owned_elements, ownership.incoming_elements, ownership.joint_elements
-    )
+    uses = device_memory(compute, layout, *ownership.updates)
     over = {
         devices[d].name: (devices[d], use)
         for d, use in uses.items()

@@ -56,7 +56,7 @@ class _Builder(ParameterLists):
     def __init__(self, layout: Layout, compute: ComputeModel, ownership: Ownership, training: bool) -> None:
         super().__init__(layout, compute, ownership, training)
         self.groups: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.orders = _orders(layout, compute, training)
+        self.orders = _orders(layout, compute.by_figures, training)
         self.parts: Parts = self._cut_stages() if training else {}
         self.inbound: dict[tuple[int, int, What], list[int]] = defaultdict(list)
         self.outbound: dict[tuple[int, int, What], list[int]] = defaultdict(list)
@@ -67,7 +67,7 @@ class _Builder(ParameterLists):
             for pipeline, order in enumerate(self.orders)
             for stage, margin in enumerate(order.margins)
         }
-        return cut_stages(self.layout, self.compute, self.ownership, found)
+        return cut_stages(self.layout, self.compute.by_figures, self.ownership, found)
 
     # -- between stages ---------------------------------------------------------------------------------------
 
@@ -279,6 +279,7 @@ def compile_program(
 ) -> Program:
     """The program of one training step, or of one forward-only evaluation step over the same rows.
 
+    Lists and owners depend on the plan alone: a profile or calibration of `compute` only prices them.
     Inside an island collectives carry gradients and weights; by default islands are where a vendor's library is.
     """
     if ownership is None:

@@ -16,15 +16,14 @@ an action begins and ends to hold is what `hethub/launch/flights.py` and `commun
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
 from hethub.cost.memory import StageBytes, apart_bytes, on_host, rank_shape, stage_bytes
-from hethub.cost.shapes import BYTES, parameter_span
+from hethub.cost.shapes import BYTES
 from hethub.program.actions import Action, Channel, Program, Transfer, What
-from hethub.specs.layout import Share
 from hethub.timeline.record import Kind, Lane
 
 __all__ = ["TRAILER_BYTES", "MemoryPeak", "acknowledged", "opens_parameters", "program_memory"]
@@ -124,33 +123,8 @@ def _lasting(program: Program, compute: ComputeModel, device: int) -> tuple[int,
     ownership = program.ownership
     held = ownership.held_elements.get(device, 0)
     optimizer = ownership.owned_elements.get(device, 0) * state_bytes(precision)
-    inside = _cut_inside(program, device)
-    return held * size, held * wide, optimizer + inside * apart_bytes(compute.workload, size)
-
-
-def _cut_inside(program: Program, device: int) -> int:
-    """Elements that the device updates in slices that do not lie in one piece: those that are a part of its columns."""
-    ownership = program.ownership
-    shares = list(_shares(program, device))
-    found = 0
-    for number in ownership.by_updater.get(device, ()):
-        entry = ownership.slices[number]
-        parameter = ownership.parameters[entry.parameter]
-        if parameter.axis:
-            spans = [parameter_span(parameter, share) for share in shares]
-            whole = max(stop - start for start, stop in spans)
-            found += entry.elements if entry.stop - entry.start < whole else 0
-    return found
-
-
-def _shares(program: Program, device: int) -> Iterator[Share]:
-    """Of the device in each of its stages."""
-    for pipeline in program.layout.pipelines:
-        for stage in pipeline.stages:
-            for replica in stage.replicas:
-                for rank in replica.ranks:
-                    if rank.device == device:
-                        yield rank.share
+    apart = ownership.apart_elements.get(device, 0) * apart_bytes(compute.workload, size)
+    return held * size, held * wide, optimizer + apart
 
 
 # -- what comes and goes ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hethub.apportion import apportion
 from hethub.cost.shapes import Parameter, model_parameters, parameter_span
 from hethub.specs.layout import Layout, Span
 
-__all__ = ["Ownership", "Slice", "own"]
+__all__ = ["MOST_INCOMING", "Ownership", "Slice", "own"]
 
 # Below this many elements a piece goes to one updater: cutting a norm weight only makes more of them.
 _SMALL = 4096
@@ -26,6 +26,9 @@ _SMALL = 4096
 # updater, so that a norm weight of forty holders would be 1560 messages of a few hundred elements.
 _FEW = 8
 _WORTH = 1 << 16
+# Both only while what comes to the updater of such a piece or share from all other holders is at most this many
+# elements: it grows with the holders, until it is more than all that the device holds itself.
+MOST_INCOMING = 1 << 21
 
 
 class Slice(NamedTuple):
@@ -65,10 +68,13 @@ class Ownership:
     @cached_property
     def held_elements(self) -> Mapping[int, int]:
         """Device -> elements that it holds."""
-        found: dict[int, int] = defaultdict(int)
+        by_holders: dict[tuple[int, ...], int] = defaultdict(int)  # few of these, each of many slices
         for entry in self.slices:
-            for device in entry.holders:
-                found[device] += entry.elements
+            by_holders[entry.holders] += entry.elements
+        found: dict[int, int] = defaultdict(int)
+        for holders, elements in by_holders.items():
+            for device in holders:
+                found[device] += elements
         return found
 
     @cached_property
@@ -103,12 +109,42 @@ class Ownership:
     def joint_elements(self) -> Mapping[int, int]:
         """Device -> elements of what it gives together with others and gets back where collectives carry that: all that
         it shares, and its own part of the sums."""
-        found: dict[int, int] = defaultdict(int)
+        by_holders: dict[tuple[int, ...], int] = defaultdict(int)  # few of these, each of many slices
         for entry in self.slices:
             count = len(entry.holders)
-            for device in entry.holders if count > 1 else ():
-                found[device] += entry.elements + -(-entry.elements // count)
+            by_holders[entry.holders] += entry.elements + -(-entry.elements // count) if count > 1 else 0
+        found: dict[int, int] = defaultdict(int)
+        for holders, elements in by_holders.items():
+            for device in holders:
+                found[device] += elements
         return found
+
+    @cached_property
+    def apart_elements(self) -> Mapping[int, int]:
+        """Device -> elements that it updates in slices that do not lie in one piece: those that are a part of its
+        columns."""
+        spans: dict[int, dict[tuple[int, ...], Span]] = defaultdict(
+            dict
+        )  # parameter -> holders -> their columns
+        for entry in self.slices:
+            if self.parameters[entry.parameter].axis:
+                known = spans[entry.parameter]
+                first, _ = known.get(entry.holders, (entry.start, entry.stop))
+                known[entry.holders] = (first, entry.stop)
+        found: dict[int, int] = defaultdict(int)
+        whole: dict[tuple[int, int], int] = {}  # (parameter, device) -> its columns
+        for entry in self.slices:
+            known, key = spans.get(entry.parameter, {}), (entry.parameter, entry.updater)
+            if known and key not in whole:
+                own = [span for holders, span in known.items() if entry.updater in holders]
+                whole[key] = max(stop for _, stop in own) - min(start for start, _ in own)
+            found[entry.updater] += entry.elements if entry.stop - entry.start < whole.get(key, 0) else 0
+        return found
+
+    @property
+    def updates(self) -> tuple[Mapping[int, int], ...]:
+        """Elements by device that memory depends on, as `device_memory` takes them."""
+        return self.owned_elements, self.incoming_elements, self.joint_elements, self.apart_elements
 
     def route_elements(self, numbers: tuple[int, ...]) -> int:
         """Elements of these slices together."""
@@ -157,7 +193,7 @@ def _updaters(
 ) -> tuple[int, ...]:
     """Who shares a run of `total` elements out, in order: all holders, each layer beginning with another one, or the
     first few of many, the same for all layers, so that their messages can be joined."""
-    worth = max(1, total // _WORTH)
+    worth = max(1, total // _WORTH, -(-total * (len(holders) - 1) // MOST_INCOMING))
     if len(holders) > max(_FEW, worth):
         able = tuple(d for d in holders if strengths.get(d, 1.0)) or holders
         return able[:worth]
@@ -175,7 +211,8 @@ def _share_out(
     """Share the pieces of one layer that the same devices hold out among them, by their strengths.
 
     Everyone gets consecutive elements of the run, so that what it is sent lies in one place on every holder. A
-    boundary falls inside a piece where that is cut along its rows and not small, else at the nearer end of it.
+    boundary falls inside a piece where that is cut along its rows and not small, or is too much for one updater, else
+    at the nearer end of it.
     """
     total = sum((stop - start) * each for (start, stop), each, _ in run)
     order = _updaters(holders, turn, total, strengths)
@@ -186,7 +223,7 @@ def _share_out(
     at, updater = 0, 0
     for place, ((start, stop), each, axis) in enumerate(run):
         size = (stop - start) * each
-        whole = size < _SMALL or axis != 0
+        whole = size < _SMALL or (axis != 0 and size * (len(holders) - 1) <= MOST_INCOMING)
         while start < stop:
             # how many indices lie before the updater's edge
             room = round((edges[updater] - at) / each)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from hethub.cost.compute import ComputeModel, gradient_bytes, state_bytes
-from hethub.cost.memory import device_memory, usable_bytes
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hethub.cost.compute import ComputeModel
+from hethub.cost.memory import RankUse, rank_uses, usable_bytes, with_updates
 from hethub.program.ownership import Ownership, own
 from hethub.specs.layout import Layout
 
@@ -15,25 +18,43 @@ _MARGIN = 0.9  # of the free memory, since small slices go whole to one updater
 
 def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
     """The ownership table with updaters' shares in proportion to their memory bandwidth (an update only touches
-    memory), less where optimizer state and incoming gradients would not fit."""
+    memory), less where that would not fit. Where no such shares are found they begin with even ones, which a plan that
+    fits has the memory for; where those do not fit either, the table with the least shortage. It depends on the plan
+    alone, not on what was measured."""
+    compute = compute.by_figures
     devices = compute.graph.devices
-    strengths = {d: 1.0 / compute.touch_seconds(devices[d].type, 1.0) for d in layout.used}
-    ownership = own(layout, strengths)
-    free = {
-        d: usable_bytes(devices[d].type) - use.total
-        for d, use in device_memory(compute, layout, {}, {}).items()
-    }
-    precision = compute.workload.precision
-    for _ in range(_ROUNDS):
-        short = False
-        for device in layout.used:
-            need = ownership.owned_elements.get(device, 0) * state_bytes(
-                precision
-            ) + ownership.incoming_elements.get(device, 0) * gradient_bytes(precision)
-            if need > max(0, free[device]):
-                short = True
-                strengths[device] *= _MARGIN * max(0, free[device]) / need
-        if not short:
-            break
-        ownership = own(layout, strengths)
-    return ownership
+    uses = rank_uses(compute, layout)
+    found: list[tuple[int, Ownership]] = []
+    for strengths in (
+        {d: 1.0 / compute.touch_seconds(devices[d].type, 1.0) for d in layout.used},
+        dict.fromkeys(layout.used, 1.0),
+    ):
+        for _ in range(_ROUNDS):
+            ownership = own(layout, strengths)
+            short = _short(compute, uses, ownership)
+            if not short:
+                return ownership
+            found.append((max(each.bytes for each in short.values()), ownership))
+            for device, each in short.items():
+                strengths[device] *= _MARGIN * each.room
+    return min(found, key=lambda one: one[0])[1]
+
+
+class _Shortage(NamedTuple):
+    """`bytes` that a device lacks, and the share of what it is to update that it has `room` for."""
+
+    bytes: int
+    room: float
+
+
+def _short(compute: ComputeModel, uses: Mapping[int, RankUse], ownership: Ownership) -> dict[int, _Shortage]:
+    """The devices that would need less if they updated less, and lack memory."""
+    devices = compute.graph.devices
+    total = with_updates(compute, uses, *ownership.updates)
+    none = with_updates(compute, uses, {}, {}, ownership.joint_elements)
+    found = {}
+    for device, use in total.items():
+        usable, idle = usable_bytes(devices[device].type), none[device].total
+        if use.total > max(usable, idle):
+            found[device] = _Shortage(use.total - usable, max(0, usable - idle) / (use.total - idle))
+    return found

@@ -44,10 +44,7 @@ class Modelled:
         if self.fold is None:
             peaks = program_memory(self.program, self.compute)
             return {device: peak.total for device, peak in peaks.items()}
-        table = self.ownership
-        uses = device_memory(
-            self.compute, self.layout, table.owned_elements, table.incoming_elements, table.joint_elements
-        )
+        uses = device_memory(self.compute, self.layout, *self.ownership.updates)
         return {device: use.total for device, use in uses.items()}
 
     @cached_property
@@ -66,8 +63,8 @@ class Modelled:
         return self if self.simulation.timeline is not None else self.steady(record=True)
 
     def steady(self, *, record: bool = False) -> Modelled:
-        """With the step between two others, as runs measure it: it hides new weights under its first forwards. Of a very
-        big program the one step that is simulated."""
+        """With the step between two others, as runs measure it: it hides new weights under its first forwards. Of a
+        very big program the one step that is simulated."""
         steps = 3 if sum(len(actions) for actions in self.program.devices) <= _STEADY_ACTIONS else 1
         simulation = _simulate(self.program, self.compute, self.fold, record=record, steps=steps)
         return replace(self, simulation=simulation)

@@ -25,7 +25,8 @@ from hethub.cost.shapes import (
     model_parameters,
     shard_tokens,
 )
-from hethub.specs.layout import Share, lay_out
+from hethub.planners.shares import even_shares
+from hethub.specs.layout import RankPlace, Share, lay_out
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Model
 from hethub.timeline.record import Kind
@@ -280,6 +281,30 @@ def test_measured_halves_of_a_backward_count_where_they_were_measured() -> None:
 
     assert halves(row) == pytest.approx([1.75, 0.5])
     assert all(0.5 < half < 1.5 for half in halves(whole))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_group_of_a_measured_degree_takes_what_was_measured_there(fast: bool) -> None:
+    """Seeded bug: the level of one rank for groups too; the group took a third of what was measured. Where all was
+    quicker than the collectives alone are priced, what is left to compute is still above 0."""
+    plan = NAMED_PLANS["single device"]("fp32")
+    workload, kind = plan.workload, plan.cluster.devices()[0].type
+    ranks = tuple(RankPlace(device, share) for device, share in enumerate(even_shares(workload.model, 2)))
+    priced = ComputeModel(CostGraph(plan.cluster), workload).group_price(ranks, (1, 2), 1, Kind.FORWARD)
+    seconds = priced.seconds * (1e-3 if fast else 3.0)
+    rows = tuple(
+        LayerRow(
+            model=workload.model.name, device_type=kind.name, layer_kind="decoder", tensor_parallel=degree,
+            micro_batch=1, sequence_length=workload.sequence_length, dtype="fp32", forward_seconds=measured,
+        )
+        for degree, measured in ((1, 1e-9), (2, seconds))
+    )  # fmt: skip
+    compute = ComputeModel(CostGraph(plan.cluster), workload, Profile(rows, ()))
+    found = compute.group_price(ranks, (1, 2), 1, Kind.FORWARD)
+    if fast:
+        assert 0 < found.busy_seconds[0] < priced.busy_seconds[0]
+    else:
+        assert found.seconds == pytest.approx(seconds)
 
 
 def test_a_real_cpu_works_for_its_messages_where_that_was_measured() -> None:

@@ -8,6 +8,7 @@ out, gradients squared in place by the norm in fp64.
 from __future__ import annotations
 
 from collections.abc import Collection
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from hethub.cost.shapes import parameter_span
 from hethub.launch.executor import local_places
 from hethub.launch.reference import train_reference
 from hethub.launch.worker import DTYPES, make_batches
+from hethub.program import ownership
 from hethub.program.actions import What
+from hethub.program.ownership import own
+from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind
 from tests.launch.pool import SETTINGS, Pool, Trained
@@ -117,6 +121,26 @@ def test_collectives_inside_islands_train_like_one_process(
     carried = {transfer.what for transfer in trained.program.transfers}
     assert carried >= {What.REDUCE_SCATTER, What.ALL_GATHER}
     assert (What.RELAY in carried) == (where is _TWO)
+    _check(plan, trained, _ISLAND_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("pipelines of different tensor-parallel degree", None),
+        ("rows 5 + 2 + 1", None),
+        ("rows 5 + 2 + 1", _TWO),
+    ],
+)
+def test_matrices_cut_along_columns_train_like_one_process(
+    pool: Pool, name: str, where: dict[int, int] | None
+) -> None:
+    """As large ones are that many replicas hold: no slice goes whole to one updater because it is small."""
+    plan = NAMED_PLANS[name]("fp64")
+    with patch.object(ownership, "MOST_INCOMING", 1), patch.object(ownership, "_SMALL", 0):
+        trained = pool.train(plan, _ISLAND_STEPS, held_out_rows=_HELD_OUT_ROWS, islands=where)
+    cut, plain = (sum(t.apart_elements.values()) for t in (trained.program.ownership, own(lay_out(plan))))
+    assert cut > plain
     _check(plan, trained, _ISLAND_STEPS)
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hethub.cost.compute import gradient_bytes
+from hethub.cost.compute import ComputeModel, gradient_bytes
 from hethub.program.actions import Program, What
 from hethub.program.compile import compile_program, pipeline_shape
 from hethub.specs.layout import RankPlace, ReplicaPlace, StagePlace, lay_out, sequence_span
@@ -133,3 +134,16 @@ def test_the_same_plan_compiles_to_the_same_program() -> None:
     plan = NAMED_PLANS["everything uneven at once"]("fp64")
     one, other = (compile_program(lay_out(plan), compute_model(plan)) for _ in range(2))
     assert one == other
+
+
+@settings(max_examples=60)
+@given(plan=plans(), slow=st.sampled_from([0.2, 5.0]))
+def test_what_was_measured_prices_a_program_and_does_not_order_it(plan: Plan, slow: float) -> None:
+    """A launch knows the plan alone. Seen to catch: list schedules, parts and owners by a calibration's slow-down (a
+    real bug)."""
+    known = compute_model(plan)
+    types = sorted({known.graph.devices[d].type.name for d in lay_out(plan).used})
+    measured = ComputeModel(known.graph, plan.workload, slow_down={types[0]: slow})
+    one, other = (compile_program(lay_out(plan), compute) for compute in (known, measured))
+    assert replace(other, prices=one.prices) == one
+    assert other.prices != one.prices

@@ -352,9 +352,7 @@ def test_memory_of_collectives_is_released(plan: Plan, where: dict[int, int]) ->
     compute, layout = compute_model(plan), lay_out(plan)
     program = compile_program(layout, compute, islands=joined(where))
     table = program.ownership
-    bound = device_memory(
-        compute, layout, table.owned_elements, table.incoming_elements, table.joint_elements
-    )
+    bound = device_memory(compute, layout, *table.updates)
     for device, peak in program_memory(program, compute).items():
         copies = max(0, peak.optimizer - bound[device].optimizer)
         more = 0  # than the elements themselves
