@@ -37,6 +37,7 @@ _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are 
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _COMPLETED = 2  # finalists whose steady step is simulated, at most
 _DEEP = 2  # the reach that is tried first
+_SMALL_ACTIONS = 10_000  # about; up to here candidates are simulated under plain 1F1B first
 _VARIED = 2  # finalists, and one more, tried under further schedules
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
@@ -103,7 +104,10 @@ class FirstPlanner:
         ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
         chosen = _affordable(_in_turn(ranking.candidates)[:most])
-        affordable = [_first_reach(chains, candidate, batch) for candidate in chosen]
+        schedule = BIG_SCHEDULE if any(actions_of(c) > _SMALL_ACTIONS for c in chosen) else "1f1b"
+        affordable = [
+            replace(_first_reach(chains, candidate, batch), schedule=schedule) for candidate in chosen
+        ]
         finalists = run_off(affordable, problem, pools)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
@@ -117,31 +121,25 @@ class FirstPlanner:
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, and the list schedule for the
-        best two by 1F1B and the best by the closed form, of those that have the memory, and where that lets them go
-        less far ahead, split 1F1B, which needs less; for bounds the list schedule, which takes longer to make, for one;
-        and where 1F1B is best, how deep its stages run ahead."""
-        chains, batch = self.chains(problem), problem.workload.global_batch
-        pools = chains.costs.pools
-        split: list[Finalist] = []
-        shallow: list[Finalist] = []
+        """What the closed form does not tell apart, simulated: split 1F1B and the list schedule, as deep as fits, for the
+        best two and the best by the closed form; for bounds the list schedule, which takes longer to make, for one; and
+        where 1F1B is best, how deep its stages run ahead."""
+        chains, pools = self.chains(problem), self.chains(problem).costs.pools
         by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
-        for tried, finalist in enumerate((*finalists[:_VARIED], *by_closed_form)):
-            if len(split) > _VARIED:
-                break
-            reach, done = _deepest(chains, finalist.candidate, problem, "zb-h1")
-            split += done
-            if reach < _DEEP and tried <= _VARIED:
-                shallow += _deepest(chains, finalist.candidate, problem, BIG_SCHEDULE)[1]
+        split: list[Finalist] = []
+        for finalist in (*finalists[:_VARIED], *by_closed_form[:1]):
+            split += _deepest(chains, finalist.candidate, problem, BIG_SCHEDULE)
         split.sort(key=lambda f: f.step_seconds)
         few = 1 if problem.finalists is not None else len(split)
-        listed = [replace(f.candidate, schedule="list") for f in split[:few]]
-        found = [*split, *shallow, *run_off(listed, problem, pools)]
+        listed = [_deepest(chains, f.candidate, problem, "list") for f in split[:few]]
+        found = [*split, *(one for each in listed for one in each)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
         if best.schedule != "1f1b":  # which is as deep as fits
             return found
         known = {f.candidate.key for f in (*finalists, *found)}
-        deeper = (_with(chains, best, batch, reach, "1f1b") for reach in (0, 1, 2))
+        deeper = (
+            _with(chains, best, problem.workload.global_batch, reach, "1f1b") for reach in range(_DEEP + 1)
+        )
         others = {other.key: other for other in deeper if other.key not in known}
         return [*found, *run_off(others.values(), problem, pools)]
 
@@ -212,8 +210,8 @@ class FirstPlanner:
 
 
 def _found(done: Sequence[tuple[Finalist, Modelled]], others: Sequence[Finalist], choice: Choice) -> Found:
-    """The winner, and of every other split its best variant. Steady steps are those of `done`; of `others` the step that
-    was simulated is scaled as the winner's."""
+    """The winner, and of every other split its best variant. Steady steps are those of `done`; of `others` the step
+    that was simulated is scaled as the winner's."""
     winner, modelled = min(done, key=lambda pair: pair[1].simulation.step_seconds)
     pools, best = choice.pools, modelled.simulation.step_seconds
     losers = [(other, other_modelled.simulation.step_seconds) for other, other_modelled in done]
@@ -261,17 +259,15 @@ def _second(
     return ()
 
 
-def _deepest(
-    chains: Chains, candidate: Candidate, problem: Problem, schedule: str
-) -> tuple[int, list[Finalist]]:
-    """(Reach, the candidate with stages that run as far ahead as fits, simulated under the schedule); (-1, none) where
-    it does not fit."""
+def _deepest(chains: Chains, candidate: Candidate, problem: Problem, schedule: str) -> list[Finalist]:
+    """The candidate with stages that run as far ahead as fits, simulated under the schedule; none where it does not
+    fit."""
     for reach in range(_DEEP, -1, -1):
         varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
         done = run_off([varied], problem, chains.costs.pools)
         if done:
-            return reach, done
-    return -1, []
+            return done
+    return []
 
 
 def _whole(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled | None]:
