@@ -121,9 +121,9 @@ class FirstPlanner:
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: split 1F1B and the list schedule, as deep as fits, for the
-        best two and the best by the closed form; for bounds the list schedule, which takes longer to make, for one; and
-        where 1F1B is best, how deep its stages run ahead."""
+        """What the closed form does not tell apart, simulated: split 1F1B and the list schedule, as deep as fits, for
+        the best two and the best by the closed form; for bounds the list schedule, which takes longer to make, for one;
+        and where 1F1B is best, how deep its stages run ahead."""
         chains, pools = self.chains(problem), self.chains(problem).costs.pools
         by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
         split: list[Finalist] = []
