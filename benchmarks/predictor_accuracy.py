@@ -11,15 +11,16 @@ The cheapest cheats, and what makes them fail:
   was not in its fit;
 - leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`;
 - workers whose quotas do not hold: our own runs give no figure then (`valid`, measured before and after them);
+- the round of our own runs that fits best: the median over all rounds counts, and all are in `raw`;
 - another program predicted than the one that ran, with an order that the true times would give: every action of our own
   runs must have its predicted twin (`own_runs._check`);
 - another simulator for others' runs: predictions come from `hethub.simulate.simulate` on a program of actions.
 
 Last our own runs: random plans on CPU workers under quotas (`bench/own_runs.py`), none of them fitted.
 
-    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some eleven minutes
+    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some twenty minutes
     .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER --skip own_runs  # one minute
-    .venv/bin/python benchmarks/predictor_accuracy.py --only own_runs                # ten minutes, writes nothing
+    .venv/bin/python benchmarks/predictor_accuracy.py --only own_runs                # twenty, writes nothing
 """
 
 from __future__ import annotations

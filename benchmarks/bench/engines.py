@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.profile import Profile
 from hethub.data.token_file import build_token_file
 from hethub.data.tokenizers import ByteTokenizer
 from hethub.launch.meter import ready_to_count
@@ -162,9 +161,9 @@ class Ours(CrewEngine):
         )
         self.load(plan)
 
-    def load(self, plan: Plan, profile: Profile | None = None) -> None:
-        """Train another plan of the same devices, from the first step, in the order that a profile's times give."""
-        compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile)
+    def load(self, plan: Plan) -> None:
+        """Train another plan of the same devices, from the first step."""
+        compute = ComputeModel(CostGraph(plan.cluster), plan.workload)
         program = compile_program(lay_out(plan), compute)
         prove(program)
         self.root, self._step = program.layout.used[0], 0

@@ -249,9 +249,9 @@ class _Ran:
     seconds: float
 
 
-def _run(engine: Ours, plan: Plan, profile: Profile) -> _Ran:
-    """A plan from its first step, in the order that this profile gives."""
-    engine.load(plan, profile)
+def _run(engine: Ours, plan: Plan) -> _Ran:
+    """A plan from its first step."""
+    engine.load(plan)
     take(engine, _WARM_UP + 1)
     measured = _measured(engine, plan)
     return _Ran(measured, float(step_seconds(measured)[step_numbers(measured) == _WARM_UP][0]))
@@ -269,10 +269,9 @@ def _measured(engine: Ours, plan: Plan) -> Timeline:
     return Timeline(info, np.concatenate(engine.crew.call("records")))
 
 
-def _check(plan: Plan, ordered: Profile, measured: _Measurement, rounds: Sequence[_Ran]) -> RunCheck:
-    """Hold the prediction of a plan, which ran in the order that `ordered` gave, against the round with the median
-    step."""
-    program = compile_program(lay_out(plan), ComputeModel(CostGraph(plan.cluster), plan.workload, ordered))
+def _check(plan: Plan, measured: _Measurement, rounds: Sequence[_Ran]) -> RunCheck:
+    """Hold the prediction of a plan against the round with the median step."""
+    program = compile_program(lay_out(plan), ComputeModel(CostGraph(plan.cluster), plan.workload))
     compute = ComputeModel(CostGraph(measured.cluster()), plan.workload, measured.profile)
     predicted = simulate(program, compute, steps=3).timeline
     assert predicted is not None
@@ -302,7 +301,7 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
         quotas = stack.enter_context(CpuQuotas(shares))
         quota_checks = [settled_quotas(quotas, shares)]
         measured = [measure(quotas)]
-        cluster, ordered = measured[0].cluster(), measured[0].profile
+        cluster = measured[0].cluster()
         drawn = [random_plan(cluster, seed) for seed in range(plans)]
         engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
         quotas.place(engine.crew, range(len(shares)))
@@ -311,11 +310,11 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
             if number:
                 measured.append(measure(quotas))
             for plan, own in zip(drawn, ran, strict=True):
-                own.append(_run(engine, plan, ordered))
+                own.append(_run(engine, plan))
                 print(f"round {number + 1}: {plan.name:10} {own[-1].seconds:7.3f} s", flush=True)
         quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
     middle = middle_of(measured)
-    checks = [_check(plan, ordered, middle, own) for plan, own in zip(drawn, ran, strict=True)]
+    checks = [_check(plan, middle, own) for plan, own in zip(drawn, ran, strict=True)]
     off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
     return figures, {

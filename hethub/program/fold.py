@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hethub.cost.compute import ComputeModel, ComputePrice
 from hethub.cost.graph import CostGraph, Path
@@ -85,6 +86,12 @@ class _GroupCompute(ComputeModel):
         super().__init__(graph, each.workload, slow_down=each.slow_down)
         self._each = each
         self._groups = groups
+
+    @cached_property
+    def by_figures(self) -> ComputeModel:
+        """The same groups by their figures alone."""
+        each = self._each.by_figures
+        return self if each is self._each else _GroupCompute(self.graph, each, self._groups)
 
     def group_price(
         self,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from hethub.cost.compute import ComputeModel
 from hethub.program.compile import compile_program
 from hethub.program.fold import fold
 from hethub.simulate.engine import Simulation, simulate
@@ -165,3 +167,20 @@ def test_a_group_stands_for_its_members() -> None:
 def test_uneven_groups_do_not_fold() -> None:
     plan = _plan(2, [6, 2])
     assert fold(lay_out(plan), compute_model(plan)) is None
+
+
+def test_what_was_measured_does_not_order_a_folded_program() -> None:
+    """As of whole programs. Seen to catch: owners and list order by the folded devices' figures, as if a group were one
+    device with a rank's share."""
+    plan = _plan(4, [2] * 4)
+    listed = [pipeline.model_copy(update={"schedule": "list"}) for pipeline in plan.pipelines]
+    plan = plan.model_copy(update={"pipelines": listed})
+    known = compute_model(plan)
+    programs = []
+    slow_downs: list[dict[str, float]] = [{}, {"chip": 3.0}]
+    for slow in slow_downs:
+        folded = fold(lay_out(plan), ComputeModel(known.graph, plan.workload, slow_down=slow))
+        assert folded is not None
+        programs.append(compile_program(folded.layout, folded.compute))
+    assert replace(programs[1], prices=programs[0].prices) == programs[0]
+    assert programs[1].prices != programs[0].prices
