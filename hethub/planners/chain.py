@@ -23,12 +23,14 @@ _BOUND = 1.01  # of the slowest stage's seconds: a period no longer needs no mor
 
 
 class StageDraft(NamedTuple):
-    """One stage: `seats` are (seat with its number of replicas, rows of each)."""
+    """One stage: `seats` are (seat with its number of replicas, rows of each); `at_limit` where not one more
+    micro-batch fits in flight."""
 
     seats: tuple[tuple[Seat, int], ...]
     decoders: int
     full: bool
     in_flight: int
+    at_limit: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -154,6 +156,7 @@ class Chains:
         least = max([*times, *(one + other for one, other in pairwise(loads))])
         trips = round_trips(times, [hop.seconds for hop in hops])
         limits = [s.most_in_flight(n) for s, n in zip(stages, decoders, strict=True)]
+        memory = limits
         if setting.reach == 0:
             limits = [min(limit, len(stages) - i) for i, limit in enumerate(limits)]
         period, in_flight = settle(times, trips, limits, setting.micro_batches, least)
@@ -167,8 +170,8 @@ class Chains:
             in_flight = [max(pair) for pair in zip(in_flight, wide, strict=True)]
         in_flight = _told(stages, decoders, in_flight)
         drafts = tuple(
-            StageDraft(stage.staff.seats, n, n > stage.cap_none, held)
-            for stage, n, held in zip(stages, decoders, in_flight, strict=True)
+            StageDraft(stage.staff.seats, n, n > stage.cap_none, held, held >= most)
+            for stage, n, held, most in zip(stages, decoders, in_flight, memory, strict=True)
         )
         tail = self.links.tail_seconds(stages, decoders, setting)
         return Chain(

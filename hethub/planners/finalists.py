@@ -114,13 +114,13 @@ def run_off(
     candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
 ) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
-    simulated in part: whether the whole fits is seen when it is completed. Of these, all under one schedule, no more
-    are looked at than may be the quickest: none is quicker than its closed form."""
+    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked
+    at than may be the quickest: none is quicker than its closed form."""
     chosen = list(candidates)
     # compared are like with like
     whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate in chosen)
     if not whole:
-        chosen = [replace(candidate, schedule=BIG_SCHEDULE) for candidate in chosen]
+        chosen = [_with_room(candidate) for candidate in chosen]
     reserve = problem.constraints.memory_reserve_bytes
     finalists: list[Finalist] = []
     for candidate in chosen:
@@ -145,6 +145,20 @@ def run_off(
                 Finalist(candidate=candidate, plan=plan, step_seconds=seconds, modelled=modelled)
             )
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
+
+
+def _with_room(candidate: Candidate) -> Candidate:
+    """Under split 1F1B, with one micro-batch less in flight where no more fit: what a split backward takes more is less
+    than that, but where stages recompute, which leaves the candidate as it is."""
+    if any(stage.full for entry in candidate.entries for stage in entry.chain.stages):
+        return candidate
+    entries = []
+    for entry in candidate.entries:
+        stages = tuple(
+            stage._replace(in_flight=max(1, stage.in_flight - stage.at_limit)) for stage in entry.chain.stages
+        )
+        entries.append(entry._replace(chain=replace(entry.chain, stages=stages)))
+    return replace(candidate, entries=tuple(entries), schedule=BIG_SCHEDULE)
 
 
 def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:

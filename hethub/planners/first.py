@@ -249,9 +249,10 @@ def _second(
 ) -> tuple[RunnerUp, ...]:
     """The next best by closed form, where only one candidate was simulated; its time is scaled alike."""
     best = winner.candidate
+    shown = describe(replace(best, schedule="1f1b"), pools)
     for other in ranked:
         description = describe(other, pools)
-        if other.split != best.split and other.seconds >= best.seconds:
+        if description != shown and other.seconds >= best.seconds:
             seconds = modelled.simulation.step_seconds * other.seconds / best.seconds
             reason = why_slower(other, best, other.seconds - best.seconds)
             reason = f"{reason} (estimated: the plan is too big to simulate more than one)"
