@@ -347,6 +347,11 @@ def _zero_bubble(x: _Shapes) -> list[Pipeline]:
     return [x.chain((0, 3, 5, 6), [FAST, MIDDLE, SLOW], schedule="zb-h1")]
 
 
+@_named("1f1b-split", layers=4)
+def _one_forward_one_backward_split(x: _Shapes) -> list[Pipeline]:
+    return [x.chain((0, 3, 5, 6), [FAST, MIDDLE, SLOW], schedule="1f1b-split")]
+
+
 @_named("zb-h1 with rows, shares and recomputation")
 def _zero_bubble_uneven(x: _Shapes) -> list[Pipeline]:
     stages = [

@@ -67,8 +67,9 @@ _RECEIVE_DEPTH = 2
 _SEND_BUFFERS = 1
 _TAKEN = 1
 _LOSS_BYTES = 8
-# Schedules that never split a backward. Any other may, so that a micro-batch may wait for its weight part.
-_WHOLE_BACKWARD = frozenset({"1f1b", "gpipe", "interleaved"})
+# Micro-batches of a stage that may wait for their weight part: of schedules that never split a backward, or do both
+# parts behind each other. Under any other all in flight may.
+_WAITING = {"1f1b": 0, "1f1b-split": 1, "gpipe": 0, "interleaved": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,16 +350,17 @@ def _rank_use(
     elements = compute.stage_parameters(rank.share, stage.layers)
     found = stage_bytes(shape, stage.layers, stage.recompute)
     held = min(stage.in_flight, pipeline.micro_batches)
-    split = pipeline.schedule not in _WHOLE_BACKWARD
+    waiting = min(held, _WAITING.get(pipeline.schedule, held))
     # Forward's result stays as long as its graph, but where another forward will make it again.
     each = found.kept + (0 if stage.recompute == "full" else found.output)
-    if split:  # its input, the input's gradient and targets stay beside the operands
+    apart = each
+    if waiting:  # its input, the input's gradient and targets stay beside the operands
         passing = stage_bytes(shape, stage.layers, "full").kept
-        each = max(each, found.stash + passing + (0 if stage.layers[0] == 0 else found.entry))
+        apart = max(each, found.stash + passing + (0 if stage.layers[0] == 0 else found.entry))
     again = found.again + (found.output if stage.recompute == "full" else 0)
     ways = (0 if stage.layers[0] == 0 else 1) + (1 if found.output else 0)
     host = on_host(compute, rank.device)
-    each += ways * shape.boundary_bytes if host else 0
+    sent = ways * shape.boundary_bytes if host else 0
     # Gradients that were sent lie here until the stage before tells that it has them, by an activation that it sends
     # after: who is far ahead sends none for a while.
     untold = max(0, ahead - held) * shape.boundary_bytes if host else 0
@@ -366,8 +368,8 @@ def _rank_use(
         weights=elements * shape.size,
         gradients=elements * gradient_bytes(shape.workload.precision),
         optimizer=0,
-        activations=held * each + again + untold,
-        one=each + again,
+        activations=held * (each + sent) + waiting * (apart - each) + again + untold,
+        one=apart + sent + again,
         buffers=ways * shape.boundary_bytes * (_RECEIVE_DEPTH + _TAKEN + (0 if host else _SEND_BUFFERS)),
         workspace=max(found.forward_workspace, found.backward_workspace),
         reduction=0,

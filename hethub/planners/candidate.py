@@ -44,6 +44,12 @@ class Candidate:
     schedule: str = "1f1b"
 
     @property
+    def split_backward_seconds(self) -> float:
+        """The closed form where backwards are split and gradients need not wait for weight parts on their way."""
+        each = (e.chain.seconds(e.micro_batches) - e.chain.split_seconds for e in self.entries)
+        return max(each) + max(e.chain.tail_seconds for e in self.entries)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Equal for candidates that are the same plan."""
         return (self.stage_major, self.schedule, self.reach, self.split)

@@ -23,12 +23,14 @@ _BOUND = 1.01  # of the slowest stage's seconds: a period no longer needs no mor
 
 
 class StageDraft(NamedTuple):
-    """One stage: `seats` are (seat with its number of replicas, rows of each)."""
+    """One stage: `seats` are (seat with its number of replicas, rows of each); `at_limit` where not one more
+    micro-batch fits in flight."""
 
     seats: tuple[tuple[Seat, int], ...]
     decoders: int
     full: bool
     in_flight: int
+    at_limit: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,7 +38,8 @@ class Chain:
     """A priced pipeline. One of M micro-batches takes `fill + (M - 1) * period` seconds, then all take
     `tail`.
 
-    The period is `slowest_seconds`, the slowest stage's, or more where links or memory hold it up.
+    The period is `slowest_seconds`, the slowest stage's, or more where links or memory hold it up. Where backwards are
+    split, the fill is shorter by `split_seconds`: of the weight parts only the first stage's is waited for.
     """
 
     crew: Crew
@@ -46,6 +49,7 @@ class Chain:
     fill_seconds: float
     period_seconds: float
     tail_seconds: float
+    split_seconds: float
 
     def seconds(self, micro_batches: int) -> float:
         """Closed form of the pipeline's part of the step."""
@@ -152,6 +156,7 @@ class Chains:
         least = max([*times, *(one + other for one, other in pairwise(loads))])
         trips = round_trips(times, [hop.seconds for hop in hops])
         limits = [s.most_in_flight(n) for s, n in zip(stages, decoders, strict=True)]
+        memory = limits
         if setting.reach == 0:
             limits = [min(limit, len(stages) - i) for i, limit in enumerate(limits)]
         period, in_flight = settle(times, trips, limits, setting.micro_batches, least)
@@ -165,8 +170,8 @@ class Chains:
             in_flight = [max(pair) for pair in zip(in_flight, wide, strict=True)]
         in_flight = _told(stages, decoders, in_flight)
         drafts = tuple(
-            StageDraft(stage.staff.seats, n, n > stage.cap_none, held)
-            for stage, n, held in zip(stages, decoders, in_flight, strict=True)
+            StageDraft(stage.staff.seats, n, n > stage.cap_none, held, held >= most)
+            for stage, n, held, most in zip(stages, decoders, in_flight, memory, strict=True)
         )
         tail = self.links.tail_seconds(stages, decoders, setting)
         return Chain(
@@ -177,6 +182,9 @@ class Chains:
             fill_seconds=trips[0],
             period_seconds=period,
             tail_seconds=tail,
+            split_seconds=sum(
+                stage.weight_seconds(n) for stage, n in zip(stages[1:], decoders[1:], strict=True)
+            ),
         )
 
 

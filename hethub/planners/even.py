@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ class EvenPlanner:
             big = 6 * split.micro_batches * len(pricing.compute.graph.devices) > _BIG
             if simulated == (1 if big else _SIMULATED):
                 break
-        return best
+        return None if best is None else replace(best, modelled=best.modelled.steady())
 
 
 class _Pricing:

@@ -18,10 +18,21 @@ from hethub.simulate.modelled import DETAILED_ACTIONS, Modelled, model
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
 
-__all__ = ["Finalist", "actions_of", "describe", "fits", "run_off", "simulate_plan", "why_slower"]
+__all__ = [
+    "BIG_SCHEDULE",
+    "Finalist",
+    "actions_of",
+    "describe",
+    "fits",
+    "run_off",
+    "shallower",
+    "simulate_plan",
+    "why_slower",
+]
 
 
 _WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
+BIG_SCHEDULE = "1f1b-split"  # of candidates that are simulated in part
 _SAMPLED = 2  # of alike pipelines, in such a part
 _ROUNDS = 2  # micro-batches for each stage, in such a part
 
@@ -45,13 +56,42 @@ def fits(
 ) -> bool:
     """Whether every device's peak memory, its true share of the updates counted, is within its size, less what the user
     keeps free on its type."""
+    return not _short(compute, layout, ownership, reserve_bytes)
+
+
+def _short(
+    compute: ComputeModel, layout: Layout, ownership: Ownership, reserve_bytes: Mapping[str, int] | None
+) -> set[int]:
+    """The devices that lack memory."""
     reserve = reserve_bytes or {}
     devices = compute.graph.devices
     use = device_memory(compute, layout, *ownership.updates)
-    return all(
-        memory.total <= usable_bytes(devices[d].type) - reserve.get(devices[d].type.name, 0)
+    return {
+        d
         for d, memory in use.items()
-    )
+        if memory.total > usable_bytes(devices[d].type) - reserve.get(devices[d].type.name, 0)
+    }
+
+
+def shallower(
+    plan: Plan, compute: ComputeModel, reserve_bytes: Mapping[str, int] | None = None
+) -> Plan | None:
+    """The plan with one micro-batch less in flight on the stages that lack memory: what split backwards take more is
+    less than that. None where no stage lacks any, or one has no more than one in flight."""
+    layout = lay_out(plan)
+    short = _short(compute, layout, own_by_strength(layout, compute), reserve_bytes)
+    pipelines, at = [], 0
+    for pipeline in plan.pipelines:
+        alike = layout.pipelines[at : at + pipeline.repeat]
+        at += pipeline.repeat
+        stages = []
+        for number, stage in enumerate(pipeline.stages):
+            lacks = any(not short.isdisjoint(p.stages[number].devices()) for p in alike)
+            if lacks and stage.in_flight == 1:
+                return None
+            stages.append(stage.model_copy(update={"in_flight": stage.in_flight - lacks}))
+        pipelines.append(pipeline.model_copy(update={"stages": stages}))
+    return plan.model_copy(update={"pipelines": pipelines}) if short else None
 
 
 def simulate_plan(
@@ -74,25 +114,29 @@ def run_off(
     candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
 ) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
-    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked at than may be
-    the quickest: none is quicker than its closed form."""
-    named = [
-        (candidate, place(candidate, pools, problem.cluster, problem.workload)) for candidate in candidates
-    ]
+    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked
+    at than may be the quickest: none is quicker than its closed form."""
+    chosen = list(candidates)
+    # compared are like with like
+    whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate in chosen)
+    if not whole:
+        chosen = [_with_room(candidate) for candidate in chosen]
     reserve = problem.constraints.memory_reserve_bytes
-    whole = all(
-        actions_of(candidate) <= _WHOLE_ACTIONS for candidate, _ in named
-    )  # compared are like with like
     finalists: list[Finalist] = []
-    for candidate, plan in named:
-        if plan is None:
-            continue
+    for candidate in chosen:
         best = min((f.step_seconds for f in finalists), default=math.inf)
-        if not whole and candidate.seconds >= best:
+        if not whole and candidate.split_backward_seconds >= best:
+            continue
+        plan = place(candidate, pools, problem.cluster, problem.workload)
+        if plan is None:
             continue
         modelled = None
         if whole:
             modelled = simulate_plan(plan, problem.compute, record=record, reserve_bytes=reserve)
+            if modelled is None and candidate.schedule == BIG_SCHEDULE:
+                less = shallower(plan, problem.compute, reserve)
+                if less is not None:
+                    plan, modelled = less, simulate_plan(less, problem.compute, reserve_bytes=reserve)
             seconds = None if modelled is None else modelled.simulation.step_seconds
         else:
             seconds = _part_seconds(candidate, problem, pools)
@@ -103,14 +147,31 @@ def run_off(
     return sorted(finalists, key=lambda finalist: finalist.step_seconds)
 
 
+def _with_room(candidate: Candidate) -> Candidate:
+    """Under split 1F1B, with one micro-batch less in flight where no more fit: what a split backward takes more is less
+    than that, but where stages recompute, which leaves the candidate as it is."""
+    if any(stage.full for entry in candidate.entries for stage in entry.chain.stages):
+        return candidate
+    entries = []
+    for entry in candidate.entries:
+        stages = tuple(
+            stage._replace(in_flight=max(1, stage.in_flight - stage.at_limit)) for stage in entry.chain.stages
+        )
+        entries.append(entry._replace(chain=replace(entry.chain, stages=stages)))
+    return replace(candidate, entries=tuple(entries), schedule=BIG_SCHEDULE)
+
+
 def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
     """Simulated seconds of a part of a plan and the periods of the micro-batches that it lacks: what stages that wait
-    for each other cost. At least the closed form's, since fewer pipelines exchange less; None where the part cannot be
-    placed."""
-    left_out = max(0, min(e.micro_batches - _ROUNDS * len(e.chain.stages) for e in candidate.entries))
+    for each other cost. All pipelines lack as much time. At least the closed form's with split backwards, since fewer
+    pipelines exchange less; None where the part cannot be placed."""
+    further = min(
+        (e.micro_batches - _ROUNDS * len(e.chain.stages)) * e.chain.period_seconds for e in candidate.entries
+    )
+    left_out = [max(0, int(further / entry.chain.period_seconds)) for entry in candidate.entries]
     entries = tuple(
-        entry._replace(repeat=min(entry.repeat, _SAMPLED), micro_batches=entry.micro_batches - left_out)
-        for entry in candidate.entries
+        entry._replace(repeat=min(entry.repeat, _SAMPLED), micro_batches=entry.micro_batches - left)
+        for entry, left in zip(candidate.entries, left_out, strict=True)
     )
     rows = sum(e.repeat * e.micro_batches * e.chain.rows for e in entries)
     workload = replace(problem.workload, global_batch=rows)
@@ -119,8 +180,8 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
         return None
     done = model(lay_out(plan), problem.compute, record=False, detailed_actions=0)
     seconds = done.simulation.step_seconds
-    further = left_out * max(e.chain.period_seconds for e in entries)
-    return max(candidate.seconds, seconds + further)
+    lacking = max(left * e.chain.period_seconds for left, e in zip(left_out, entries, strict=True))
+    return max(candidate.split_backward_seconds, seconds + lacking)
 
 
 def actions_of(candidate: Candidate) -> int:

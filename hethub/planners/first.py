@@ -3,6 +3,7 @@ simulator decides between the best few."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,12 @@ from dataclasses import dataclass, replace
 from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
 from hethub.planners.finalists import (
+    BIG_SCHEDULE,
     Finalist,
     actions_of,
     describe,
     run_off,
+    shallower,
     simulate_plan,
     why_slower,
 )
@@ -29,8 +32,12 @@ from hethub.specs.plan import Plan
 __all__ = ["Choice", "FirstPlanner"]
 
 _FINALISTS = 6
+_RANKED = 4  # times as many are ranked, so that those are among them which split backwards make the best
 _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are simulated less often
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
+_COMPLETED = 2  # finalists whose steady step is simulated, at most
+_DEEP = 2  # the reach that is tried first
+_SMALL_ACTIONS = 10_000  # about; up to here candidates are simulated under plain 1F1B first
 _VARIED = 2  # finalists, and one more, tried under further schedules
 _FEW = 3  # micro-batches for each stage
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
@@ -94,9 +101,13 @@ class FirstPlanner:
         begin, chains = self._clock(), self.chains(problem)
         pools, batch = chains.costs.pools, problem.workload.global_batch
         most = _FINALISTS if problem.finalists is None else problem.finalists
-        ranking = self._rank(problem, most)
+        ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
-        affordable = [_first_reach(chains, candidate, batch) for candidate in _affordable(ranking.candidates)]
+        chosen = _affordable(_in_turn(ranking.candidates)[:most])
+        schedule = BIG_SCHEDULE if any(actions_of(c) > _SMALL_ACTIONS for c in chosen) else "1f1b"
+        affordable = [
+            replace(_first_reach(chains, candidate, batch), schedule=schedule) for candidate in chosen
+        ]
         finalists = run_off(affordable, problem, pools)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
@@ -110,44 +121,44 @@ class FirstPlanner:
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: ZB-H1, as deep as fits, and the list schedule for the
-        best two by 1F1B and the best by the closed form, of those that have the memory; for bounds the list schedule,
-        which takes longer to make, for one; and where 1F1B is best, how deep its stages run ahead."""
-        chains, batch = self.chains(problem), problem.workload.global_batch
-        split: list[Finalist] = []
+        """What the closed form does not tell apart, simulated: split 1F1B and the list schedule, as deep as fits, for
+        the best two and the best by the closed form; for bounds the list schedule, which takes longer to make, for one;
+        and where 1F1B is best, how deep its stages run ahead."""
+        chains, pools = self.chains(problem), self.chains(problem).costs.pools
         by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
-        for finalist in (*finalists[:_VARIED], *by_closed_form):
-            if len(split) > _VARIED:
-                break
-            for reach in (2, 1, 0):
-                varied = _with(chains, finalist.candidate, batch, reach, "zb-h1")
-                done = run_off([varied], problem, chains.costs.pools)
-                if done:
-                    split += done
-                    break
+        split: list[Finalist] = []
+        for finalist in (*finalists[:_VARIED], *by_closed_form[:1]):
+            split += _deepest(chains, finalist.candidate, problem, BIG_SCHEDULE)
         split.sort(key=lambda f: f.step_seconds)
         few = 1 if problem.finalists is not None else len(split)
-        listed = [replace(f.candidate, schedule="list") for f in split[:few]]
-        found = [*split, *run_off(listed, problem, chains.costs.pools)]
+        listed = [_deepest(chains, f.candidate, problem, "list") for f in split[:few]]
+        found = [*split, *(one for each in listed for one in each)]
         best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
         if best.schedule != "1f1b":  # which is as deep as fits
             return found
         known = {f.candidate.key for f in (*finalists, *found)}
-        deeper = (_with(chains, best, batch, reach, "1f1b") for reach in (0, 1, 2))
+        deeper = (
+            _with(chains, best, problem.workload.global_batch, reach, "1f1b") for reach in range(_DEEP + 1)
+        )
         others = {other.key: other for other in deeper if other.key not in known}
-        return [*found, *run_off(others.values(), problem, chains.costs.pools)]
+        return [*found, *run_off(others.values(), problem, pools)]
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
-        """The best finalist that fits, simulated whole."""
-        for place, finalist in enumerate(choice.finalists):
-            modelled = finalist.modelled
-            if modelled is None:
-                reserve = problem.constraints.memory_reserve_bytes
-                modelled = simulate_plan(finalist.plan, problem.compute, record=True, reserve_bytes=reserve)
+        """Of the best few finalists that fit the one whose steady step is the shortest. Of those that were simulated in
+        part so far, which may turn out longer, no more are simulated than may be the quickest."""
+        done: list[tuple[Finalist, Modelled]] = []
+        others: list[Finalist] = []
+        for finalist in choice.finalists:
+            in_part = finalist.modelled is None
+            least = min((m.simulation.step_seconds for _, m in done), default=math.inf)
+            if len(done) == _COMPLETED or (in_part and finalist.step_seconds >= least):
+                others.append(finalist)
+                continue
+            whole, modelled = _whole(finalist, problem) if in_part else (finalist, finalist.modelled)
             if modelled is not None:
-                return _found(choice.finalists[place:], modelled, choice)
-        return None
+                done.append((whole, modelled.steady()))
+        return _found(done, others, choice) if done else None
 
     def _rank(self, problem: Problem, most: int) -> Ranking:
         chains, batch = self.chains(problem), problem.workload.global_batch
@@ -198,21 +209,21 @@ class FirstPlanner:
         return known
 
 
-def _found(finalists: Sequence[Finalist], modelled: Modelled, choice: Choice) -> Found:
-    """The winner, and of every other split its best variant."""
-    (winner, *losers), pools = finalists, choice.pools
+def _found(done: Sequence[tuple[Finalist, Modelled]], others: Sequence[Finalist], choice: Choice) -> Found:
+    """The winner, and of every other split its best variant. Steady steps are those of `done`; of `others` the step
+    that was simulated is scaled as the winner's."""
+    winner, modelled = min(done, key=lambda pair: pair[1].simulation.step_seconds)
+    pools, best = choice.pools, modelled.simulation.step_seconds
+    losers = [(other, other_modelled.simulation.step_seconds) for other, other_modelled in done]
+    scale = best / winner.step_seconds
+    losers += [(other, max(best, other.step_seconds * scale)) for other in others]
     shown = describe(winner.candidate, pools)
     lost: dict[str, RunnerUp] = {}
-    # of plans simulated in part the whole is as much longer as the winner's
-    scale = modelled.simulation.step_seconds / winner.step_seconds
-    for loser in losers:
+    for loser, seconds in sorted(losers, key=lambda pair: pair[1]):
         description = describe(loser.candidate, pools)
         if description != shown and description not in lost:
-            seconds = loser.step_seconds - winner.step_seconds
-            reason = why_slower(loser.candidate, winner.candidate, seconds)
-            lost[description] = RunnerUp(
-                description=description, step_seconds=loser.step_seconds * scale, reason=reason
-            )
+            reason = why_slower(loser.candidate, winner.candidate, seconds - best)
+            lost[description] = RunnerUp(description=description, step_seconds=seconds, reason=reason)
     return Found(
         plan=winner.plan,
         modelled=modelled,
@@ -238,14 +249,51 @@ def _second(
 ) -> tuple[RunnerUp, ...]:
     """The next best by closed form, where only one candidate was simulated; its time is scaled alike."""
     best = winner.candidate
+    shown = describe(replace(best, schedule="1f1b"), pools)
     for other in ranked:
         description = describe(other, pools)
-        if description != describe(best, pools) and other.seconds >= best.seconds:
+        if description != shown and other.seconds >= best.seconds:
             seconds = modelled.simulation.step_seconds * other.seconds / best.seconds
             reason = why_slower(other, best, other.seconds - best.seconds)
             reason = f"{reason} (estimated: the plan is too big to simulate more than one)"
             return (RunnerUp(description=description, step_seconds=seconds, reason=reason),)
     return ()
+
+
+def _deepest(chains: Chains, candidate: Candidate, problem: Problem, schedule: str) -> list[Finalist]:
+    """The candidate with stages that run as far ahead as fits, simulated under the schedule; none where it does not
+    fit."""
+    for reach in range(_DEEP, -1, -1):
+        varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
+        done = run_off([varied], problem, chains.costs.pools)
+        if done:
+            return done
+    return []
+
+
+def _whole(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled | None]:
+    """A finalist that was simulated in part, simulated whole; where its schedule has not the memory, with less in
+    flight, or else under 1F1B. None where it does not fit."""
+    reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
+    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
+    if modelled is not None:
+        return finalist, modelled
+    less = shallower(plan, problem.compute, reserve)
+    modelled = None if less is None else simulate_plan(less, problem.compute, reserve_bytes=reserve)
+    if less is not None and modelled is not None:
+        return replace(finalist, plan=less), modelled
+    pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
+    plan = plan.model_copy(update={"pipelines": pipelines})
+    candidate = replace(finalist.candidate, schedule="1f1b")
+    found = replace(finalist, candidate=candidate, plan=plan)
+    return found, simulate_plan(plan, problem.compute, reserve_bytes=reserve)
+
+
+def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The best by the closed form, the best by that of split backwards, the next, and so on, each once."""
+    split = sorted(candidates, key=lambda candidate: candidate.split_backward_seconds)
+    both = (candidate for pair in zip(candidates, split, strict=True) for candidate in pair)
+    return tuple({id(candidate): candidate for candidate in both}.values())
 
 
 def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:

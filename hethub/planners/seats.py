@@ -84,8 +84,9 @@ class LeastLines(NamedTuple):
 class SeatCost:
     """One group with `rows` rows of every micro-batch, on its most loaded rank.
 
-    Seconds are (forward, backward) of one layer, collectives included; recomputing a layer takes its forward
-    again, and the head `head_again`, a forward without gradients. A stage with n decoders holds
+    Seconds are (forward, backward) of one layer, collectives included; `decoder_weight` of that backward are the part
+    that nobody waits for. Recomputing a layer takes its forward again, and the head `head_again`, a forward without
+    gradients. A stage with n decoders holds
     `ends.elements + n * decoder_elements` parameters and keeps `ends.kept + n * decoder_kept` bytes a
     micro-batch; `decoder_apart` bytes a decoder are shared by those who share its update, where there are several.
     """
@@ -94,6 +95,7 @@ class SeatCost:
     degree: int
     rows: int
     decoder: tuple[float, float]
+    decoder_weight: float
     embedding: tuple[float, float]
     head: tuple[float, float]
     head_again: float
@@ -270,6 +272,7 @@ class SeatCosts:
             degree=degree,
             rows=rows,
             decoder=seconds(1),
+            decoder_weight=compute.group_price(ranks, (1, 2), rows, Kind.BACKWARD_WEIGHT).seconds,
             embedding=seconds(0),
             head=seconds(model.layers + 1),
             head_again=compute.group_price(

@@ -81,6 +81,10 @@ class Stage:
         """The backward's part of `seconds`, recomputation included."""
         return self._work(decoders)[1]
 
+    def weight_seconds(self, decoders: int) -> float:
+        """The part of `backward_seconds` that the stage before need not wait for."""
+        return decoders * min(cost.decoder_weight for cost in self.staff.costs)
+
     def _work(self, decoders: int) -> tuple[float, float]:
         """Seconds of the forward, and of the backward with recomputation."""
         forward = backward = again = 0.0

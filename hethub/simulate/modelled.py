@@ -22,6 +22,7 @@ from hethub.timeline.summary import DeviceSummary, summarize
 __all__ = ["DETAILED_ACTIONS", "Modelled", "model", "steady_step_seconds"]
 
 DETAILED_ACTIONS = 100_000  # about; up to here every rank is simulated, and every collective can be recorded
+_STEADY_ACTIONS = 500_000  # up to here three steps are simulated where one between others is asked for
 _EACH = 6  # actions of a rank for each micro-batch, about: forward, backward and their messages
 
 
@@ -58,10 +59,15 @@ class Modelled:
         return found
 
     def recorded(self) -> Modelled:
-        """With a timeline, simulated again where there is none."""
-        if self.simulation.timeline is not None:
-            return self
-        return replace(self, simulation=_simulate(self.program, self.compute, self.fold, record=True))
+        """With a timeline; where there is none, that of the steady step."""
+        return self if self.simulation.timeline is not None else self.steady(record=True)
+
+    def steady(self, *, record: bool = False) -> Modelled:
+        """With the step between two others, as runs measure it: it hides new weights under its first forwards. Of a
+        very big program the one step that is simulated."""
+        steps = 3 if sum(len(actions) for actions in self.program.devices) <= _STEADY_ACTIONS else 1
+        simulation = _simulate(self.program, self.compute, self.fold, record=record, steps=steps)
+        return replace(self, simulation=simulation)
 
 
 def model(
@@ -100,11 +106,13 @@ def steady_step_seconds(plan: Plan, compute: ComputeModel) -> float:
     return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
 
 
-def _simulate(program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool) -> Simulation:
+def _simulate(
+    program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool, steps: int = 1
+) -> Simulation:
     if folded is not None:
-        return simulate(program, folded.compute, record=record, sub_events=False)
+        return simulate(program, folded.compute, record=record, steps=steps, sub_events=False)
     actions = sum(len(actions) for actions in program.devices)
-    return simulate(program, compute, record=record, sub_events=actions <= DETAILED_ACTIONS)
+    return simulate(program, compute, record=record, steps=steps, sub_events=actions <= DETAILED_ACTIONS)
 
 
 def _actions(layout: Layout) -> int:

@@ -95,7 +95,7 @@ class Pipeline(Spec):
     repeat: int = Field(1, ge=1, description="Alike pipelines on further devices.")
     schedule: str = Field(
         "1f1b",
-        description="Name of a schedule: 1f1b, gpipe, interleaved, zb-h1 or list (made for unequal stages).",
+        description="Name of a schedule: 1f1b, 1f1b-split, gpipe, interleaved, zb-h1 or list (for unequal stages).",
     )
     micro_batches: int = Field(ge=1, description="Micro-batches of each step.")
     micro_batch_rows: int = Field(ge=1, description="Rows (sequences) of each micro-batch.")

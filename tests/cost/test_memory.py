@@ -186,6 +186,10 @@ def test_a_split_backward_holds_its_deferred_products() -> None:
     assert found.stash > found.kept
     beside = stage_bytes(shape, (0, 5), "full").kept  # tokens and targets
     assert apart.activations - whole.activations == held * (found.stash + beside - found.kept)
+    one = plan.model_copy(
+        update={"pipelines": [plan.pipelines[0].model_copy(update={"schedule": "1f1b-split"})]}
+    )
+    assert memory(one)[0].activations - whole.activations == found.stash + beside - found.kept
 
 
 def test_the_head_holds_a_chunk_of_logits_and_no_more() -> None:

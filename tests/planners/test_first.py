@@ -8,15 +8,19 @@ import pytest
 from hypothesis import given, settings
 
 from hethub.cost.bounds import physical_step_seconds
+from hethub.cost.memory import device_memory, usable_bytes
 from hethub.errors import InfeasibleError
 from hethub.planners.even import EvenPlanner
+from hethub.planners.finalists import shallower, simulate_plan
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
 from hethub.program.check import check_plan
 from hethub.program.compile import compile_program
 from hethub.program.prove import prove
+from hethub.program.updaters import own_by_strength
 from hethub.simulate.engine import simulate
 from hethub.specs.layout import lay_out
+from hethub.specs.plan import Plan
 from tests.plan_strategies import three_speeds, tiny_model
 from tests.planners.examples import one_two_four, problems, workload
 
@@ -54,7 +58,52 @@ def test_the_step_is_the_simulators() -> None:
     problem = one_two_four()
     found = FirstPlanner().plan(problem)
     program = compile_program(lay_out(found.plan), problem.compute)
-    assert simulate(program, problem.compute, record=False).step_seconds == found.step_seconds
+    assert simulate(program, problem.compute, record=False, steps=3).step_seconds == found.step_seconds
+
+
+def _under(plan: Plan, schedule: str) -> Plan:
+    pipelines = [pipeline.model_copy(update={"schedule": schedule}) for pipeline in plan.pipelines]
+    return plan.model_copy(update={"pipelines": pipelines})
+
+
+def test_a_big_plans_schedule_is_quicker_than_1f1b_by_the_whole_simulation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As big are taken all candidates here, so that only parts of them are simulated before one is chosen. Seeded bug
+    that it saw: parts simulated under 1F1B."""
+    monkeypatch.setattr("hethub.planners.finalists._WHOLE_ACTIONS", 0)
+    problem = one_two_four()
+    found = FirstPlanner().plan(problem)
+    assert check_plan(found.plan) == []
+    prove(found.modelled.program)
+    plain = simulate_plan(_under(found.plan, "1f1b"), problem.compute)
+    assert plain is not None
+    assert found.step_seconds < plain.steady().simulation.step_seconds
+    assert all(loser.step_seconds >= found.step_seconds for loser in found.runners_up)
+
+
+def test_what_lacks_memory_for_split_backwards_goes_one_less_far_ahead() -> None:
+    problem = replace(one_two_four(), types=frozenset(["middle"]))
+    plan = _under(FirstPlanner().plan(problem).plan, "1f1b")
+    pipelines = [
+        pipeline.model_copy(
+            update={"stages": [s.model_copy(update={"in_flight": 4}) for s in pipeline.stages]}
+        )
+        for pipeline in plan.pipelines
+    ]
+    plan = plan.model_copy(update={"pipelines": pipelines})
+    layout = lay_out(plan)
+    updates = own_by_strength(layout, problem.compute).updates
+    devices = problem.compute.graph.devices
+    needed = {d: use.total for d, use in device_memory(problem.compute, layout, *updates).items()}
+    least = max(needed, key=lambda d: needed[d])
+    reserve = {devices[least].type.name: usable_bytes(devices[least].type) - needed[least]}
+    assert shallower(plan, problem.compute, reserve) is None
+    split = _under(plan, "1f1b-split")
+    less = shallower(split, problem.compute, reserve)
+    assert less is not None
+    assert simulate_plan(split, problem.compute, reserve_bytes=reserve) is None
+    assert simulate_plan(less, problem.compute, reserve_bytes=reserve) is not None
 
 
 def test_uneven_beats_even_where_speeds_are_one_two_four() -> None:

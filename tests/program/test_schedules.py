@@ -3,7 +3,8 @@
 Seeded bugs that were tried, and the test that saw each: the in-flight slot freed at the input part (the limit);
 zb-h1 with backwards before forwards (the published bubble); interleaved going ahead by one step for each stage behind
 (Megatron's order) or without a look at the limit (the limit); backwards left whole without a look at when their
-gradient is needed (never longer than 1F1B and ZB-H1).
+gradient is needed (never longer than 1F1B and ZB-H1); weight parts of split 1F1B last, as ZB-H1 has them (right behind
+their input parts); 1F1B in one order only, backwards first (in step over slow hops).
 """
 
 import math
@@ -231,6 +232,48 @@ def test_zb_h1_has_the_published_bubble_within_1f1bs_peak(stages: int, rounds: f
     assert max(most_held(order, stage) for stage in range(stages)) == stages
 
 
+# -- 1F1B of unequal stages, whole and split ----------------------------------------------------------------------
+
+
+def test_1f1b_keeps_in_step_over_slow_hops() -> None:
+    """16 stages, a slow hop and six stages that are a little slower, as planned for 768 devices: a step takes the fill
+    and the slowest stage's work of the other micro-batches. Backwards first alone took 17 % more."""
+    forward, backward = (0.078,) * 16 + (0.077,) * 6, (0.1455,) * 16 + (0.15,) * 6
+    limits = (23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 6, 5, 4, 3, 2, 1)
+    shape = Shape(
+        micro_batches=154,
+        forward_seconds=forward,
+        backward_seconds=backward,
+        input_seconds=tuple(0.58 * b for b in backward),
+        weight_seconds=tuple(0.42 * b for b in backward),
+        hop_seconds=(0.0001,) * 15 + (0.0014, 0.0004, 0.0004, 0.0004, 0.0014, 0.0004),
+        in_flight=limits,
+        resources=tuple(range(22)),
+    )
+    fill = sum(forward) + sum(backward) + 2 * sum(shape.hop_seconds)
+    assert makespan(SCHEDULES["1f1b"](shape), shape) <= 1.01 * (fill + 153 * (0.077 + 0.15))
+
+
+@settings(max_examples=100)
+@given(shape=shapes())
+def test_split_1f1b_has_every_weight_part_right_behind_its_input_part(shape: Shape) -> None:
+    order = SCHEDULES["1f1b-split"](shape)
+    for resource in set(shape.resources):
+        own = of_resource(order, shape, resource)
+        for at, task in enumerate(own):
+            if task.kind == Kind.BACKWARD_INPUT:
+                assert own[at + 1] == Task(Kind.BACKWARD_WEIGHT, task.stage, task.micro_batch)
+            assert task.kind != Kind.BACKWARD
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+def test_split_1f1b_waits_for_no_weight_part_on_the_way_back(stages: int) -> None:
+    """The bubble is (p - 1)(F + B) instead of (p - 1)(F + B + W), with as many in flight as 1F1B."""
+    limits = tuple(stages - s for s in range(stages))
+    shape = equal_stages(tuple(range(stages)), 3 * stages, in_flight=limits)
+    assert makespan(SCHEDULES["1f1b-split"](shape), shape) == 9 * stages + 2 * (stages - 1)
+
+
 # -- list scheduling -----------------------------------------------------------------------------------------
 
 
@@ -238,7 +281,7 @@ def test_zb_h1_has_the_published_bubble_within_1f1bs_peak(stages: int, rounds: f
 @given(shape=shapes())
 def test_list_is_never_longer_than_1f1b_and_zb_h1(shape: Shape) -> None:
     found = makespan(SCHEDULES["list"](shape), shape)
-    assert found <= min(makespan(SCHEDULES[name](shape), shape) for name in ("1f1b", "zb-h1"))
+    assert found <= min(makespan(SCHEDULES[name](shape), shape) for name in ("1f1b", "1f1b-split", "zb-h1"))
 
 
 def test_list_splits_no_backward_where_that_gains_nothing() -> None:

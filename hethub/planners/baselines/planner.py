@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hethub.errors import InfeasibleError
 from hethub.planners.baselines.own_prices import OwnPrices
@@ -65,7 +65,7 @@ class SplitPlanner:
                 f"{self.name}: none of its {len(ranked)} splits of {problem.workload.model.name} fits "
                 f"{problem.cluster.name}{and_keeps}. Use the planner of hethub plan."
             )
-        return best
+        return replace(best, modelled=best.modelled.steady())
 
 
 def whole_batch(split: Split, batch: int) -> Split | None:
