@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import ROOT, print_figures, write_result
+from hethub.cli.uncollected import uncollected
 from hethub.cost.bounds import physical_step_seconds
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
@@ -109,7 +110,8 @@ def measure(path: Path, times: int, kinds: int | None) -> dict[str, Any]:
     problem = Problem.of(cluster, workload, constraints=told.constraints)
     if kinds is not None:
         problem = replace(problem, types=frozenset(list(cluster.device_types)[:kinds]))
-    choice = FirstPlanner().choose(problem)
+    with uncollected():  # as the command does
+        choice = FirstPlanner().choose(problem)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert choice is not None

@@ -12,11 +12,13 @@ __all__ = ["uncollected"]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without collection of cycles while it lasts."""
+    """Without collection of cycles while it lasts; what is there then is put aside, so that the interpreter's end does
+    not look through it either."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if collecting:
             gc.enable()

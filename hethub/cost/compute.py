@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from hethub.cost.footprint import rank_share
 from hethub.cost.graph import CostGraph, is_host
-from hethub.cost.profiles.curve import LinkFit
-from hethub.cost.profiles.profile import LayerKey, Profile
 from hethub.cost.shapes import (
     BYTES,
     LayerKind,
@@ -29,6 +28,10 @@ from hethub.specs.cluster import DeviceType
 from hethub.specs.layout import RankPlace, Share, Span
 from hethub.specs.workload import Workload
 from hethub.timeline.record import Kind
+
+if TYPE_CHECKING:  # loaded where there is a profile
+    from hethub.cost.profiles.curve import LinkFit
+    from hethub.cost.profiles.profile import Profile
 
 __all__ = [
     "ComputeModel",
@@ -189,6 +192,8 @@ class ComputeModel:
     ) -> float | None:
         """Of a rank of an even group on one node, less the group's collectives, which are priced apart. Where these
         alone would take more than was measured, all took less than is priced, in the same proportion."""
+        from hethub.cost.profiles.profile import LayerKey
+
         model, device_type = self.workload.model, self.graph.as_known(device_type)
         group = self._neighbours(device_type, degree)
         if group is None or degree > model.kv_heads:
@@ -266,9 +271,12 @@ class ComputeModel:
         `recompute` is the stage's mode: it says what RECOMPUTE does again, and with "full" the head's gradients move
         from FORWARD to there. Without `training` FORWARD is an evaluation's.
         """
-        # Decoders are alike: their number and the ends tell all.
+        # Decoders are alike: their number and the ends tell all. So are devices of a type that work alone.
         ends = (layers[0] == 0, layers[1] == self.workload.model.layers + 2)
-        key = (ranks, layers[1] - layers[0], ends, rows, work, recompute, training)
+        who: object = ranks
+        if len(ranks) == 1:
+            who = self.graph.devices[ranks[0].device].type.name, ranks[0].share
+        key = (who, layers[1] - layers[0], ends, rows, work, recompute, training)
         found = self._prices.get(key)
         if found is None:
             largest = max(rank.share.vocab[1] - rank.share.vocab[0] for rank in ranks)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.profile import Profile
 from hethub.specs.workload import Workload
+
+if TYPE_CHECKING:
+    from hethub.cost.profiles.profile import Profile
 
 __all__ = ["NOT_MEASURED", "Measured", "spread_interval"]
 

@@ -343,6 +343,7 @@ def _head_segments(
     )
 
 
+@lru_cache(maxsize=1 << 14)
 def layer_segments(
     model: Model, kind: LayerKind, share: Share, rows: int, *, seq: int, size: int, work: Work
 ) -> tuple[Segment, ...]:
@@ -374,6 +375,6 @@ def model_flops_per_token(model: Model, seq: int) -> float:
     whole, work = Share.whole(model), Work(Kind.FORWARD, training=False)
     per_row = 0.0
     for kind, count in (("embedding", 1), ("decoder", model.layers), ("head", 1)):
-        for segment in layer_segments(model, kind, whole, 1, seq=seq, size=2, work=work):  # type: ignore[arg-type]
+        for segment in layer_segments(model, kind, whole, 1, seq=seq, size=2, work=work):
             per_row += count * sum(o.flops for o in segment.operations)
     return 3 * per_row / seq

@@ -21,6 +21,7 @@ that wait for each other though each alone is quick enough.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -35,10 +36,12 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SEGMENTS = (1.0, 1.01, 1.04, 1.12, 1.4, np.inf)  # of periods, in least periods
+_STARTS, _ENDS = np.array(SEGMENTS[:-1])[:, None], np.array(SEGMENTS[1:])[:, None]
 _COUNT = len(SEGMENTS) - 1
 _NEVER = np.inf
 _MOST = 1 << 30  # micro-batches
 _LONG = 1e200  # seconds; infinity times no micro-batch would be no number
+_BLOCK = 4096  # columns at a time
 MANY = 30_000  # columns whose updates are bounded more roughly
 
 
@@ -102,36 +105,37 @@ class Columns:
 
     def tails(self, update: Floats, gradients: Floats) -> Tails:
         """From the seconds that a decoder's update and its gradients take on each slot."""
-        used = self.counts > 0
-        front = self.runs[np.arange(len(self)), used.sum(axis=1) - 1]
         late = np.zeros((_COUNT, len(self)))
-        for k, end in enumerate(SEGMENTS[1:-1]):
-            late[k] = gradients[front] * self.first[k] - self.hidden * self.period * end
-        return Tails(
-            update=self._updates(np.where(used, update[self.runs], 1.0)), gradients=np.maximum(0.0, late)
-        )
+        longest = np.empty((1 if len(self) > MANY else _COUNT, len(self)))
+        for some in _blocks(len(self)):
+            runs, used = self.runs[some], self.counts[some] > 0
+            front = gradients[runs[np.arange(len(runs)), used.sum(axis=1) - 1]]
+            hidden = _ENDS[:-1] * (self.hidden[some] * self.period[some])
+            late[:-1, some] = np.maximum(0.0, front * self.first[:-1, some] - hidden)
+            longest[:, some] = self._updates(some, np.where(used, np.maximum(update[runs], 1e-300), 1.0))
+        return Tails(update=np.broadcast_to(longest, late.shape), gradients=late)
 
-    def _updates(self, each: Floats) -> Floats:
-        """Seconds [segments, columns] of the longest update, `each` of a decoder on every run. Of very many columns as
-        if stages could hold any number."""
-        each = np.maximum(each, 1e-300)
+    def _updates(self, some: slice, each: Floats) -> Floats:
+        """Seconds [segments, columns] of the longest update of some columns, `each` of a decoder on every run. Of very
+        many columns as if stages could hold any number."""
+        counts, layers = self.counts[some], self.layers
+        speeds = counts / each
         if len(self) > MANY:
-            spread: Floats = self.layers / np.maximum((self.counts / each).sum(axis=1), 1e-300)
-            return np.broadcast_to(spread, (_COUNT, len(self)))
-        found = np.empty((_COUNT, len(self)))
-        for k, end in enumerate(SEGMENTS[1:]):
-            room = _room(self.table, self.places, self.counts, self.period * end)
-            full = np.zeros(each.shape, dtype=bool)
-            for _ in range(
-                each.shape[1]
-            ):  # runs with all that they can hold before the others have as long to do
-                held = np.where(full, self.counts * room, 0.0).sum(axis=1)
-                speed = np.where(full, 0.0, self.counts / each).sum(axis=1)
-                found[k] = np.maximum(0.0, self.layers - held) / np.maximum(speed, 1e-300)
-                more = (room * each < found[k][:, None]) & (self.counts > 0) & ~full
-                if not more.any() or (more | full | (self.counts == 0)).all(axis=1).any():
-                    break
-                full |= more
+            spread: Floats = layers / np.maximum(speeds.sum(axis=1), 1e-300)
+            return spread[None]
+        room = _room(self.table, self.places[some], counts, self.period[some])  # [segments, columns, runs]
+        full = np.zeros(room.shape, dtype=bool)
+        found = np.empty(room.shape[:2])
+        # runs with all that they can hold before the others have as long to do
+        for _ in range(each.shape[1]):
+            held = np.where(full, counts * room, 0.0).sum(axis=2)
+            speed = np.where(full, 0.0, speeds).sum(axis=2)
+            found = np.maximum(0.0, layers - held) / np.maximum(speed, 1e-300)
+            more = (room * each < found[:, :, None]) & (counts > 0) & ~full
+            more &= ~(more | full | (counts == 0)).all(axis=2)[:, :, None]  # some run takes what is left
+            if not more.any():
+                break
+            full |= more
         return found
 
     def rows_within(
@@ -139,31 +143,35 @@ class Columns:
     ) -> Ints:
         """Rows that each pipeline can do within `seconds`, at most, where the longest tail of all that stand side
         by side is at least `least_tail` and at most `most_tail`."""
-        most = np.zeros(len(self))
-        # where memory counts, few micro-batches may be quicker
-        own = np.flatnonzero((self.quick < self.period * (1 - EPS)) | (tails.gradients[0] > 0))
-        for k, start in enumerate(SEGMENTS[:-1]):
-            tail = tails.update[k] + tails.gradients[k]
-            left = seconds * (1 + EPS) - self.fill[k] - np.maximum(tail, least_tail)
-            done = np.minimum(np.floor(np.maximum(left, 0.0) / (self.period * start) + 1 + EPS), _MOST)
-            most = np.maximum(most, np.where((left >= 0) & (tail <= most_tail * (1 + EPS)), done, 0.0))
-            fill, update = self.fill[k, own], tails.update[k, own]
-            left = seconds * (1 + EPS) - fill - np.maximum(update, least_tail)
-            done = np.floor(np.maximum(left, 0.0) / self.quick[own] + 1 + EPS)
-            done = np.minimum(done, np.ceil(fill / self.period[own]))
-            most[own] = np.maximum(most[own], np.where((left >= 0) & (update <= most_tail), done, 0.0))
-        return most.astype(np.int64) * self.rows
+        most = np.empty(len(self), dtype=np.int64)
+        for some in _blocks(len(self)):
+            period, quick, fill = self.period[some], self.quick[some], self.fill[:, some]
+            update, gradients = tails.update[:, some], tails.gradients[:, some]
+            spare, tail = seconds * (1 + EPS) - fill, update + gradients
+            left = spare - np.maximum(tail, least_tail)
+            done = np.minimum(np.floor(np.maximum(left, 0.0) / (_STARTS * period) + (1 + EPS)), _MOST)
+            found = np.where((left >= 0) & (tail <= most_tail * (1 + EPS)), done, 0.0).max(axis=0)
+            # where memory counts, few micro-batches may be quicker
+            own = np.flatnonzero((quick < period * (1 - EPS)) | (gradients[0] > 0))
+            if len(own):
+                update = update[:, own]
+                left = spare[:, own] - np.maximum(update, least_tail)
+                done = np.floor(np.maximum(left, 0.0) / quick[own] + (1 + EPS))
+                done = np.minimum(done, np.ceil(fill[:, own] / period[own]))
+                done = np.where((left >= 0) & (update <= most_tail), done, 0.0)
+                found[own] = np.maximum(found[own], done.max(axis=0))
+            most[some] = found
+        rows: Ints = most * self.rows
+        return rows
 
     def seconds(self, micro_batches: Floats, tails: Tails) -> Floats:
         """Least seconds with so many micro-batches."""
-        found = []
+        further = micro_batches - 1
         period, quick = np.minimum(self.period, _LONG), np.minimum(self.quick, _LONG)
-        for k, start in enumerate(SEGMENTS[:-1]):
-            filled = self.fill[k] + tails.update[k]
-            few = micro_batches <= np.ceil(self.fill[k] / self.period)
-            found.append(filled + (micro_batches - 1) * period * start + tails.gradients[k])
-            found.append(np.where(few, filled + (micro_batches - 1) * quick, np.inf))
-        least: Floats = np.minimum.reduce(found)
+        filled = self.fill + tails.update
+        whole = filled + _STARTS * (further * period) + tails.gradients
+        few = np.where(micro_batches <= np.ceil(self.fill / self.period), filled + further * quick, np.inf)
+        least: Floats = np.minimum(whole, few).min(axis=0)
         return least
 
     def taken(self, chosen: npt.NDArray[np.bool_] | Ints) -> Columns:
@@ -179,10 +187,16 @@ BY_SEGMENT = ("fill", "first")  # [segments, columns]
 BY_COLUMN = tuple(f.name for f in fields(Columns) if f.name not in ("slots", "table", "layers", *BY_SEGMENT))
 
 
+def _blocks(count: int) -> Iterator[slice]:
+    """So many columns in parts that the processor's caches hold."""
+    return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
+
+
 def _room(table: Floats, places: Ints, counts: Ints, period: Floats) -> Floats:
-    """Decoders that a stage of each run has at most [columns, runs]: by its memory, and within `period`."""
+    """Decoders that a stage of each run has at most [segments, columns, runs]: by its memory, and within the segment's
+    longest period."""
     decoder = np.where(counts > 0, table[places, DECODER], 1.0)
-    by_time = np.minimum(np.floor(period[:, None] / decoder + EPS), _MOST)
+    by_time = np.minimum(np.floor((_ENDS * period)[:, :, None] / decoder + EPS), _MOST)
     return np.where(counts > 0, np.minimum(table[places, MOST], by_time), 0.0)
 
 
@@ -200,16 +214,17 @@ def least_firsts(table: Floats, places: Ints, counts: Ints, layers: int, period:
 def least_fills(table: Floats, places: Ints, counts: Ints, layers: int, period: Floats) -> Floats:
     """Seconds [segments, columns] of every decoder once, on the quickest run as far as it goes, then on the next."""
     found = np.empty((_COUNT, len(places)))
-    decoder = np.where(counts > 0, table[places, DECODER], _NEVER)
-    order = np.argsort(decoder, axis=1, kind="stable")
-    for k, end in enumerate(SEGMENTS[1:]):
-        room = _room(table, places, counts, period * end) * counts
-        left, total = np.full(len(places), float(layers)), np.zeros(len(places))
-        for j in range(places.shape[1]):
-            run = order[:, [j]]
-            done = np.minimum(left, np.take_along_axis(room, run, axis=1)[:, 0])
-            total += done * np.where(done > 0, np.take_along_axis(decoder, run, axis=1)[:, 0], 0.0)
+    for some in _blocks(len(places)):
+        own, number = places[some], counts[some]
+        decoder = table[own, DECODER]
+        order = np.argsort(np.where(number > 0, decoder, _NEVER), axis=1, kind="stable")
+        room = np.take_along_axis(_room(table, own, number, period[some]) * number, order[None], axis=2)
+        # where there is no run nothing is done
+        decoder = np.take_along_axis(np.where(number > 0, decoder, 0.0), order, axis=1)
+        left, total = np.full(room.shape[:2], float(layers)), np.zeros(room.shape[:2])
+        for run in range(own.shape[1]):
+            done = np.minimum(left, room[:, :, run])
+            total += done * decoder[:, run]
             left -= done
-        found[k] = total
-    found += table[places[:, 0], HEAD]
+        found[:, some] = total + table[own[:, 0], HEAD]
     return found

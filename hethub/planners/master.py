@@ -8,11 +8,12 @@ are still many, greedily.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import lt
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Relaxed", "Taken", "most_rows", "relax"]
+__all__ = ["Counted", "Relaxed", "Taken", "most_rows", "relax"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -116,6 +117,24 @@ def most_rows(
     return (int(sum(rows[c] * n for c, n in taken)), taken) if taken else None
 
 
+class Counted:
+    """Columns by how many devices of each pool they use, where all counts make a small lattice."""
+
+    def __init__(self, usage: Ints, available: Ints) -> None:
+        key = usage @ np.cumprod(np.concatenate(([1], available[:-1] + 1)))  # one number for each usage
+        self._order = np.argsort(key, kind="stable")
+        self._firsts = np.flatnonzero(np.diff(key[self._order], prepend=-1))
+        self._usage = usage[self._order[self._firsts]]  # what is part of another usage stands before it
+        self._shape = tuple(available + 1)
+
+    def most_rows(self, rows: Ints) -> Ints:
+        """Most rows that so many devices of each pool can do, for all counts of devices."""
+        exact = np.zeros(self._shape, dtype=np.int64)
+        if len(self._order):
+            _fill(exact, self._usage, np.maximum.reduceat(rows[self._order], self._firsts))
+        return exact
+
+
 def _steps(usage: Ints, rows: Ints, left: Ints) -> Ints:
     """The unit of each pool's count: what all columns that fit use a multiple of."""
     able = (usage <= left).all(axis=1) & (rows > 0)
@@ -166,14 +185,7 @@ def _lattice(
             return None
         exact -= 1 << 40
         exact[(0,) * len(sizes)] = 0
-    ends = [size + 1 for size in sizes.tolist()]
-    for need, gain in zip((usage[items] // steps).tolist(), rows[items].tolist(), strict=True):
-        # 1, 2, 4, ... of it: every number is a sum of those
-        while all(n < end for n, end in zip(need, ends, strict=True)):
-            into = exact[tuple([slice(n, None) for n in need])]
-            source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
-            np.maximum(into, source + gain, out=into)
-            need, gain = [2 * n for n in need], 2 * gain
+    _fill(exact, usage[items] // steps, rows[items])
     state = sizes.copy()
     if exact[tuple(state)] < 0:
         return None
@@ -188,6 +200,20 @@ def _lattice(
         else:
             state = _smaller(exact, state)
     return chosen
+
+
+def _fill(exact: Ints, usage: Ints, rows: Ints) -> None:
+    """Raise `exact[counts]` to the most rows that any number of these do with so many devices."""
+    ends = exact.shape
+    for need, gain in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
+        if exact[need] >= gain:  # others do as much
+            continue
+        # 1, 2, 4, ... of it: every number is a sum of those
+        while all(map(lt, need, ends)):
+            into = exact[tuple([slice(n, None) for n in need])]
+            source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
+            np.maximum(into, source + gain, out=into)
+            need, gain = tuple([2 * n for n in need]), 2 * gain
 
 
 def _smaller(exact: Ints, state: Ints) -> Ints:

@@ -29,29 +29,30 @@ MOST = 9  # decoders that one micro-batch lets fit
 ROOM, OWN, EXCHANGE_ROOM = range(10, 13)  # bytes, of an inner stage; of the last one they stand 3 further
 LAST = 3
 
-_HALVINGS = 12
+_NEAR = 5e-4  # how near a period's bisection comes
+_STEP = 1.05  # the first step beyond the period by time alone
 EPS = 1e-9
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def stage_decoders(line: Any, last: bool, period: Any, behind: Any) -> Any:
+def stage_decoders(line: Any, last: bool, period: Any, waiting: Any) -> Any:
     """The most decoders of a stage: as many as it does in `period`, and as fit with the micro-batches in flight that
-    `behind` seconds of decoders behind it, and its own, ask for."""
+    the stages behind it ask for, which take `waiting` periods, and its own."""
     shift = LAST if last else 0
     room, own = line[ROOM + shift], line[OWN + shift]
-    ends = 1.0 if last else 0.0
-    head, head_again = ends * line[HEAD], ends * line[HEAD_AGAIN]
     decoder, each, kept = line[DECODER], line[EACH], line[KEPT]
+    head, head_again = (line[HEAD], line[HEAD_AGAIN]) if last else (0.0, 0.0)
     one = each + kept
-    # n (each + kept k) + own k <= room with k = (behind + n decoder) / period micro-batches in flight
-    a = kept * decoder / period
-    b = each + (kept * behind + own * decoder) / period
-    c = own * behind / period - room
+    # n (each + kept k) + own k <= room with k = waiting + n turn micro-batches in flight
+    turn = decoder / period
+    a = kept * turn
+    b = each + own * turn + kept * waiting
+    c = own * waiting - room
     deep = (np.sqrt(np.maximum(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
     none = np.minimum(np.minimum((period - head) / decoder, (room - own) / one), deep)
-    entries = line[ENTRY] * np.maximum(behind / period - 1, 0.0)
+    entries = line[ENTRY] * np.maximum(waiting - 1, 0.0)
     full = np.minimum((period - head - head_again) / (decoder + line[AGAIN]), (room - own - entries) / one)
     exchange = line[EXCHANGE_ROOM + shift] / (one + line[EXCHANGED])
     return np.floor(np.maximum(0.0, np.minimum(np.maximum(none, full), exchange)) + EPS)
@@ -60,12 +61,13 @@ def stage_decoders(line: Any, last: bool, period: Any, behind: Any) -> Any:
 def held(lines: Any, counts: Any, most: Any, total: Any, quick: Any, period: Any) -> Any:
     """Decoders that all stages hold but the first ones, up to `total` stages from the last on; `lines`, `counts` and
     `most` (the largest count) are of the runs, the last one first."""
-    found, place = 0.0 * period, 0 * total
+    turn = quick / period
+    found = (total > 0) * stage_decoders(lines[0], True, period, 0.0 * period)
+    place = 0 * total + 1
     for run in range(len(most)):
-        for number in range(most[run]):
+        for number in range(1 if run == 0 else 0, most[run]):
             working = (number < counts[run]) * (place < total)
-            last = run == 0 and number == 0
-            found = found + working * stage_decoders(lines[run], last, period, found * quick)
+            found = found + working * stage_decoders(lines[run], False, period, found * turn)
             place = place + working
     return found
 
@@ -84,29 +86,31 @@ def single_periods(
     for i in range(len(places)):
         lines, own = table[places[i]], counts[i]
         total = own.sum()
-        quick, high = np.inf, 0.0
+        quick, longest = np.inf, 0.0
         for run in range(len(own)):
             if own[run]:
                 quick = min(quick, lines[run, DECODER])
                 slow = (lines[run, DECODER] + lines[run, AGAIN]) * layers
-                high = max(high, slow + lines[run, HEAD] + lines[run, HEAD_AGAIN])
-        high *= 1 + EPS
-        if held(lines, own, own, total, quick, high) < layers:
-            period[i] = np.inf
-            for k in range(len(ends)):
-                others[k, i] = 0.0
-            continue
-        near = low[i]
-        if held(lines, own, own, total, quick, near * (1 + EPS)) < layers:
-            for _ in range(_HALVINGS):
-                middle = math.sqrt(near * high)
-                if held(lines, own, own, total, quick, middle) >= layers:
-                    high = middle
-                else:
-                    near = middle
-        period[i] = near
+                longest = max(longest, slow + lines[run, HEAD] + lines[run, HEAD_AGAIN])
+        longest *= 1 + EPS
+        # most pipelines need no longer than by time alone, or little longer
+        near, high, step = low[i], low[i] * (1 + EPS), _STEP
+        while held(lines, own, own, total, quick, high) < layers and high < longest:
+            near, high, step = high, min(high * step, longest), step * step
+        fits = high < longest or held(lines, own, own, total, quick, longest) >= layers
+        while fits and high > near * (1 + _NEAR):
+            middle = math.sqrt(near * high)
+            if held(lines, own, own, total, quick, middle) >= layers:
+                high = middle
+            else:
+                near = middle
+        period[i] = near if fits else np.inf
         for k in range(len(ends)):
-            others[k, i] = held(lines, own, own, total - 1, quick, near * ends[k])
+            enough = k > 0 and others[k - 1, i] >= layers  # then so in longer periods
+            if fits and not enough:
+                others[k, i] = held(lines, own, own, total - 1, quick, near * ends[k])
+            else:
+                others[k, i] = layers if fits else 0.0
 
 
 def least_periods(
@@ -132,7 +136,7 @@ def least_periods(
 
     fits, near = enough(high), low.copy()
     high = np.where(enough(near * (1 + EPS)), near, high)
-    for _ in range(_HALVINGS):
+    while (fits & (high > near * (1 + _NEAR))).any():
         middle = np.sqrt(near * high)
         good = enough(middle)
         high, near = np.where(good, middle, high), np.where(good, near, middle)

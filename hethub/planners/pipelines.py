@@ -54,7 +54,8 @@ class _Lines:
         self.table = np.full((len(space.slots) * self.width, FIELDS), _NEVER)
         self.able = np.zeros(len(self.table), dtype=bool)
         self.worth = np.zeros(len(self.table), dtype=bool)
-        holders = max(2, sum(space.available))
+        self._holders = max(2, sum(space.available))
+        self._memory: dict[tuple[int, int, int], tuple[int, Floats]] = {}  # (pool, degree, rows)
         for number, slot in enumerate(space.slots):
             best = _NEVER
             for at, rows in enumerate(space.rows):
@@ -63,27 +64,34 @@ class _Lines:
                     continue
                 line = number * self.width + at
                 self.able[line] = True
-                self._fill(self.table[line], staff.costs, holders)
+                self._fill(self.table[line], staff.costs)
                 each = self.table[line, DECODER] / rows
                 self.worth[line] = space.small or each < WORTH * best
                 best = min(best, each)
 
-    @staticmethod
-    def _fill(line: Floats, members: Sequence[SeatCost], holders: int) -> None:
+    def _fill(self, line: Floats, members: Sequence[SeatCost]) -> None:
+        _, line[:] = min(map(self._memory_line, members), key=lambda found: found[0])
         slow = max(members, key=lambda cost: sum(cost.decoder))
-        full = min(members, key=lambda cost: cost.most_decoders(_INNER, 1, holders, full=True))
         line[DECODER], line[BACKWARD], line[AGAIN] = sum(slow.decoder), slow.decoder[1], slow.decoder[0]
         line[HEAD], line[HEAD_AGAIN] = sum(slow.head), slow.head_again
-        line[ENTRY], line[MOST] = _NEVER, 0.0
-        for places, shift in (((_INNER, _FIRST), 0), ((_LAST, _ONLY), LAST)):
-            # a first stage of a small model has less to hold than an inner one, whose messages come from both sides
-            found = [full.least_lines(place, holders) for place in places]
-            room, own = max(f.room for f in found), min(f.own for f in found)
-            line[ROOM + shift], line[OWN + shift] = room, own
-            line[EXCHANGE_ROOM + shift] = room - own - min(f.own_exchanged for f in found)
-            line[EACH], line[KEPT], line[EXCHANGED] = found[0].each, found[0].kept, found[0].exchanged
-            line[ENTRY] = min(line[ENTRY], *(f.entry for f in found))
-            line[MOST] = max(line[MOST], (room - own) // (found[0].each + found[0].kept))
+
+    def _memory_line(self, cost: SeatCost) -> tuple[int, Floats]:
+        """(Most decoders of an inner stage, the fields that are bytes) of a group."""
+        key = (cost.pool, cost.degree, cost.rows)
+        if key not in self._memory:
+            line = np.full(FIELDS, _NEVER)
+            line[MOST] = 0.0
+            for places, shift in (((_INNER, _FIRST), 0), ((_LAST, _ONLY), LAST)):
+                # a first stage of a small model has less to hold than an inner one, whose messages come from both sides
+                found = [cost.least_lines(place, self._holders) for place in places]
+                room, own = max(f.room for f in found), min(f.own for f in found)
+                line[ROOM + shift], line[OWN + shift] = room, own
+                line[EXCHANGE_ROOM + shift] = room - own - min(f.own_exchanged for f in found)
+                line[EACH], line[KEPT], line[EXCHANGED] = found[0].each, found[0].kept, found[0].exchanged
+                line[ENTRY] = min(line[ENTRY], *(f.entry for f in found))
+                line[MOST] = max(line[MOST], (room - own) // (found[0].each + found[0].kept))
+            self._memory[key] = cost.most_decoders(_INNER, 1, self._holders, full=True), line
+        return self._memory[key]
 
 
 def columns_of(chains: Chains, space: Space) -> Columns:

@@ -98,10 +98,16 @@ class Search:
     def rates(
         self, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
     ) -> tuple[Floats, Floats]:
-        """(Update, gradients) seconds of a decoder on every slot, at least; see `LinkCosts.least_rates`."""
+        """(Update, gradients) seconds of a decoder on every slot of these pools, at least; see
+        `LinkCosts.least_rates`."""
         key = (copies, tuple(pools), alike, frozenset(must))
         if key not in self._rates:
             least = self.chains.links.least_rates
-            found = [least(slot, copies, pools, alike=alike, must=must) for slot in self.space.slots]
+            found = [
+                least(slot, copies, pools, alike=alike, must=must)
+                if all(seat.pool in pools for seat in slot)
+                else (0.0, 0.0)
+                for slot in self.space.slots
+            ]
             self._rates[key] = np.array([f[0] for f in found]), np.array([f[1] for f in found])
         return self._rates[key]

@@ -42,6 +42,7 @@ Floats = npt.NDArray[np.float64]
 _ALIKE, _ALIKE_OF_MANY = 1500, 300  # alike plans priced
 _LOOKED_AT = 20_000  # columns of which each number is bounded
 _BRANCHES = {True: 24, False: 12}  # split at most, on small clusters and on others; of very many columns none
+_PRICED_FIRST = 40  # of these at most, those that look best from afar
 _EACH = 24  # numbers of alike pipelines bounded one by one; more of them in ranges
 _SHORT = 1e-9
 
@@ -73,6 +74,8 @@ def _ranges(most: int) -> list[tuple[int, int]]:
 
 def _alike(search: Search, able: Ints, least: int, most: Ints) -> Floats:
     """Bounds of plans that repeat columns `able` at least `least` times and at most `most` times each."""
+    if not len(able):
+        return np.zeros(0)
     own, batch = search.columns.taken(able), search.batch
     ends = [search.rates(n, search.space.pools, alike=True) for n in sorted({least, int(most.max())})]
     update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
@@ -82,16 +85,12 @@ def _alike(search: Search, able: Ints, least: int, most: Ints) -> Floats:
     return np.where(even, seconds, math.inf)
 
 
-def _promising(search: Search, most: Ints) -> tuple[Ints, float]:
-    """Of very many columns those that may be the quickest `most` times side by side, tails left out, and the least
-    seconds of the others."""
+def _without_tails(search: Search, chosen: Ints, most: Ints) -> Floats:
+    """Rougher bounds, of plans that repeat columns `chosen` at most `most` times each."""
     columns = search.columns
-    if len(columns) <= _LOOKED_AT:
-        return np.arange(len(columns)), math.inf
-    micro_batches = np.ceil(search.batch / (columns.rows * most) - _SHORT)
-    seconds = columns.fill.min(axis=0) + (micro_batches - 1) * columns.quick
-    order = np.argsort(seconds, kind="stable")
-    return np.sort(order[:_LOOKED_AT]), float(seconds[order[_LOOKED_AT]])
+    micro_batches = np.ceil(search.batch / (columns.rows[chosen] * most) - _SHORT)
+    found: Floats = columns.fill.min(axis=0)[chosen] + (micro_batches - 1) * columns.quick[chosen]
+    return found
 
 
 def _price_alike(search: Search) -> float:
@@ -102,12 +101,20 @@ def _price_alike(search: Search) -> float:
     most = (search.available // np.maximum(columns.usage, 1)).min(
         axis=1, initial=search.batch, where=columns.usage > 0
     )
-    promising, others = _promising(search, most)
+    rough = _without_tails(search, np.arange(len(columns)), most)
+    order = np.argsort(rough, kind="stable")
+    others = float(rough[order[_LOOKED_AT]]) if len(order) > _LOOKED_AT else math.inf
+    promising = np.sort(order[:_LOOKED_AT])
+    # until one fits, so that few others have to be looked at closely; periods of small spaces count no memory yet
+    for column in () if search.space.small else order[:_PRICED_FIRST].tolist():
+        if not search.best.kept:
+            search.offer(((column, int(most[column])),))
     queue: list[tuple[float, int, int, int]] = []  # bound, column, least and most copies
     for least, last in _ranges(int(most.max(initial=1))):
         able = promising[most[promising] >= least]
         if not len(able):  # of those that may be repeated so often none is among the promising
             break
+        able = able[_without_tails(search, able, np.minimum(most[able], last)) < search.best.seconds]
         copies = np.minimum(most[able], last)
         bounds = _alike(search, able, least, copies)
         kept = np.argsort(bounds, kind="stable")[:_ALIKE]

@@ -16,10 +16,10 @@ from hethub.cost.memory import (
     MemoryUse,
     apart_bytes,
     cut_inside_elements,
-    device_memory,
     layer_bytes,
     on_host,
     rank_shape,
+    rank_uses,
     usable_bytes,
 )
 from hethub.cost.shapes import BYTES
@@ -212,7 +212,7 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
         def use_of(held: int, recompute: str) -> MemoryUse:
             stage = StagePlace(0, layers, recompute, held, (replica,))
             pipeline = PipelinePlace(0, "1f1b", held, replica.rows[1], 0, (stage,))
-            return device_memory(compute, Layout(workload.model, (pipeline,)), {})[rank.device]
+            return rank_uses(compute, Layout(workload.model, (pipeline,)))[rank.device].use
 
         use = use_of(1, "none")
         found = self[place] = Ends(
@@ -234,6 +234,9 @@ class SeatCosts:
         self.pools = pools
         self.reserve_bytes = reserve_bytes or {}  # by device type, that the user keeps free
         self._known: dict[tuple[int, int, int], SeatCost] = {}
+        self._ends: dict[
+            tuple[int, int, int, bool], _LazyEnds
+        ] = {}  # bytes are alike on devices of all speeds
 
     def cost(self, pool: int, degree: int, rows: int) -> SeatCost:
         """The cost of a group of `degree` devices of the pool with `rows` rows; the pool must hold such a
@@ -260,8 +263,9 @@ class SeatCosts:
 
         device_type = self.pools[pool].type
         width = BYTES[device_type.dtype_for(workload.precision)]
-        replica = ReplicaPlace((0, rows), ranks)
+        replica, host = ReplicaPlace((0, rows), ranks), on_host(compute, devices[0])
         shape = rank_shape(compute, replica, 0)
+        ends = self._ends.setdefault((degree, rows, shape.size, host), _LazyEnds(compute, replica))
         # Bytes are those of the first rank: it has the most of everything.
         return SeatCost(
             pool=pool,
@@ -277,12 +281,12 @@ class SeatCosts:
             decoder_elements=compute.stage_parameters(shares[0], (1, 2)),
             decoder_kept=layer_bytes(shape, "decoder").kept,
             decoder_apart=cut_inside_elements(shape, (1, 2)) * apart_bytes(workload, width),
-            ends=_LazyEnds(compute, replica),
+            ends=ends,
             usable=usable_bytes(device_type) - self.reserve_bytes.get(device_type.name, 0),
             width=width,
             gradient=gradient_bytes(workload.precision),
             state=state_bytes(workload.precision),
-            host=on_host(compute, devices[0]),
+            host=host,
             joint=compute.graph.has_collectives(devices[0]),
             boundary=rows * workload.sequence_length * model.hidden_size * width,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from operator import sub
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from hethub.planners.candidate import chains_of
 from hethub.planners.columns import MANY, Columns, Tails
-from hethub.planners.master import Taken, most_rows, relax
+from hethub.planners.master import Counted, Taken, most_rows, relax
 from hethub.planners.priced import Search
 
 __all__ = ["NEAR", "Branch", "roots"]
@@ -35,6 +36,7 @@ _LOOKED = 4_000  # partial choices looked at for that
 _CHOSEN_FROM = 20_000  # columns
 _APART = 0.004  # of the bound: longest tails nearer to each other are not worth a split
 _SHORT = 1e-9
+_UNLIKE = 2  # pipelines, at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +65,23 @@ class Branch:
     ) -> None:
         self.search, self.name, self.limits, self.is_root = search, name, limits, is_root
         self.numbers, self.columns = numbers, columns
-        self.bound = 0.0
+        self.bound, self.reached = (
+            0.0,
+            np.inf,
+        )  # seconds in which the batch cannot, and in which it may be done
         self._tails: dict[int, Tails] = {}
+        # every plan within so many seconds has at least so many pipelines
+        self._side_by_side = (np.inf, _UNLIKE)
 
     @property
     def decided(self) -> bool:
         """Whether it is settled which pools work."""
         return len(self.limits.must) == len(self.limits.may)
+
+    @cached_property
+    def counted(self) -> Counted:
+        """Its columns by what they use; on small clusters."""
+        return Counted(self.columns.usage, self.search.available)
 
     # -- bounds ---------------------------------------------------------------------------------------------------
 
@@ -88,21 +100,35 @@ class Branch:
         return columns.rows_within(seconds, tails, self.limits.least_tail, self.limits.most_tail)
 
     def rows_within(self, seconds: float) -> Ints:
-        """Rows of each pipeline, at most: there are at least as many as the most rows of one ask for."""
-        rows = self._rows(self.columns, seconds, self.tails(2))
-        pipelines = max(2, -(-self.search.batch // max(1, int(rows.max(initial=1)))))
-        pipelines = 1 << (pipelines.bit_length() - 1)  # few different ones, so that tails are used again
-        return rows if pipelines == 2 else self._rows(self.columns, seconds, self.tails(pipelines))
+        """Rows of each pipeline, at most."""
+        return self._rows_and_pipelines(seconds)[0]
+
+    def _rows_and_pipelines(self, seconds: float) -> tuple[Ints, int]:
+        """The same, and how many pipelines there are at least: as many as the most rows of one ask for."""
+        within, pipelines = self._side_by_side
+        pipelines = pipelines if seconds <= within else _UNLIKE
+        while True:
+            rows = self._rows(self.columns, seconds, self.tails(pipelines))
+            more = max(1, -(-self.search.batch // max(1, int(rows.max(initial=1)))))
+            more = 1 << (more.bit_length() - 1)  # few different ones, so that tails are used again
+            if more <= pipelines:
+                return rows, pipelines
+            if more > self.search.available.sum():  # than devices: no plan is so quick
+                return np.zeros_like(rows), pipelines
+            pipelines = more
 
     def may_be_done(self, seconds: float) -> bool:
         """Whether the bounds allow the batch within these seconds."""
-        search, rows = self.search, self.rows_within(seconds)
-        if relax(self.columns.usage, rows, search.available).rows < search.batch * (1 - _SHORT):
-            return False
-        if not search.space.small:
-            return True
-        found = most_rows(self.columns.usage, rows, search.available)
-        return found is not None and found[0] >= search.batch
+        search = self.search
+        rows, pipelines = self._rows_and_pipelines(seconds)
+        if search.space.small:
+            able = bool(self.counted.most_rows(rows).max() >= search.batch)
+        else:
+            relaxed = relax(self.columns.usage, rows, search.available)
+            able = relaxed.rows >= search.batch * (1 - _SHORT)
+        if able:
+            self.reached, self._side_by_side = seconds, (seconds, pipelines)
+        return able
 
     def find_bound(self, low: float, most: float) -> float:
         """The least seconds, at least `low`, or `most` where they are not less; kept in `bound`."""
@@ -110,14 +136,38 @@ class Branch:
             self.bound = most
             return most
         high = most
-        if low and self.may_be_done(next_to := min(most, low * (1 + NEAR))):  # as most parts of a split
+        if low and self.may_be_done(next_to := min(most, low * (1 + self._near))):  # as most parts of a split
             high = next_to
-        near = NEAR if len(self.columns) <= MANY else _NEAR_OF_MANY
+        elif (few := self._promising(most)) is not self:  # those tell nearly where it is
+            few.find_bound(low, most)
+            low, high = self._around(few.bound, low, min(high, few.reached))
+        near = self._near
         while high - low > near * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.may_be_done(middle) else (middle, high)
         self.bound = low
         return low
+
+    @property
+    def _near(self) -> float:
+        return NEAR if len(self.columns) <= MANY else _NEAR_OF_MANY
+
+    def _around(self, guess: float, low: float, high: float) -> tuple[float, float]:
+        """Seconds between `low` and `high` in which the batch cannot and in which it may be done, near to a guess."""
+        step = self._near
+        if self.may_be_done(guess):
+            high = guess
+            while (sooner := high * (1 - step)) > low:
+                if not self.may_be_done(sooner):
+                    return sooner, high
+                high, step = sooner, 4 * step
+            return low, high
+        low = guess
+        while (later := low * (1 + step)) < high:
+            if self.may_be_done(later):
+                return low, later
+            low, step = later, 4 * step
+        return low, high
 
     def worth(self, seconds: float) -> dict[int, float]:
         """What share of the rows one more device of each pool would add."""
@@ -143,7 +193,7 @@ class Branch:
             if len(others) > 1:
                 found.append(self._limited(replace(limits, may=others)))
             return found
-        tails = self.tails(2)
+        tails = self.tails(_UNLIKE)
         longest = (tails.update + tails.gradients)[0, relaxed.columns]
         if not len(longest):
             return []
@@ -157,8 +207,21 @@ class Branch:
         ]
 
     def _limited(self, limits: _Limits) -> Branch:
-        left_out = [k for k, pool in enumerate(self.search.space.pools) if pool not in limits.may]
-        kept = np.flatnonzero((self.columns.usage[:, left_out] == 0).all(axis=1))
+        if (limits.may, limits.must) == (self.limits.may, self.limits.must):
+            part = Branch(self.search, self.name, limits, self.numbers, self.columns)
+            part._tails = self._tails
+            if self.search.space.small:
+                part.counted = self.counted
+        else:
+            left_out = [k for k, pool in enumerate(self.search.space.pools) if pool not in limits.may]
+            part = self._of(np.flatnonzero((self.columns.usage[:, left_out] == 0).all(axis=1)), limits)
+        part._side_by_side = self._side_by_side
+        return part
+
+    def _of(self, kept: Ints, limits: _Limits) -> Branch:
+        """Some of its plans, on some of its columns."""
+        if len(kept) == len(self.columns):
+            return Branch(self.search, self.name, limits, self.numbers, self.columns)
         return Branch(self.search, self.name, limits, self.numbers[kept], self.columns.taken(kept))
 
     # -- plans ----------------------------------------------------------------------------------------------------
@@ -172,7 +235,7 @@ class Branch:
         relaxed = relax(self.columns.usage, rows, self.search.available)
         worth = rows / np.maximum(self.columns.usage @ relaxed.prices, _SHORT)
         kept = np.sort(np.argsort(-worth, kind="stable")[:_CHOSEN_FROM])
-        return Branch(self.search, self.name, self.limits, self.numbers[kept], self.columns.taken(kept))
+        return self._of(kept, self.limits)
 
     def raise_from(self, lower: float) -> None:
         """Price choices at ever longer times, until they are as long as the best candidate's."""
@@ -183,7 +246,7 @@ class Branch:
         search = self.search
         own = self.columns
         refined = replace(own, period=own.period.copy(), quick=own.quick.copy(), fill=own.fill.copy())
-        bounds = self.tails(2)
+        bounds = self.tails(_UNLIKE)
         tails = Tails(update=np.array(bounds.update), gradients=bounds.gradients.copy())
         exact = np.zeros(len(refined), dtype=bool)
         for step in _STEPS:
@@ -256,21 +319,25 @@ class Branch:
         many would have to be looked at."""
         search, columns = self.search, self.columns
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
-        order = np.flatnonzero(rows > 0)
-        most = most_of_the_rest(columns.usage[order], rows[order], search.available)
-        usage, own = columns.usage[order], rows[order]
-        needs = [tuple(need) for need in usage.tolist()]
+        most = self.counted.most_rows(rows)
+        able_with: dict[
+            tuple[int, ...], tuple[Ints, Ints]
+        ] = {}  # devices left -> columns, rows with one and the rest
+
+        def able(left: tuple[int, ...]) -> tuple[Ints, Ints]:
+            if left not in able_with:
+                after_one = np.array(left) - columns.usage
+                fitting = np.flatnonzero((after_one >= 0).all(axis=1) & (rows > 0))
+                able_with[left] = fitting, rows[fitting] + most[tuple(after_one[fitting].T)]
+            return able_with[left]
 
         def further(start: int, left: tuple[int, ...], missing: int) -> Iterator[Taken | None]:
             if missing <= 0:
                 yield ()
-            after_one = np.array(left) - usage[start:]
-            able = np.flatnonzero((after_one >= 0).all(axis=1))
-            # one of a column allows at least the rows that several of it do
-            able = able[own[start:][able] + most[tuple(after_one[able].T)] >= missing]
-            for place in (able + start).tolist():
-                need, number = needs[place], 1
-                after, still = tuple(map(sub, left, need)), missing - int(own[place])
+            fitting, done = able(left)  # one of a column allows at least the rows that several of it do
+            for place in fitting[(fitting >= start) & (done >= missing)].tolist():
+                need, own, number = tuple(columns.usage[place].tolist()), int(rows[place]), 1
+                after, still = tuple(map(sub, left, need)), missing - own
                 while min(after) >= 0:
                     looked[0] += 1
                     if looked[0] > _LOOKED:
@@ -281,26 +348,10 @@ class Branch:
                             if rest is None:
                                 yield None
                                 return
-                            yield ((int(self.numbers[order[place]]), number), *rest)
-                    after, still, number = tuple(map(sub, after, need)), still - int(own[place]), number + 1
+                            yield ((int(self.numbers[place]), number), *rest)
+                    after, still, number = tuple(map(sub, after, need)), still - own, number + 1
 
         yield from further(0, tuple(search.available.tolist()), search.batch)
-
-
-def most_of_the_rest(usage: Ints, rows: Ints, available: Ints) -> Ints:
-    """Most rows that so many devices of each pool can do, for all counts."""
-    most = np.zeros(tuple(available + 1), dtype=np.int64)
-    best: dict[tuple[int, ...], int] = {}
-    for need, own in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
-        best[need] = max(own, best.get(need, 0))
-    for need, own in best.items():
-        number = 1
-        while all(n * number <= a for n, a in zip(need, available, strict=True)):
-            into = tuple(slice(n * number, None) for n in need)
-            source = tuple(slice(None, int(a) + 1 - n * number) for n, a in zip(need, available, strict=True))
-            most[into] = np.maximum(most[into], most[source] + own * number)
-            number *= 2
-    return most
 
 
 def roots(search: Search) -> Iterator[Branch]:
@@ -334,6 +385,6 @@ def _useful(branch: Branch) -> Ints:
     if not search.best.kept or not len(usage):
         return np.arange(len(usage))
     rows = np.minimum(branch.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
-    most = most_of_the_rest(usage, rows, search.available)
+    most = branch.counted.most_rows(rows)
     rest = most[tuple((search.available - usage).T)]
     return np.flatnonzero((rows > 0) & (rows + rest >= search.batch))

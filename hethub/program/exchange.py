@@ -8,8 +8,9 @@ members: a collective may begin behind its own moment, and not before the one ah
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 from hethub.cost.shapes import layer_parameters
@@ -123,14 +124,20 @@ def touches(
             first_of.setdefault((action.stage, action.part), index)
         elif action.kind in GRADIENT_KINDS:
             last_of[action.stage, action.part] = index
+
+    def parameters(stage: int, part: int) -> Iterator[int]:
+        layers = spans[stage][part] if part >= 0 else (spans[stage][0][0], spans[stage][-1][1])
+        for layer in range(*layers):
+            for parameter in layer_parameters(layout.model, layer):
+                yield numbers[parameter.name]
+
     found = Uses({}, {})
-    for places, kept, choose in ((first_of, found.first, min), (last_of, found.last, max)):
-        for (stage, part), index in places.items():
-            layers = spans[stage][part] if part >= 0 else (spans[stage][0][0], spans[stage][-1][1])
-            for layer in range(*layers):
-                for parameter in layer_parameters(layout.model, layer):
-                    number = numbers[parameter.name]
-                    kept[number] = choose(kept.get(number, index), index)
+    for place, index in first_of.items():  # the earliest first
+        for number in parameters(*place):
+            found.first.setdefault(number, index)
+    for place, index in sorted(last_of.items(), key=itemgetter(1)):
+        for number in parameters(*place):
+            found.last[number] = index
     return found
 
 

@@ -93,12 +93,12 @@ class Lists:
     def order(self) -> dict[Channel, tuple[int, ...]]:
         """Every channel's messages as its sender's list has them."""
         found: dict[Channel, list[int]] = defaultdict(list)
+        ways = self._ways()
         for actions in self.actions:
-            for action in actions:
-                if action.kind == Kind.SEND:
-                    entry = self.transfers[self.messages[action.message].transfer]
-                    if not entry.members:
-                        found[entry.source, entry.destination, entry.lane].append(action.message)
+            for kind, _, _, message, _ in actions:
+                if kind == Kind.SEND and not ways[message].members:
+                    entry = ways[message]
+                    found[entry.source, entry.destination, entry.lane].append(message)
         return {channel: tuple(messages) for channel, messages in found.items()}
 
     def depths(self, order: dict[Channel, tuple[int, ...]]) -> Iterator[tuple[Channel, int]]:
@@ -108,24 +108,25 @@ class Lists:
         when its own last backward is done."""
         position = {message: i for messages in order.values() for i, message in enumerate(messages)}
         consumed: dict[Channel, int] = defaultdict(int)
+        ways = self._ways()
         need = {
-            channel: max(2, sum(self._transfer(m).what == What.REDUCE for m in messages))
+            channel: max(2, sum(ways[m].what == What.REDUCE for m in messages))
             for channel, messages in order.items()
         }
-        receives = [
-            a
-            for actions in self.actions
-            for a in actions
-            if a.kind == Kind.RECEIVE and not self._transfer(a.message).members
+        received = [
+            message for actions in self.actions for kind, _, _, message, _ in actions if kind == Kind.RECEIVE
         ]
         # New weights are consumed in the next step, after everything else of theirs.
-        for action in sorted(receives, key=lambda a: self._transfer(a.message).what in CARRIED):
-            entry = self._transfer(action.message)
+        for message in sorted(received, key=lambda m: ways[m].what in CARRIED):
+            entry = ways[message]
+            if entry.members:
+                continue
             channel = (entry.source, entry.destination, entry.lane)
-            need[channel] = max(need[channel], position[action.message] + 1 - consumed[channel])
+            need[channel] = max(need[channel], position[message] + 1 - consumed[channel])
             consumed[channel] += 1
         for channel, messages in order.items():
             yield channel, min(need[channel], len(messages))
 
-    def _transfer(self, message: int) -> Transfer:
-        return self.transfers[self.messages[message].transfer]
+    def _ways(self) -> list[Transfer]:
+        """Every message's transfer."""
+        return [self.transfers[message.transfer] for message in self.messages]

@@ -74,7 +74,8 @@ class Shape:
 
 Schedule = Callable[[Shape], list[Task]]
 
-_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)  # by their numbers
+_FORWARD, _BACKWARD, _INPUT, _WEIGHT = _KINDS
 
 
 # -- an order in predicted time ------------------------------------------------------------------------------
@@ -86,33 +87,35 @@ def timed(order: Iterable[Task], shape: Shape) -> list[tuple[float, float]]:
     A resource does its tasks one by one in the order's sequence, each once its input is there. Raises ValueError
     where a task stands before one that it needs.
     """
-    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
-    hops, last = shape.hops(), len(shape.resources) - 1
-    free = dict.fromkeys(shape.resources, 0.0)
-    forward: dict[tuple[int, int], float] = {}  # (stage, micro-batch) -> end
-    backward: dict[tuple[int, int], float] = {}  # the same for whole backwards and input parts
+    seconds = [shape.seconds(kind) for kind in _KINDS]
+    hops, last, resources = shape.hops(), len(shape.resources) - 1, shape.resources
+    free = [0.0] * (1 + max(resources))
+    # ends of forwards, and of whole backwards and input parts, by stage and micro-batch
+    forward: list[dict[int, float]] = [{} for _ in resources]
+    backward: list[dict[int, float]] = [{} for _ in resources]
     times = []
-    for kind, stage, micro_batch in order:
-        try:
-            if kind == Kind.FORWARD:
-                ready = forward[stage - 1, micro_batch] + hops[stage - 1] if stage else 0.0
-            elif kind == Kind.BACKWARD_WEIGHT:
-                ready = backward[stage, micro_batch]
+    try:
+        for kind, stage, micro_batch in order:
+            if kind == _FORWARD:
+                ready = forward[stage - 1][micro_batch] + hops[stage - 1] if stage else 0.0
+                done = forward[stage]
+            elif kind == _WEIGHT:
+                ready = backward[stage][micro_batch]
+                done = None
             else:
-                ready = forward[stage, micro_batch]
+                ready = forward[stage][micro_batch]
                 if stage < last:
-                    ready = max(ready, backward[stage + 1, micro_batch] + hops[stage])
-        except KeyError:
-            raise ValueError(
-                f"{kind.name} of stage {stage}, micro-batch {micro_batch} stands before what it needs"
-            ) from None
-        start = max(free[shape.resources[stage]], ready)
-        end = free[shape.resources[stage]] = start + seconds[kind][stage]
-        if kind == Kind.FORWARD:
-            forward[stage, micro_batch] = end
-        elif kind != Kind.BACKWARD_WEIGHT:
-            backward[stage, micro_batch] = end
-        times.append((start, end))
+                    ready = max(ready, backward[stage + 1][micro_batch] + hops[stage])
+                done = backward[stage]
+            start = max(free[resources[stage]], ready)
+            end = free[resources[stage]] = start + seconds[kind][stage]
+            if done is not None:
+                done[micro_batch] = end
+            times.append((start, end))
+    except KeyError:
+        raise ValueError(
+            f"{kind.name} of stage {stage}, micro-batch {micro_batch} stands before what it needs"
+        ) from None
     return times
 
 
@@ -163,7 +166,7 @@ class _Run:
     """
 
     def __init__(self, shape: Shape, rule: _Rule) -> None:
-        self.shape, self.rule = shape, rule
+        self.shape, self.rule, self.patience = shape, rule, rule.patience
         self.hops = shape.hops()
         stages = len(shape.resources)
         self.split_from = rule.split_from or [shape.micro_batches if rule.weight is None else 0] * stages
@@ -190,25 +193,24 @@ class _Run:
         found: list[_Option] = []
         free = self.free_at[resource]
         for stage in self.members[resource]:
-            at = self.backwards[stage]
-            if at < len(self.backward_ready[stage]):
-                start = max(free, self.backward_ready[stage][at])
-                split = at >= self.split_from[stage]
+            done, forwards, freed = self.backwards[stage], self.forwards[stage], self.freed[stage]
+            ready = self.backward_ready[stage]
+            if done < len(ready):
+                start = max(free, ready[done])
+                split = done >= self.split_from[stage]
                 end = start + (shape.input_seconds if split else shape.backward_seconds)[stage]
-                kind = Kind.BACKWARD_INPUT if split else Kind.BACKWARD
-                found.append((start, end, rule.backward[stage][at], kind, stage))
-            elif rule.patience and at < self.forwards[stage] and self.expected[stage][at] > free:
-                found.append((self.expected[stage][at], math.inf, rule.backward[stage][at], None, stage))
-            freed = self.freed[stage]
-            if rule.weight is not None and freed < at:
+                found.append((start, end, rule.backward[stage][done], _INPUT if split else _BACKWARD, stage))
+            elif self.patience and done < forwards and self.expected[stage][done] > free:
+                found.append((self.expected[stage][done], math.inf, rule.backward[stage][done], None, stage))
+            if freed < done and rule.weight is not None:
                 end = free + shape.weight_seconds[stage]
-                found.append((free, end, rule.weight[stage][freed], Kind.BACKWARD_WEIGHT, stage))
-            ahead = self.forwards[stage] - at < self.ahead[stage]
-            at = self.forwards[stage]
-            if ahead and at - freed < shape.in_flight[stage] and at < len(self.forward_ready[stage]):
-                start = max(free, self.forward_ready[stage][at])
+                found.append((free, end, rule.weight[stage][freed], _WEIGHT, stage))
+            ready = self.forward_ready[stage]
+            ahead = forwards - done < self.ahead[stage] and forwards - freed < shape.in_flight[stage]
+            if ahead and forwards < len(ready):
+                start = max(free, ready[forwards])
                 end = start + shape.forward_seconds[stage]
-                found.append((start, end, rule.forward[stage][at], Kind.FORWARD, stage))
+                found.append((start, end, rule.forward[stage][forwards], _FORWARD, stage))
         return found
 
     def choice(self, resource: int) -> _Option | None:
@@ -217,8 +219,8 @@ class _Run:
         if len(options) < 2:
             return options[0] if options else None
         horizon = min(options)[0]
-        if self.rule.patience:
-            horizon += self.rule.patience * (min([option[1] for option in options]) - horizon)
+        if self.patience:
+            horizon += self.patience * (min([option[1] for option in options]) - horizon)
         best = None
         for option in options:
             if option[0] <= horizon and (best is None or option[2] < best[2]):
@@ -227,23 +229,22 @@ class _Run:
 
     def finish(self, kind: Kind, stage: int, end: float) -> int:
         """Do a task; returns the stage that its result goes to, or -1."""
-        last = len(self.hops)
-        if kind == Kind.FORWARD:
+        if kind is _FORWARD:
             self.order.append(Task(kind, stage, self.forwards[stage]))
             self.expected[stage].append(end + self.round_trip[stage])
             self.forwards[stage] += 1
-            if stage == last:
+            if stage == len(self.hops):
                 self.backward_ready[stage].append(end)
                 return -1
             self.forward_ready[stage + 1].append(end + self.hops[stage])
             return stage + 1
-        if kind == Kind.BACKWARD_WEIGHT:
+        if kind is _WEIGHT:
             self.order.append(Task(kind, stage, self.freed[stage]))
             self.freed[stage] += 1
             return -1
         self.order.append(Task(kind, stage, self.backwards[stage]))
         self.backwards[stage] += 1
-        if kind == Kind.BACKWARD:
+        if kind is _BACKWARD:
             self.freed[stage] += 1
         if stage:
             self.backward_ready[stage - 1].append(end + self.hops[stage - 1])
@@ -490,39 +491,40 @@ def _joined(order: list[Task], shape: Shape) -> list[Task]:
     Joining makes the stage before wait for the weight part too. That is free where that stage may start so late in a
     schedule of the same length that does everything as late as possible: all such joins hold in it together.
     """
-    seconds = {kind: shape.seconds(kind) for kind in _KINDS}
-    hops, last = shape.hops(), len(shape.resources) - 1
-    late = dict.fromkeys(shape.resources, makespan(order, shape))  # start of what the resource does next
-    following: dict[int, Task] = {}  # what that is
-    needed: dict[
-        tuple[bool, int, int], float
-    ] = {}  # (forward?, stage, micro-batch) -> latest end of that work
+    seconds, resources = [shape.seconds(kind) for kind in _KINDS], shape.resources
+    hops, last = shape.hops(), len(resources) - 1
+    late = [makespan(order, shape)] * (1 + max(resources))  # start of what the resource does next
+    following: list[Task | None] = [None] * len(late)  # what that is
+    # latest ends, by stage and micro-batch, of forwards, and of whole backwards and input parts
+    forward: list[dict[int, float]] = [{} for _ in resources]
+    backward: list[dict[int, float]] = [{} for _ in resources]
     whole: set[tuple[int, int]] = set()
     for task in reversed(order):
         kind, stage, micro_batch = task
-        resource = shape.resources[stage]
+        resource = resources[stage]
         end = late[resource]
-        if kind == Kind.BACKWARD_WEIGHT:
+        if kind == _WEIGHT:
             late[resource], following[resource] = end - seconds[kind][stage], task
             continue
-        deadline = needed.pop((kind == Kind.FORWARD, stage, micro_batch), math.inf)
+        deadline = (forward if kind == _FORWARD else backward)[stage].get(micro_batch, math.inf)
         start = min(end, deadline) - seconds[kind][stage]
-        if following.get(resource) == Task(Kind.BACKWARD_WEIGHT, stage, micro_batch):
+        if following[resource] == (_WEIGHT, stage, micro_batch):
             end += shape.weight_seconds[stage]
             if end <= deadline and end - shape.backward_seconds[stage] >= start:
                 start = end - shape.backward_seconds[stage]
                 whole.add((stage, micro_batch))
         late[resource], following[resource] = start, task
-        if kind == Kind.FORWARD and stage > 0:
-            needed[True, stage - 1, micro_batch] = start - hops[stage - 1]
-        elif kind != Kind.FORWARD and stage < last:
-            needed[False, stage + 1, micro_batch] = start - hops[stage]
+        if kind != _FORWARD:
+            if stage < last:
+                backward[stage + 1][micro_batch] = start - hops[stage]
+        elif stage > 0:
+            forward[stage - 1][micro_batch] = start - hops[stage - 1]
+    if not whole:
+        return order
     return [
-        Task(Kind.BACKWARD, stage, m)
-        if kind == Kind.BACKWARD_INPUT and (stage, m) in whole
-        else Task(kind, stage, m)
-        for kind, stage, m in order
-        if kind != Kind.BACKWARD_WEIGHT or (stage, m) not in whole
+        Task(_BACKWARD, task[1], task[2]) if task[0] == _INPUT and task[1:] in whole else task
+        for task in order
+        if task[0] != _WEIGHT or task[1:] not in whole
     ]
 
 
@@ -545,17 +547,17 @@ def list_scheduling(shape: Shape) -> list[Task]:
     trial = shape
     if few < shape.micro_batches or few < max(shape.in_flight):
         trial = replace(shape, micro_batches=few, in_flight=tuple(min(few, n) for n in shape.in_flight))
-    orders = []
+    path, tried = _CriticalPath(trial), []
     for number in range(len(_RULES)):
-        orders.append(_by_rule(trial, number))
+        tried.append(_by_rule(path, number))
         if trial is shape:
-            found.offer(orders[-1])
+            found.offer(*tried[-1])
             if found.is_least:
                 return found.order
-    for number in _promising(trial, orders):
-        order = orders[number]
-        whole, order = _better_whole(trial, number, order)
-        found.offer(order if trial is shape else _by_rule(shape, number, whole))
+    full = path if trial is shape else _CriticalPath(shape)
+    for number in _promising([seconds for _, seconds in tried]):
+        whole, ordered = _better_whole(path, number, *tried[number])
+        found.offer(*(ordered if trial is shape else _by_rule(full, number, whole)))
         if found.is_least:
             break
     return found.order
@@ -571,9 +573,9 @@ class _Shortest:
         self._shape, self._key = shape, (math.inf, 0)
         self.order: list[Task] = []
 
-    def offer(self, order: list[Task]) -> None:
-        """Keep it, where it is shorter."""
-        key = makespan(order, self._shape), len(order)
+    def offer(self, order: list[Task], seconds: float | None = None) -> None:
+        """Keep it, where it is shorter; `seconds` is its makespan, where that is known."""
+        key = makespan(order, self._shape) if seconds is None else seconds, len(order)
         if key < self._key:
             self._key, self.order = key, order
 
@@ -598,33 +600,36 @@ def _least_makespan(shape: Shape) -> float:
     return max(there[resource] + seconds for resource, seconds in work.items())
 
 
-def _by_rule(shape: Shape, number: int, whole: frozenset[int] = frozenset()) -> list[Task]:
-    return _joined(_Run(shape, _CriticalPath(shape).rule(number, whole)).run(), shape)
+_Ordered = tuple[list[Task], float]  # and its makespan
 
 
-def _promising(trial: Shape, orders: Sequence[list[Task]]) -> list[int]:
+def _by_rule(path: _CriticalPath, number: int, whole: frozenset[int] = frozenset()) -> _Ordered:
+    order = _joined(_Run(path.shape, path.rule(number, whole)).run(), path.shape)
+    return order, makespan(order, path.shape)
+
+
+def _promising(seconds: Sequence[float]) -> list[int]:
     """Numbers of the rules whose orders are best; splitting at the end only costs less the more micro-batches there
     are, so both ways are kept."""
-    seconds = [makespan(order, trial) for order in orders]
     ranked = sorted(range(len(_RULES)), key=seconds.__getitem__)
     everywhere = [number for number in ranked if not _RULES[number][-1]]
     at_the_end = [number for number in ranked if _RULES[number][-1]]
     return everywhere[:3] + at_the_end[:2]
 
 
-def _better_whole(trial: Shape, number: int, order: list[Task]) -> tuple[frozenset[int], list[Task]]:
-    """Stages that had better not split, each added where that shortens `order`, that of this rule; and the order then.
-    A stage that splits no backward is left out."""
+def _better_whole(
+    path: _CriticalPath, number: int, order: list[Task], least: float
+) -> tuple[frozenset[int], _Ordered]:
+    """Stages that had better not split, each added where that shortens `order`, that of this rule, which takes `least`
+    seconds; and the order then. A stage that splits no backward is left out."""
     whole: frozenset[int] = frozenset()
-    least = makespan(order, trial)
-    for stage in range(len(trial.resources)):
-        if not any(task.stage == stage and task.kind == Kind.BACKWARD_WEIGHT for task in order):
+    for stage in range(len(path.shape.resources)):
+        if not any(task.stage == stage and task.kind == _WEIGHT for task in order):
             continue
-        other = _by_rule(trial, number, whole | {stage})
-        seconds = makespan(other, trial)
+        other, seconds = _by_rule(path, number, whole | {stage})
         if seconds < least:
             whole, least, order = whole | {stage}, seconds, other
-    return whole, order
+    return whole, (order, least)
 
 
 def forward_only(shape: Shape) -> list[Task]:

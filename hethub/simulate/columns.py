@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hethub.cost.graph import CostGraph
-from hethub.cost.profiles.curve import LinkFit
 from hethub.program.actions import CARRIED, Action, Program, Transfer, What
 from hethub.simulate.kernel import COMPUTE, RECEIVE, SEND, Rules, State, Tables
 from hethub.timeline.record import Kind, Lane
+
+if TYPE_CHECKING:
+    from hethub.cost.profiles.curve import LinkFit
 
 __all__ = ["Columns", "columns_of", "new_state"]
 
 _FIELDS = len(Action._fields)
 _IN_PLACE = (What.REDUCE, What.WEIGHTS)
 _BELL_BYTES = 1
-MessageWork = Callable[[int], tuple[LinkFit, LinkFit] | None]
+MessageWork = Callable[[int], "tuple[LinkFit, LinkFit] | None"]
 Touch = Callable[[int, float], float]
 
 
@@ -255,7 +257,7 @@ def _work_seconds(
 ) -> npt.NDArray[np.float64]:
     """What each transfer takes of the device at one end of it."""
     found = np.zeros(len(size))
-    for one in np.unique(device).tolist():
+    for one in sorted(set(device.tolist())):
         both = work(one) if one >= 0 else None  # a collective's end
         if both is not None:
             own = device == one

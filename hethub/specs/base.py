@@ -33,9 +33,10 @@ _SHOWN_PROBLEMS = 50  # a person mends the first ones and runs again
 
 
 class Spec(BaseModel):
-    """A part of a file that people write: strict, frozen, unknown keys refused."""
+    """A part of a file that people write: strict, frozen, unknown keys refused. Validators are built when they are
+    first used: most are parts of larger ones."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
 
 T = TypeVar("T", bound=BaseModel)
