@@ -65,12 +65,19 @@ def chains_of(
 ) -> list[Chain | None]:
     """Each part's pipeline as it stands beside the others, its layers divided; None where it does not fit."""
     pipelines = sum(part.copies for part in parts)
-    pools = tuple(sorted({seat.pool for part in parts for slot, _ in part.crew for seat in slot}))
+    used: dict[int, int] = {}  # devices of each pool
+    for part in parts:
+        for slot, count in part.crew:
+            for seat in slot:
+                each = count * seat.degree * seat.replicas
+                used[seat.pool] = used.get(seat.pool, 0) + part.copies * each
+    pools = tuple(sorted(used))
+    near = tuple(pool for pool in pools if used[pool] <= chains.costs.pools[pool].node_size)
     found = []
     for part in parts:
         # The number is not settled yet: an even deal decides how deep stages may run ahead.
         deal = max(1, batch // (part.rows * pipelines))
-        setting = Setting(part.copies, pipelines - part.copies, pools, deal, stage_major, reach)
+        setting = Setting(part.copies, pipelines - part.copies, pools, deal, stage_major, reach, near)
         found.append(chains.chain(part.crew, part.rows, setting))
     return found
 

@@ -86,18 +86,10 @@ class LinkCosts:
             drained += stage.backward_seconds(count)
             ends.append(drained)
         margins = self._margins(stages, ends, setting)
-        used: dict[int, int] = {}  # devices of each pool, of all alike pipelines
-        for stage in stages:
-            for cost in stage.staff.costs[:1]:
-                count = setting.copies * stage.replicas * cost.degree
-                used[cost.pool] = used.get(cost.pool, 0) + count
         for stage, count, margin in zip(stages, decoders, margins, strict=True):
             for cost in stage.staff.costs:
-                together = used.get(cost.pool, math.inf) <= self.costs.pools[cost.pool].node_size
                 mates = tuple(sorted({other.pool for other in stage.staff.costs} - {cost.pool}))
-                rates = self._tail_rate(
-                    cost.pool, cost.degree, stage.holders, setting, together=together, mates=mates
-                )
+                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting, mates)
                 elements = stage.elements(cost, count)
                 gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
                 update = max(update, rates.latency + rates.update * elements)
@@ -129,12 +121,37 @@ class LinkCosts:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             mates = tuple(sorted({other.pool for other in slot} - {seat.pool}))
             found = [
-                self._tail_rate(seat.pool, seat.degree, holders, setting, mates=mates)
-                for setting in _surroundings(seat.pool, copies, pools, alike, must)
+                self._tail_rate(seat.pool, seat.degree, number, setting, mates)
+                for setting, number in self._surroundings(seat.pool, copies, holders, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
             worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
         return worst
+
+    def _surroundings(
+        self, pool: int, copies: int, holders: int, pools: Sequence[int], alike: bool, must: Sequence[int]
+    ) -> list[tuple[Setting, int]]:
+        """Whatever may stand beside a pipeline, with the holders of its layers: alike ones, dealt out in both ways, or
+        unlike ones on the pools that must work, else on one other pool (the slowest path counts, so that more pools are
+        never quicker). All of this pool may stand on one node, if there are not more unlike pipelines than that has
+        devices; as many there are the most that may."""
+        if alike:
+            settings = [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
+            return [(setting, holders) for setting in settings]
+        others: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
+        if set(must) - {pool}:
+            others = [tuple(sorted({pool, *must}))]
+        found = []
+        for used in others:
+            apart = Setting(1, copies - 1, used, 1)
+            close = apart._replace(near=(pool,))
+            found += [(apart, holders), (close, holders)]
+            if len(used) == 1:
+                most = self.costs.pools[pool].node_size
+                found = [(apart, holders)]
+                if copies <= most:
+                    found += [(close, holders), (close, most)]
+        return found
 
     def least_hop(self, one: Slot, other: Slot, rows: int) -> Hop:
         """To the next stage and back over idle links, between the nearest pair of seats with as many rows as may be."""
@@ -163,26 +180,19 @@ class LinkCosts:
         return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
     def _tail_rate(
-        self,
-        pool: int,
-        degree: int,
-        holders: int,
-        setting: Setting,
-        *,
-        together: bool = False,
-        mates: tuple[int, ...] = (),
+        self, pool: int, degree: int, holders: int, setting: Setting, mates: tuple[int, ...]
     ) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
-        update itself, gradients in the accumulators' width and weights in their own. All of the pool's devices in use
-        may stand `together` on one node; replicas of the stage may stand on other pools, its `mates`."""
-        around = (setting.copies, setting.others, setting.pools, setting.stage_major)
-        key = (pool, degree, holders, *around, together, mates)
+        update itself, gradients in the accumulators' width and weights in their own. Replicas of the stage may stand on
+        other pools, its `mates`."""
+        around = (setting.copies, setting.others, setting.pools, setting.stage_major, pool in setting.near)
+        key = (pool, degree, holders, *around, mates)
         if key not in self._tail_rates:
-            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, together, mates)
+            self._tail_rates[key] = self._find_tail_rate(pool, degree, holders, setting, mates)
         return self._tail_rates[key]
 
     def _find_tail_rate(
-        self, pool: int, degree: int, holders: int, setting: Setting, together: bool, mates: tuple[int, ...]
+        self, pool: int, degree: int, holders: int, setting: Setting, mates: tuple[int, ...]
     ) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
@@ -197,10 +207,11 @@ class LinkCosts:
         if holders == 1:
             return _Rates(0.0, update, 0.0)
         size = pools[pool].node_size
-        near = setting.stage_major and setting.copies * degree <= size
-        inside = not setting.others and not mates and (near or together or len(pools[pool].nodes) == 1)
-        paths = [pools.path(pool, pool, within_node=inside)] if inside or not mates or setting.others else []
+        beside = setting.stage_major and setting.copies * degree <= size and not setting.others
+        near = beside or pool in setting.near or len(pools[pool].nodes) == 1
         elsewhere = {*mates, *(setting.pools if setting.others else ())} - {pool}
+        inside = near and not elsewhere
+        paths = [pools.path(pool, pool, within_node=near)] if not mates or setting.others else []
         paths += [pools.path(pool, other) for other in sorted(elsewhere)]
         known = [path for path in paths if path is not None]
         if not known:
@@ -209,16 +220,3 @@ class LinkCosts:
         shared = 1 if inside else size
         each = moved * shared / slowest.bandwidth_bytes_per_second
         return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)
-
-
-def _surroundings(
-    pool: int, copies: int, pools: Sequence[int], alike: bool, must: Sequence[int]
-) -> list[Setting]:
-    """Whatever may stand beside a pipeline: alike ones, dealt out in both ways, or unlike ones on the pools that must
-    work, else on one other pool (the slowest path counts, so that more pools are never quicker)."""
-    if alike:
-        return [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
-    if set(must) - {pool}:
-        return [Setting(1, copies - 1, tuple(sorted({pool, *must})), 1)]
-    beside: list[tuple[int, ...]] = [(pool, other) for other in pools if other != pool] or [(pool,)]
-    return [Setting(1, copies - 1, pair, 1) for pair in beside]

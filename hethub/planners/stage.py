@@ -15,8 +15,9 @@ _ANY = 1 << 30
 class Setting(NamedTuple):
     """What surrounds a pipeline: `copies` alike ones, `others` unlike ones, the `pools` of all of them,
     most micro-batches of one, how units are dealt out (`stage_major`: a stage's replicas next to each
-    other, else a pipeline's stages), and how deep stages run ahead: `reach` 0 as 1F1B does without latency,
-    1 as latency asks, 2 twice as deep as 0."""
+    other, else a pipeline's stages), how deep stages run ahead: `reach` 0 as 1F1B does without latency,
+    1 as latency asks, 2 twice as deep as 0, and which of the `pools` have all their devices in use `near` each
+    other, on one node."""
 
     copies: int
     others: int
@@ -24,6 +25,7 @@ class Setting(NamedTuple):
     micro_batches: int
     stage_major: bool = False
     reach: int = 1
+    near: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
 from hethub.planners.master import most_rows, relax
 from hethub.planners.search import Ranking, rank
+from hethub.specs.cluster import Cluster, Link
 from hethub.specs.constraints import FREE, Constraints
 from tests.planners.brute_force import best_of_all, set_up, tiny_problems
 from tests.planners.examples import one_two_four, problems, with_memory
@@ -58,31 +59,36 @@ def test_the_bound_holds_where_only_the_promising_are_looked_at(problem: Problem
     assert ranking.lower_bound_seconds <= best * (1 + 1e-9)
 
 
-@settings(max_examples=30)
-@given(problem=problems(), what=st.sampled_from(["link", "memory"]))
-def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what: str) -> None:
-    """Without stages that unlike devices share. A node more is not among these: unlike pipelines of a pool of two nodes
-    are priced as if they stood on both, and hypothesis finds a case now and then."""
-    cluster = problem.cluster
-    if what == "memory":
-        more = with_memory(cluster, 2 * next(iter(cluster.device_types.values())).memory_bytes)
-    else:
-
-        def quicker(link):  # type: ignore[no-untyped-def]
-            return replace(link, bandwidth_bytes_per_second=2 * link.bandwidth_bytes_per_second)
-
-        groups = tuple(
-            replace(g, intra_link=quicker(g.intra_link), inter_link=quicker(g.inter_link))
-            for g in cluster.node_groups
-        )
-        cross = tuple(replace(c, link=quicker(c.link)) for c in cluster.links)
-        more = replace(cluster, node_groups=groups, links=cross)
+@settings(max_examples=60)
+@given(problem=problems(), what=st.sampled_from(["links", "memory", "node"]), group=st.integers(0, 2))
+def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what: str, group: int) -> None:
+    """Without stages that unlike devices share. Seen to catch: unlike pipelines of a pool of two nodes priced as if
+    they stood on both, though one holds them all (a real bug)."""
+    more = _with_more(problem.cluster, what, group)
     apart = Constraints(same_stage=False)
     before, after = _ranked(problem, apart), _ranked(Problem.of(more, problem.workload), apart)
     if before.candidates:
         assert after.candidates
         gap = 1 - after.lower_bound_seconds / after.candidates[0].seconds
         assert after.candidates[0].seconds * (1 - gap) <= before.candidates[0].seconds * (1 + 1e-9)
+
+
+def _with_more(cluster: Cluster, what: str, group: int) -> Cluster:
+    """Twice the memory, links twice as quick, or one node more in a group."""
+    if what == "memory":
+        return with_memory(cluster, 2 * next(iter(cluster.device_types.values())).memory_bytes)
+    groups = list(cluster.node_groups)
+    if what == "node":
+        group %= len(groups)
+        groups[group] = replace(groups[group], nodes=groups[group].nodes + 1)
+        return replace(cluster, node_groups=tuple(groups))
+
+    def quicker(link: Link) -> Link:
+        return replace(link, bandwidth_bytes_per_second=2 * link.bandwidth_bytes_per_second)
+
+    quick = [replace(g, intra_link=quicker(g.intra_link), inter_link=quicker(g.inter_link)) for g in groups]
+    cross = tuple(replace(c, link=quicker(c.link)) for c in cluster.links)
+    return replace(cluster, node_groups=tuple(quick), links=cross)
 
 
 @settings(max_examples=60)
