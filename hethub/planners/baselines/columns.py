@@ -16,7 +16,7 @@ from hethub.planners.baselines.prices import Floats, Prices
 from hethub.planners.baselines.split import Band, Group, Side
 from hethub.simulate.sailor import moving_seconds
 
-__all__ = ["Columns", "Ints", "Shapes", "Tables", "cuts", "worth"]
+__all__ = ["Columns", "Ints", "Shapes", "Tables", "cuts", "finished", "worth"]
 
 _REPLICAS = (1, 2)
 Ints = npt.NDArray[np.int64]
@@ -161,14 +161,6 @@ class Tables:
             [[self._ring(seat, 1 << level, span) for level in range(levels + 1)] for seat in self.seats]
         )
 
-    def least_reduce(self, shapes: Shapes, bounds: tuple[int, ...], pipelines: int) -> Floats:
-        """Seconds [shapes] of the slowest stage's reduction among one group of each of so many pipelines."""
-        slowest = np.zeros(len(shapes.rows))
-        for number, span in enumerate(pairwise(bounds)):
-            rings = np.array([self._ring((group, 1), pipelines, span) for group, _ in self.seats])
-            slowest = np.maximum(slowest, rings[shapes.chains[:, number]])
-        return slowest
-
     def _price_ring(self, seat: tuple[Group, int], copies: int, span: tuple[int, int]) -> float:
         return self.prices.reduce_seconds((seat[0],), seat[1] * copies, span)
 
@@ -195,3 +187,9 @@ def worth(speeds: Sequence[float], use: Ints, counts: Sequence[int]) -> Floats:
     weights = np.asarray(speeds)
     found: Floats = (weights * np.asarray(counts)).sum() / (use * weights).sum(axis=1)
     return found
+
+
+def finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
+    """Whole micro-batches that a pipeline ends by the deadline."""
+    room = (deadline - columns.total[allowed]) / columns.slowest[allowed]
+    return np.where(room >= 0, np.floor(np.maximum(room, 0.0) + 1e-9) + 1, 0).astype(np.int64)

@@ -19,7 +19,8 @@ from itertools import pairwise, product
 import numpy as np
 import numpy.typing as npt
 
-from hethub.planners.baselines.columns import Columns, Ints, Shapes, Tables, cuts, worth
+from hethub.planners.baselines import least
+from hethub.planners.baselines.columns import Columns, Ints, Shapes, Tables, cuts, finished, worth
 from hethub.planners.baselines.prices import Floats, Prices, price_split
 from hethub.planners.baselines.split import Group, Split
 
@@ -99,34 +100,9 @@ def deadline_search(prices: Prices) -> Answer | None:
 
 
 def least_seconds(prices: Prices, step_seconds: float) -> float:
-    """No mix of pipelines of one cut takes less, nor as long as `step_seconds` where it is quicker than that.
-
-    In a mix that is, every pipeline does a number of rows at most, so that there are at least so many, whose gradients
-    at least are reduced. The slowest reduction of a mix is one of its shapes', and the others reduce no slower: for
-    each such limit the knapsack's dual bounds the pipelines.
-    """
-    tables = Tables(prices)
-    counts = [kind.count for kind in prices.kinds]
-    least = step_seconds
-    for stages, slack in _SLACK.items():
-        shapes = tables.shapes(stages) if stages <= prices.decoders else None
-        if shapes is None or not len(shapes.rows):
-            break
-        for bounds in cuts(tables.layers, stages, slack):
-            columns = tables.columns(shapes, bounds)
-            fitting = np.flatnonzero(np.isfinite(columns.slowest))
-            rows = _finished(columns, fitting, step_seconds) * shapes.rows[fitting]
-            if not rows.any():
-                continue
-            fitting, pipelines = fitting[rows > 0], -(-prices.batch // int(rows.max()))
-            reduce = tables.least_reduce(shapes, bounds, pipelines)[fitting]
-            update = float(columns.update[fitting].min())
-            for limit in np.unique(reduce):
-                if limit + update >= least:
-                    break
-                allowed = fitting[reduce <= limit]
-                least = min(least, _least_pipeline(prices, shapes, columns, allowed, counts) + limit + update)
-    return least
+    """No mix of pipelines of this search's cuts takes less, nor as long as `step_seconds` where it is quicker than
+    that."""
+    return least.least_seconds(prices, step_seconds, _SLACK)
 
 
 def _speeds(prices: Prices) -> list[float]:
@@ -193,7 +169,7 @@ def _mix(prices: Prices, seed: _Seed, counts: Sequence[int], limit: float) -> tu
     chosen = None
     for step in range(_STEPS):
         middle = high if step == 0 else (low + high) / 2
-        micro_batches = _finished(columns, allowed, middle)
+        micro_batches = finished(columns, allowed, middle)
         taken = knapsack.fill(micro_batches * shapes.rows[allowed], prices.batch)
         if taken is None:
             if step == 0:
@@ -229,12 +205,6 @@ def _least_pipeline(
         least = float((pipeline * columns.slowest[allowed] + columns.total[allowed]).min())
         best = max(best, least)
     return best
-
-
-def _finished(columns: Columns, allowed: Ints, deadline: float) -> Ints:
-    """Whole micro-batches that a pipeline ends by the deadline."""
-    room = (deadline - columns.total[allowed]) / columns.slowest[allowed]
-    return np.where(room >= 0, np.floor(np.maximum(room, 0.0) + 1e-9) + 1, 0).astype(np.int64)
 
 
 def _beside(prices: Prices, seed: _Seed) -> npt.NDArray[np.bool_]:
