@@ -59,7 +59,7 @@ def test_the_bound_holds_where_only_the_promising_are_looked_at(problem: Problem
     assert ranking.lower_bound_seconds <= best * (1 + 1e-9)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problem=problems(), what=st.sampled_from(["links", "memory", "node"]), group=st.integers(0, 2))
 def test_more_of_a_resource_is_not_slower_beyond_the_gap(problem: Problem, what: str, group: int) -> None:
     """Without stages that unlike devices share. Seen to catch: unlike pipelines of a pool of two nodes priced as if

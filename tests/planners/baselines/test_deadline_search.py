@@ -87,7 +87,8 @@ def test_no_mix_is_below_the_bound(prices):
 
 
 def test_the_bound_is_near_where_devices_come_out_even():
-    """8 rows each on two devices of 4 s a row; seeded bug, found: fractions of micro-batches, with a batch of 15."""
+    """8 rows each, or 8 and 7, on two devices of 4 s a row. Seeded bugs, found: one micro-batch too many by a deadline,
+    devices without end."""
     for batch in (16, 15):
         prices = MadeUpPrices([kind("a", 2, degrees=(1,))], [1.0], batch=batch)
         assert least_seconds(prices, 60.0) == pytest.approx(32.0, rel=0.005)
