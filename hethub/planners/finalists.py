@@ -13,7 +13,7 @@ from hethub.planners.interface import Problem
 from hethub.planners.placement import place
 from hethub.planners.pools import Pools
 from hethub.program.ownership import Ownership
-from hethub.program.updaters import own_by_strength
+from hethub.program.updaters import own_by_speed, own_by_strength
 from hethub.simulate.modelled import DETAILED_ACTIONS, Modelled, model
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
@@ -178,7 +178,10 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
     plan = place(replace(candidate, entries=entries), pools, problem.cluster, workload)
     if plan is None:
         return None
-    done = model(lay_out(plan), problem.compute, record=False, detailed_actions=0)
+    layout = lay_out(plan)
+    # fewer pipelines share the updates than in the whole, so that what fits here says nothing
+    ownership = own_by_speed(layout, problem.compute)
+    done = model(layout, problem.compute, ownership, record=False, detailed_actions=0)
     seconds = done.simulation.step_seconds
     lacking = max(left * e.chain.period_seconds for left, e in zip(left_out, entries, strict=True))
     return max(candidate.split_backward_seconds, seconds + lacking)

@@ -10,25 +10,31 @@ from hethub.cost.memory import RankUse, rank_uses, usable_bytes, with_updates
 from hethub.program.ownership import Ownership, own
 from hethub.specs.layout import Layout
 
-__all__ = ["own_by_strength"]
+__all__ = ["own_by_speed", "own_by_strength"]
 
 _ROUNDS = 4
 _MARGIN = 0.9  # of the free memory, since small slices go whole to one updater
 
 
-def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
+def own_by_speed(layout: Layout, compute: ComputeModel) -> Ownership:
     """The ownership table with updaters' shares in proportion to their memory bandwidth (an update only touches
-    memory), less where that would not fit. Where no such shares are found they begin with even ones, which a plan that
-    fits has the memory for; where those do not fit either, the table with the least shortage. It depends on the plan
-    alone, not on what was measured."""
-    compute = compute.by_figures
+    memory), whether or not that fits."""
+    return own(layout, _speeds(layout, compute.by_figures))
+
+
+def _speeds(layout: Layout, compute: ComputeModel) -> dict[int, float]:
     devices = compute.graph.devices
+    return {d: 1.0 / compute.touch_seconds(devices[d].type, 1.0) for d in layout.used}
+
+
+def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
+    """The ownership table by speed, less where that would not fit. Where no such shares are found they begin with even
+    ones, which a plan that fits has the memory for; where those do not fit either, the table with the least shortage.
+    It depends on the plan alone, not on what was measured."""
+    compute = compute.by_figures
     uses = rank_uses(compute, layout)
     found: list[tuple[int, Ownership]] = []
-    for strengths in (
-        {d: 1.0 / compute.touch_seconds(devices[d].type, 1.0) for d in layout.used},
-        dict.fromkeys(layout.used, 1.0),
-    ):
+    for strengths in (_speeds(layout, compute), dict.fromkeys(layout.used, 1.0)):
         for _ in range(_ROUNDS):
             ownership = own(layout, strengths)
             short = _short(compute, uses, ownership)
