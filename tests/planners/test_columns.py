@@ -105,7 +105,12 @@ def _settings(search: Search, columns: Columns, number: int) -> Iterator[tuple[S
             for stage_major in (False, True):
                 yield Setting(alike, 0, own, count, stage_major, near=near), tails
         if others:
-            tails = columns.tails(*search.rates(1 + others, pools, alike=False, must=pools))
+            # holders of a stage are at least the pipelines, and at most the devices
+            ends = [
+                search.rates(n, pools, alike=False, must=pools)
+                for n in (1 + others, sum(search.space.available))
+            ]
+            tails = columns.tails(*(np.minimum.reduce([end[k] for end in ends]) for k in (0, 1)))
             beside = others if len(pools) == 1 else 0
             for near in {(), _near(search.chains, pools, usage + beside)}:
                 yield Setting(1, others, pools, count, near=near), tails
