@@ -2,13 +2,14 @@
 
 Each is judged against its own prediction, not against others: in a mixed cluster some are always slower. The median of
 the last few steps that were looked at counts, so that one late step says nothing. What has been told is not told again
-until it moves on, or back.
+until it moves on, or back. A link is only seen where somebody waits for its messages: when nobody has for as many
+steps, it holds nobody up any more, and that is told.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -24,21 +25,24 @@ NORMAL = 1.1  # closer to its prediction, it is back to normal
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A device or link takes `ratio` times its predicted seconds; before it was `before`, as told last."""
+    """A device or link takes `ratio` times its predicted seconds (None: nobody waits for it, so that nobody knows);
+    before it was `before`, as told last."""
 
     what: Literal["device", "link"]
     name: str
-    ratio: float
+    ratio: float | None
     before: float
 
     @property
     def normal(self) -> bool:
         """Whether it is back to its prediction."""
-        return 1.0 / NORMAL <= self.ratio <= NORMAL
+        return self.ratio is None or 1.0 / NORMAL <= self.ratio <= NORMAL
 
     @property
     def words(self) -> str:
         """A line for people."""
+        if self.ratio is None:
+            return f"{self.what} {self.name}: nobody waits for its messages any more (before: {self.before:.2f} x)"
         of = "compute takes" if self.what == "device" else "messages take"
         if self.normal:
             return f"{self.what} {self.name}: back to its prediction ({self.ratio:.2f} x, after {self.before:.2f} x)"
@@ -52,12 +56,26 @@ class DriftWatch:
     def __init__(self) -> None:
         self._seen: dict[tuple[Literal["device", "link"], str], deque[float]] = {}
         self.told: dict[tuple[Literal["device", "link"], str], float] = {}
+        self._unseen: Counter[str] = (
+            Counter()
+        )  # links that were told slow: steps in which nobody waited for them
 
     def look(self, pace: Pace) -> list[Moved]:
         """Those that moved, by this step and the ones before."""
         self._take("device", pace.devices)
         self._take("link", pace.links)
-        return list(self._moved())
+        return [*self._moved(), *self._unwaited(pace.links)]
+
+    def _unwaited(self, seen: Mapping[str, float]) -> Iterator[Moved]:
+        for key, before in list(self.told.items()):
+            what, name = key
+            if what == "device" or name in seen or before <= NORMAL:
+                self._unseen.pop(name, None)
+                continue
+            self._unseen[name] += 1
+            if self._unseen[name] == WINDOW_STEPS:
+                del self.told[key], self._seen[key]
+                yield Moved(what, name, None, before)
 
     def _take(self, what: Literal["device", "link"], ratios: Mapping[str, float]) -> None:
         for name, ratio in ratios.items():

@@ -33,7 +33,9 @@ class Event(Spec):
     cause: str = Field("", description="failed: worker, node, link, stall, memory, data or not-a-number.")
     device: str = Field("", description="failed: the one that failed first. moved: the one that did.")
     link: str = Field("", description="moved: the link, where it was one.")
-    ratio: float | None = Field(None, description="moved: measured over predicted seconds.")
+    ratio: float | None = Field(
+        None, description="moved: measured over predicted seconds; none: nobody waits."
+    )
     action: str = Field("", description="failed: what it was at.")
     reason: str = Field("", description="failed, gave_up: why; one line. moved: in words.")
     lost: tuple[str, ...] = Field((), description="failed: devices that the next attempt does without.")

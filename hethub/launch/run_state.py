@@ -187,14 +187,18 @@ def _exit_code(state: State, events: Sequence[Event]) -> int | None:
 
 
 def _drift(events: Sequence[Event]) -> dict[str, float]:
-    """As told last in the newest attempt, those back to normal left out."""
-    found: dict[str, float] = {}
+    """As told last in the newest attempt, those left out that are back to normal or hold nobody up any more."""
+    found: dict[str, float | None] = {}
     for event in events:
         if event.event == "began":
             found = {}
-        elif event.event == "moved" and event.ratio is not None:
+        elif event.event == "moved":
             found[event.device or event.link] = event.ratio
-    return {name: ratio for name, ratio in found.items() if not 1 / NORMAL <= ratio <= NORMAL}
+    return {
+        name: ratio
+        for name, ratio in found.items()
+        if ratio is not None and not 1 / NORMAL <= ratio <= NORMAL
+    }
 
 
 def _progress(folder: Path, began: Event | None) -> tuple[int, float | None]:

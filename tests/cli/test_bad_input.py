@@ -240,7 +240,7 @@ def test_a_plan_is_not_written_into_a_folder_that_is_not_there(capsys, folder):
 
 @pytest.mark.parametrize("command", ["plan", "launch"])
 def test_a_model_that_fits_nowhere_exits_with_3_and_says_what_would_fit(capsys, folder, command):
-    edit(folder / "cluster.yaml", ("memory_mib: 0.25", "memory_mib: 0.15"))
+    edit(folder / "cluster.yaml", ("memory_mib: 0.25", "memory_mib: 0.12"))
     file = "cluster.yaml" if command == "plan" else "job.yaml"
     line = refused(capsys, folder, command, file, code=3)
     assert re.search(r"needs [\d.]+ [KM]iB and has [\d.]+ [KM]iB, [\d.]+ [KM]iB short", line), line

@@ -29,7 +29,7 @@ def test_missing_packages_are_named_with_the_way_to_get_them(capsys, tmp_path, m
 
 def test_bad_input_is_told_before_a_heavy_package_is_loaded(tmp_path):
     write_job(tmp_path)
-    edit(tmp_path / "cluster.yaml", ("memory_mib: 0.25", "memory_mib: 0.15"))
+    edit(tmp_path / "cluster.yaml", ("memory_mib: 0.25", "memory_mib: 0.12"))
     code = """
 import sys
 from hethub.cli.main import run

@@ -150,7 +150,7 @@ def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator)
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (("memory_mib: 0.25", "memory_mib: 0.15"), 3, "do not"),
+        (("memory_mib: 0.25", "memory_mib: 0.12"), 3, "do not"),
         (("peak_gflops", "peak_gflop"), 2, "peak_gflop"),
     ],
 )
