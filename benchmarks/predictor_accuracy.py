@@ -11,7 +11,8 @@ The cheapest cheats, and what makes them fail:
   was not in its fit;
 - leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`;
 - workers whose quotas do not hold: our own runs give no figure then (`valid`, measured before and after them);
-- the round of our own runs that fits best: the median over all rounds counts, and all are in `raw`;
+- the round of our own runs that fits best: the median over all rounds counts, and all are in `raw`; rounds that are far
+  apart, since others used the machine, give no figure;
 - another program predicted than the one that ran, with an order that the true times would give: every action of our own
   runs must have its predicted twin (`own_runs._check`);
 - another simulator for others' runs: predictions come from `hethub.simulate.simulate` on a program of actions.
@@ -125,7 +126,11 @@ def _own_runs(raw: dict[str, Any]) -> dict[str, float]:
     if "skipped" in raw[OWN_RUNS]:
         print(f"{OWN_RUNS}: skipped, {raw[OWN_RUNS]['skipped']}")
     elif not raw[OWN_RUNS]["valid"]:
-        print(f"{OWN_RUNS}: no figure, a worker's CPU time is off its quota: {raw[OWN_RUNS]['quotas']}")
+        found = raw[OWN_RUNS]
+        print(
+            f"{OWN_RUNS}: no figure, a worker's CPU time is off its quota, or rounds are too far apart "
+            f"({found['wander']:.3f}): {found['quotas']}"
+        )
         return {}
     return figures
 

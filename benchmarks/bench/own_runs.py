@@ -57,6 +57,7 @@ PLANS = 20
 ROUNDS = 3
 # Less than the two cores together by a third: what else runs on the machine then takes nothing of a quota.
 CORES: Cores = (("fast", 0.5, 2), ("middle", 0.25, 1), ("slow", 0.125, 1))
+WANDER = 0.1  # between rounds, of a step's median over the plans; more, and others were using the machine
 _WARM_UP = 1  # steps of a round before the one that counts
 _ROWS = (1, 2, 4, 8)
 _BUDGET_SECONDS = 1.0
@@ -317,11 +318,18 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
     checks = [_check(plan, middle, own) for plan, own in zip(drawn, ran, strict=True)]
     off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
+    wander = statistics.median(_wander([one.seconds for one in own]) for own in ran)
     return figures, {
         "runs": [_entry(*entry) for entry in zip(drawn, checks, ran, strict=True)],
         "quotas": [asdict(check) for check in quota_checks],
-        "valid": all(check.holds for check in quota_checks),
+        "wander": wander,
+        "valid": all(check.holds for check in quota_checks) and wander <= WANDER,
     }
+
+
+def _wander(seconds: Sequence[float]) -> float:
+    """How far rounds are apart, over their median."""
+    return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
 def _entry(plan: Plan, check: RunCheck, rounds: Sequence[_Ran]) -> dict[str, Any]:
