@@ -56,9 +56,8 @@ class DriftWatch:
     def __init__(self) -> None:
         self._seen: dict[tuple[Literal["device", "link"], str], deque[float]] = {}
         self.told: dict[tuple[Literal["device", "link"], str], float] = {}
-        self._unseen: Counter[str] = (
-            Counter()
-        )  # links that were told slow: steps in which nobody waited for them
+        # links that were told slow: steps in which nobody waited for them
+        self._unseen: Counter[str] = Counter()
 
     def look(self, pace: Pace) -> list[Moved]:
         """Those that moved, by this step and the ones before."""

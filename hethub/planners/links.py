@@ -145,12 +145,12 @@ class LinkCosts:
         for used in others:
             apart = Setting(1, copies - 1, used, 1)
             close = apart._replace(near=(pool,))
-            found += [(apart, holders), (close, holders)]
-            if len(used) == 1:
-                most = self.costs.pools[pool].node_size
-                found = [(apart, holders)]
-                if copies <= most:
-                    found += [(close, holders), (close, most)]
+            most = self.costs.pools[pool].node_size
+            found.append((apart, holders))
+            if len(used) > 1:
+                found.append((close, holders))
+            elif copies <= most:
+                found += [(close, holders), (close, most)]
         return found
 
     def least_hop(self, one: Slot, other: Slot, rows: int) -> Hop:

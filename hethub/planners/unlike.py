@@ -65,10 +65,8 @@ class Branch:
     ) -> None:
         self.search, self.name, self.limits, self.is_root = search, name, limits, is_root
         self.numbers, self.columns = numbers, columns
-        self.bound, self.reached = (
-            0.0,
-            np.inf,
-        )  # seconds in which the batch cannot, and in which it may be done
+        # seconds in which the batch cannot, and in which it may be done
+        self.bound, self.reached = 0.0, np.inf
         self._tails: dict[int, Tails] = {}
         # every plan within so many seconds has at least so many pipelines
         self._side_by_side = (np.inf, _UNLIKE)
@@ -320,9 +318,8 @@ class Branch:
         search, columns = self.search, self.columns
         rows = np.minimum(self.rows_within(search.best.seconds * (1 - _SHORT)), search.batch)
         most = self.counted.most_rows(rows)
-        able_with: dict[
-            tuple[int, ...], tuple[Ints, Ints]
-        ] = {}  # devices left -> columns, rows with one and the rest
+        # devices left -> columns, rows with one and the rest
+        able_with: dict[tuple[int, ...], tuple[Ints, Ints]] = {}
 
         def able(left: tuple[int, ...]) -> tuple[Ints, Ints]:
             if left not in able_with:

@@ -8,7 +8,7 @@ weight in a tensor-parallel group) of other tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -68,9 +68,13 @@ class Ownership:
     @cached_property
     def held_elements(self) -> Mapping[int, int]:
         """Device -> elements that it holds."""
+        return self._by_holder(lambda elements, count: elements)
+
+    def _by_holder(self, share: Callable[[int, int], int]) -> Mapping[int, int]:
+        """Device -> the sum, over the slices that it holds, of `share` of a slice's elements and number of holders."""
         by_holders: dict[tuple[int, ...], int] = defaultdict(int)  # few of these, each of many slices
         for entry in self.slices:
-            by_holders[entry.holders] += entry.elements
+            by_holders[entry.holders] += share(entry.elements, len(entry.holders))
         found: dict[int, int] = defaultdict(int)
         for holders, elements in by_holders.items():
             for device in holders:
@@ -109,23 +113,14 @@ class Ownership:
     def joint_elements(self) -> Mapping[int, int]:
         """Device -> elements of what it gives together with others and gets back where collectives carry that: all that
         it shares, and its own part of the sums."""
-        by_holders: dict[tuple[int, ...], int] = defaultdict(int)  # few of these, each of many slices
-        for entry in self.slices:
-            count = len(entry.holders)
-            by_holders[entry.holders] += entry.elements + -(-entry.elements // count) if count > 1 else 0
-        found: dict[int, int] = defaultdict(int)
-        for holders, elements in by_holders.items():
-            for device in holders:
-                found[device] += elements
-        return found
+        return self._by_holder(lambda elements, count: elements - (-elements // count) if count > 1 else 0)
 
     @cached_property
     def apart_elements(self) -> Mapping[int, int]:
         """Device -> elements that it updates in slices that do not lie in one piece: those that are a part of its
         columns."""
-        spans: dict[int, dict[tuple[int, ...], Span]] = defaultdict(
-            dict
-        )  # parameter -> holders -> their columns
+        # parameter -> holders -> their columns
+        spans: dict[int, dict[tuple[int, ...], Span]] = defaultdict(dict)
         for entry in self.slices:
             if self.parameters[entry.parameter].axis:
                 known = spans[entry.parameter]

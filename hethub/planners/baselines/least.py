@@ -94,9 +94,8 @@ class _Cut:
         self.counts, self.devices = np.array(counts), sum(counts)
         use = shapes.use[:: self.each]
         self.need = np.column_stack([use, np.ones(len(use), dtype=np.int64)])  # devices, and one pipeline
-        self.shown: list[
-            tuple[Floats, Floats]
-        ] = []  # prices that showed it last, and each chain's worth at them
+        # prices that showed it last, and each chain's worth at them
+        self.shown: list[tuple[Floats, Floats]] = []
         degrees = sorted({degree for kind in prices.kinds for degree in kind.degrees})
         sets = [tuple(k for k in range(len(counts)) if bits >> k & 1) for bits in range(1, 1 << len(counts))]
         self.sorts = tuple(product(sets, degrees))
@@ -166,9 +165,8 @@ class _Cut:
         found = relax(self.need[busy], rows, supply)
         if found.rows >= least:
             return True
-        prices = np.maximum(
-            found.prices, 1e-9 * found.prices.max()
-        )  # none is nothing: rows are divided by them
+        # none is nothing: rows are divided by them
+        prices = np.maximum(found.prices, 1e-9 * found.prices.max())
         self.shown = [(prices, self.need @ prices), *self.shown[: _SHOWN - 1]]
         return False
 
