@@ -27,6 +27,7 @@ __all__ = [
     "run_off",
     "shallower",
     "simulate_plan",
+    "simulate_with_room",
     "why_slower",
 ]
 
@@ -95,27 +96,33 @@ def shallower(
 
 
 def simulate_plan(
-    plan: Plan,
-    compute: ComputeModel,
-    *,
-    record: bool = False,
-    reserve_bytes: Mapping[str, int] | None = None,
+    plan: Plan, compute: ComputeModel, *, reserve_bytes: Mapping[str, int] | None = None
 ) -> Modelled | None:
-    """Program and simulation of a plan, or None when it does not fit. `record` keeps the timeline of
-    actions."""
+    """Program and simulation of a plan, or None when it does not fit."""
     layout = lay_out(plan)
     ownership = own_by_strength(layout, compute)
     if not fits(compute, layout, ownership, reserve_bytes):
         return None
-    return model(layout, compute, ownership, record=record)
+    return model(layout, compute, ownership, record=False)
 
 
-def run_off(
-    candidates: Iterable[Candidate], problem: Problem, pools: Pools, *, record: bool = False
-) -> list[Finalist]:
+def simulate_with_room(
+    plan: Plan, compute: ComputeModel, *, reserve_bytes: Mapping[str, int] | None = None
+) -> tuple[Plan, Modelled] | None:
+    """The plan with its program and simulation, `shallower` where it lacks memory; None when that does not fit
+    either."""
+    modelled = simulate_plan(plan, compute, reserve_bytes=reserve_bytes)
+    if modelled is not None:
+        return plan, modelled
+    less = shallower(plan, compute, reserve_bytes)
+    modelled = None if less is None else simulate_plan(less, compute, reserve_bytes=reserve_bytes)
+    return None if less is None or modelled is None else (less, modelled)
+
+
+def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> list[Finalist]:
     """Compile and simulate; the quickest first. Those that do not fit after all are left out, but of those that are
-    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked
-    at than may be the quickest: none is quicker than its closed form."""
+    simulated in part: whether the whole fits is seen when it is completed. Of these no more are looked at than may be
+    the quickest: none is quicker than its closed form."""
     chosen = list(candidates)
     # compared are like with like
     whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate in chosen)
@@ -131,12 +138,12 @@ def run_off(
         if plan is None:
             continue
         modelled = None
+        if whole and candidate.schedule == BIG_SCHEDULE:
+            roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve)
+            plan, modelled = roomy or (plan, None)
+        elif whole:
+            modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
         if whole:
-            modelled = simulate_plan(plan, problem.compute, record=record, reserve_bytes=reserve)
-            if modelled is None and candidate.schedule == BIG_SCHEDULE:
-                less = shallower(plan, problem.compute, reserve)
-                if less is not None:
-                    plan, modelled = less, simulate_plan(less, problem.compute, reserve_bytes=reserve)
             seconds = None if modelled is None else modelled.simulation.step_seconds
         else:
             seconds = _part_seconds(candidate, problem, pools)

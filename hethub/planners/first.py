@@ -16,8 +16,8 @@ from hethub.planners.finalists import (
     actions_of,
     describe,
     run_off,
-    shallower,
     simulate_plan,
+    simulate_with_room,
     why_slower,
 )
 from hethub.planners.interface import Found, Problem, RunnerUp
@@ -275,13 +275,9 @@ def _whole(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled | N
     """A finalist that was simulated in part, simulated whole; where its schedule has not the memory, with less in
     flight, or else under 1F1B. None where it does not fit."""
     reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
-    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve)
-    if modelled is not None:
-        return finalist, modelled
-    less = shallower(plan, problem.compute, reserve)
-    modelled = None if less is None else simulate_plan(less, problem.compute, reserve_bytes=reserve)
-    if less is not None and modelled is not None:
-        return replace(finalist, plan=less), modelled
+    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve)
+    if roomy is not None:
+        return replace(finalist, plan=roomy[0]), roomy[1]
     pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
     plan = plan.model_copy(update={"pipelines": pipelines})
     candidate = replace(finalist.candidate, schedule="1f1b")
