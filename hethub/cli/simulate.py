@@ -96,7 +96,7 @@ def _simulate(
     if additions:
         loaded = _planned_anew(loaded, additions, measured)
     compute = measured.compute(changed_graph(loaded.cluster, changes), loaded.workload)
-    modelled = model(lay_out(loaded), compute, record=False).steady(record=True)
+    modelled = model(lay_out(loaded), compute, steady=True)
     figures = figures_of(loaded, modelled, measured.ratio_interval)
     _write_trace(trace, modelled.simulation)
     lost = predicted_waterfall(modelled)

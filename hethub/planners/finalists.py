@@ -96,27 +96,37 @@ def shallower(
 
 
 def simulate_plan(
-    plan: Plan, compute: ComputeModel, *, reserve_bytes: Mapping[str, int] | None = None
+    plan: Plan,
+    compute: ComputeModel,
+    *,
+    reserve_bytes: Mapping[str, int] | None = None,
+    steady: bool = False,
 ) -> Modelled | None:
-    """Program and simulation of a plan, or None when it does not fit."""
+    """Program and simulation of a plan, of its `steady` step if asked, or None when it does not fit."""
     layout = lay_out(plan)
     ownership = own_by_strength(layout, compute)
     if not fits(compute, layout, ownership, reserve_bytes):
         return None
-    return model(layout, compute, ownership, record=False)
+    return model(layout, compute, ownership, record=False, steady=steady)
 
 
 def simulate_with_room(
-    plan: Plan, compute: ComputeModel, *, reserve_bytes: Mapping[str, int] | None = None
+    plan: Plan,
+    compute: ComputeModel,
+    *,
+    reserve_bytes: Mapping[str, int] | None = None,
+    steady: bool = False,
 ) -> tuple[Plan, Modelled] | None:
     """The plan with its program and simulation, `shallower` where it lacks memory; None when that does not fit
     either."""
-    modelled = simulate_plan(plan, compute, reserve_bytes=reserve_bytes)
+    modelled = simulate_plan(plan, compute, reserve_bytes=reserve_bytes, steady=steady)
     if modelled is not None:
         return plan, modelled
     less = shallower(plan, compute, reserve_bytes)
-    modelled = None if less is None else simulate_plan(less, compute, reserve_bytes=reserve_bytes)
-    return None if less is None or modelled is None else (less, modelled)
+    if less is None:
+        return None
+    modelled = simulate_plan(less, compute, reserve_bytes=reserve_bytes, steady=steady)
+    return None if modelled is None else (less, modelled)
 
 
 def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> list[Finalist]:

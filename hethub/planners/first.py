@@ -155,9 +155,9 @@ class FirstPlanner:
             if len(done) == _COMPLETED or (in_part and finalist.step_seconds >= least):
                 others.append(finalist)
                 continue
-            whole, modelled = _whole(finalist, problem) if in_part else (finalist, finalist.modelled)
-            if modelled is not None:
-                done.append((whole, modelled.steady()))
+            steady = _steady(finalist, problem)
+            if steady is not None:
+                done.append(steady)
         return _found(done, others, choice) if done else None
 
     def _rank(self, problem: Problem, most: int) -> Ranking:
@@ -271,18 +271,20 @@ def _deepest(chains: Chains, candidate: Candidate, problem: Problem, schedule: s
     return []
 
 
-def _whole(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled | None]:
-    """A finalist that was simulated in part, simulated whole; where its schedule has not the memory, with less in
-    flight, or else under 1F1B. None where it does not fit."""
+def _steady(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled] | None:
+    """A finalist with its steady step. One that was simulated in part has less in flight where its schedule has not the
+    memory, or else is under 1F1B. None where it does not fit."""
+    if finalist.modelled is not None:
+        return finalist, finalist.modelled.steady()
     reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
-    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve)
+    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve, steady=True)
     if roomy is not None:
         return replace(finalist, plan=roomy[0]), roomy[1]
     pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
     plan = plan.model_copy(update={"pipelines": pipelines})
+    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve, steady=True)
     candidate = replace(finalist.candidate, schedule="1f1b")
-    found = replace(finalist, candidate=candidate, plan=plan)
-    return found, simulate_plan(plan, problem.compute, reserve_bytes=reserve)
+    return None if modelled is None else (replace(finalist, candidate=candidate, plan=plan), modelled)
 
 
 def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -65,8 +65,7 @@ class Modelled:
     def steady(self, *, record: bool = False) -> Modelled:
         """With the step between two others, as runs measure it: it hides new weights under its first forwards. Of a
         very big program the one step that is simulated."""
-        steps = 3 if sum(len(actions) for actions in self.program.devices) <= _STEADY_ACTIONS else 1
-        simulation = _simulate(self.program, self.compute, self.fold, record=record, steps=steps)
+        simulation = _simulate(self.program, self.compute, self.fold, record=record, steady=True)
         return replace(self, simulation=simulation)
 
 
@@ -76,10 +75,11 @@ def model(
     ownership: Ownership | None = None,
     *,
     record: bool = True,
+    steady: bool = False,
     detailed_actions: int = DETAILED_ACTIONS,
 ) -> Modelled:
-    """Compile and simulate one step; `record` keeps the timeline. Of more than `detailed_actions` groups are simulated,
-    not ranks."""
+    """Compile and simulate one step, or the `steady` one; `record` keeps the timeline. Of more than `detailed_actions`
+    groups are simulated, not ranks."""
     if ownership is None:
         ownership = own_by_strength(layout, compute)
     folded = fold(layout, compute) if _actions(layout) > detailed_actions else None
@@ -96,7 +96,7 @@ def model(
         compute=compute,
         ownership=ownership,
         program=program,
-        simulation=_simulate(program, compute, folded, record=record),
+        simulation=_simulate(program, compute, folded, record=record, steady=steady),
         fold=folded,
     )
 
@@ -107,11 +107,12 @@ def steady_step_seconds(plan: Plan, compute: ComputeModel) -> float:
 
 
 def _simulate(
-    program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool, steps: int = 1
+    program: Program, compute: ComputeModel, folded: Fold | None, *, record: bool, steady: bool
 ) -> Simulation:
+    actions = sum(len(actions) for actions in program.devices)
+    steps = 3 if steady and actions <= _STEADY_ACTIONS else 1
     if folded is not None:
         return simulate(program, folded.compute, record=record, steps=steps, sub_events=False)
-    actions = sum(len(actions) for actions in program.devices)
     return simulate(program, compute, record=record, steps=steps, sub_events=actions <= DETAILED_ACTIONS)
 
 
