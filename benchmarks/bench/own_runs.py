@@ -6,6 +6,7 @@ program that ran. Compared is the step between two others.
 
 This machine's speed wanders: a step of one plan was seen to take 6.0 and 6.9 seconds within minutes. So all is done in
 rounds, the profile and then every plan, and the median over the rounds counts, of the profile as of each plan's step.
+What links and copies reach, which says in which order a plan works, is of the first round.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _EXCHANGES = [
 _EXCHANGE_SECONDS = 0.5
 
 
-_T = TypeVar("_T", LayerRow, TransferRow, LinkFit)
+_T = TypeVar("_T", LayerRow, TransferRow)
 
 
 class _Measurer:
@@ -132,21 +133,15 @@ def _middle(many: Sequence[_T], names: Sequence[str]) -> _T:
     return replace(many[0], **{n: statistics.median(v) for n, v in found.items() if None not in v})
 
 
-def middle_of(rounds: Sequence[_Measurement]) -> _Measurement:
-    """The median of every figure over rounds that measured the same."""
+def middle_of(rounds: Sequence[Profile]) -> Profile:
+    """The median of every time over rounds that measured the same."""
     seconds = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
-    layers = zip(*(one.profile.layers for one in rounds), strict=True)
-    works = zip(*(one.profile.transfers for one in rounds), strict=True)
-    profile = Profile(
+    layers = zip(*(one.layers for one in rounds), strict=True)
+    works = zip(*(one.transfers for one in rounds), strict=True)
+    return Profile(
         tuple(_middle(rows, seconds) for rows in layers),
         tuple(_middle(rows, ["time_seconds"]) for rows in works),
     )
-    copies, stretch = (
-        {name: statistics.median(one[name] for one in found) for name in found[0]}
-        for found in ([r.bytes_per_second for r in rounds], [r.stretch for r in rounds])
-    )
-    link = _middle([r.link for r in rounds], ["latency_seconds", "bandwidth_bytes_per_second"])
-    return _Measurement(profile, copies, stretch, link)
 
 
 def measure(quotas: CpuQuotas) -> _Measurement:
@@ -279,9 +274,9 @@ def _predicted(plan: Plan, profile: Profile) -> Timeline:
     return timeline
 
 
-def _check(plan: Plan, measured: _Measurement, rounds: Sequence[_Ran]) -> RunCheck:
+def _check(plan: Plan, profile: Profile, rounds: Sequence[_Ran]) -> RunCheck:
     """Hold the prediction of a plan against the round with the median step."""
-    predicted = _predicted(plan, measured.profile)
+    predicted = _predicted(plan, profile)
     ran = sorted(rounds, key=lambda one: one.seconds)[len(rounds) // 2]
     if not np.array_equal(_actions(predicted, 0), _actions(ran.timeline, _WARM_UP)):
         raise AssertionError(f"{plan.name}: what ran is not the program that was predicted")
@@ -307,20 +302,20 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(shares))
         quota_checks = [settled_quotas(quotas, shares)]
-        measured = [measure(quotas)]
-        cluster = measured[0].cluster()
+        measured = measure(quotas)
+        profiles, cluster = [measured.profile], measured.cluster()
         drawn = [random_plan(cluster, seed) for seed in range(plans)]
         engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
         quotas.place(engine.crew, range(len(shares)))
         ran: list[list[_Ran]] = [[] for _ in drawn]
         for number in range(rounds):
             if number:
-                measured.append(measure(quotas))
+                profiles.append(measure(quotas).profile)
             for plan, own in zip(drawn, ran, strict=True):
                 own.append(_run(engine, plan))
                 print(f"round {number + 1}: {plan.name:10} {own[-1].seconds:7.3f} s", flush=True)
         quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
-    middle = middle_of(measured)
+    middle = middle_of(profiles)
     checks = [_check(plan, middle, own) for plan, own in zip(drawn, ran, strict=True)]
     off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}

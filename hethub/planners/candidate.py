@@ -47,7 +47,22 @@ class Candidate:
     def split_backward_seconds(self) -> float:
         """The closed form where backwards are split and gradients need not wait for weight parts on their way."""
         each = (e.chain.seconds(e.micro_batches) - e.chain.split_seconds for e in self.entries)
-        return max(each) + max(e.chain.tail_seconds for e in self.entries)
+        return max(each) + self.tail_seconds
+
+    @property
+    def least_seconds(self) -> float:
+        """Less than which no schedule takes, whatever gradients and weights take."""
+        return max(e.chain.least_seconds(e.micro_batches) for e in self.entries)
+
+    @property
+    def unblocked_seconds(self) -> float:
+        """About what a good schedule reaches where memory allows."""
+        return max(e.chain.unblocked_seconds(e.micro_batches) for e in self.entries) + self.tail_seconds
+
+    @property
+    def tail_seconds(self) -> float:
+        """Behind the last backwards: the longest of all pipelines', which wait for each other."""
+        return max(e.chain.tail_seconds for e in self.entries)
 
     @property
     def key(self) -> tuple[object, ...]:

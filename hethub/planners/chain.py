@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import add
 from typing import NamedTuple
 
 from hethub.apportion import apportion
@@ -15,7 +16,7 @@ from hethub.planners.seats import Crew, Seat, SeatCosts, Slot, crew_size, crew_s
 from hethub.planners.stage import Setting, Staff, Stage
 from hethub.planners.steady import round_trips, settle
 
-__all__ = ["Chain", "Chains", "StageDraft"]
+__all__ = ["Chain", "Chains", "StageDraft", "StageSeconds"]
 
 # Micro-batches in flight that a division makes room for, of those that 1F1B holds.
 _HELD = (1.0, 1.5, 0.5, 0.0)
@@ -31,6 +32,16 @@ class StageDraft(NamedTuple):
     full: bool
     in_flight: int
     at_limit: bool
+
+
+class StageSeconds(NamedTuple):
+    """Of a micro-batch on a stage: its forward, the part of its backward that the stage before waits for, the other
+    part, and the hops to the next stage and back."""
+
+    forward: float
+    backward: float
+    weight: float
+    hop: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,10 +61,36 @@ class Chain:
     period_seconds: float
     tail_seconds: float
     split_seconds: float
+    works: tuple[StageSeconds, ...]
 
     def seconds(self, micro_batches: int) -> float:
         """Closed form of the pipeline's part of the step."""
         return self.fill_seconds + (micro_batches - 1) * self.period_seconds
+
+    def least_seconds(self, micro_batches: int) -> float:
+        """Less than which no schedule takes: a stage does all that it has behind the first forward of those before it,
+        and these have its last backward to pass on."""
+        return max(
+            max(
+                way.forward + way.hop / 2 + micro_batches * sum(own[:3]),
+                way.forward + way.backward + way.hop + micro_batches * (own.forward + own.backward),
+            )
+            for way, own in self._ways()
+        )
+
+    def unblocked_seconds(self, micro_batches: int) -> float:
+        """As if no stage ever waited for one behind it, but for the last backward's way: about what good schedules
+        reach where memory allows."""
+        return max(
+            way.forward + way.backward + way.hop + micro_batches * sum(own[:3]) for way, own in self._ways()
+        )
+
+    def _ways(self) -> Iterator[tuple[StageSeconds, StageSeconds]]:
+        """Each stage with the sum of those before it."""
+        way = StageSeconds(0.0, 0.0, 0.0, 0.0)
+        for own in self.works:
+            yield way, own
+            way = StageSeconds(*map(add, way, own))
 
 
 class Chains:
@@ -174,6 +211,10 @@ class Chains:
             for stage, n, held, most in zip(stages, decoders, in_flight, memory, strict=True)
         )
         tail = self.links.tail_seconds(stages, decoders, setting)
+        works = []
+        for stage, n, hop in zip(stages, decoders, [*(hop.seconds for hop in hops), 0.0], strict=True):
+            whole, weight = stage.backward_seconds(n), stage.weight_seconds(n)
+            works.append(StageSeconds(stage.seconds(n) - whole, whole - weight, weight, hop))
         return Chain(
             crew=crew,
             rows=rows,
@@ -182,9 +223,8 @@ class Chains:
             fill_seconds=trips[0],
             period_seconds=period,
             tail_seconds=tail,
-            split_seconds=sum(
-                stage.weight_seconds(n) for stage, n in zip(stages[1:], decoders[1:], strict=True)
-            ),
+            split_seconds=sum(work.weight for work in works[1:]),
+            works=tuple(works),
         )
 
 

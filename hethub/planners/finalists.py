@@ -19,11 +19,12 @@ from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
 
 __all__ = [
-    "BIG_SCHEDULE",
+    "FIRST_SCHEDULE",
     "Finalist",
     "actions_of",
     "describe",
     "fits",
+    "is_simulated_whole",
     "run_off",
     "shallower",
     "simulate_plan",
@@ -33,7 +34,7 @@ __all__ = [
 
 
 _WHOLE_ACTIONS = 120_000  # about; candidates with more are simulated in part
-BIG_SCHEDULE = "1f1b-split"  # of candidates that are simulated in part
+FIRST_SCHEDULE = "1f1b-split"  # under which candidates are simulated first
 _SAMPLED = 2  # of alike pipelines, in such a part
 _ROUNDS = 2  # micro-batches for each stage, in such a part
 
@@ -135,7 +136,7 @@ def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> 
     the quickest: none is quicker than its closed form."""
     chosen = list(candidates)
     # compared are like with like
-    whole = all(actions_of(candidate) <= _WHOLE_ACTIONS for candidate in chosen)
+    whole = all(is_simulated_whole(candidate) for candidate in chosen)
     if not whole:
         chosen = [_with_room(candidate) for candidate in chosen]
     reserve = problem.constraints.memory_reserve_bytes
@@ -148,7 +149,7 @@ def run_off(candidates: Iterable[Candidate], problem: Problem, pools: Pools) -> 
         if plan is None:
             continue
         modelled = None
-        if whole and candidate.schedule == BIG_SCHEDULE:
+        if whole and candidate.schedule == FIRST_SCHEDULE:
             roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve)
             plan, modelled = roomy or (plan, None)
         elif whole:
@@ -175,7 +176,7 @@ def _with_room(candidate: Candidate) -> Candidate:
             stage._replace(in_flight=max(1, stage.in_flight - stage.at_limit)) for stage in entry.chain.stages
         )
         entries.append(entry._replace(chain=replace(entry.chain, stages=stages)))
-    return replace(candidate, entries=tuple(entries), schedule=BIG_SCHEDULE)
+    return replace(candidate, entries=tuple(entries), schedule=FIRST_SCHEDULE)
 
 
 def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float | None:
@@ -202,6 +203,11 @@ def _part_seconds(candidate: Candidate, problem: Problem, pools: Pools) -> float
     seconds = done.simulation.step_seconds
     lacking = max(left * e.chain.period_seconds for left, e in zip(left_out, entries, strict=True))
     return max(candidate.split_backward_seconds, seconds + lacking)
+
+
+def is_simulated_whole(candidate: Candidate) -> bool:
+    """Whether all of it is simulated at once; else a part of it."""
+    return actions_of(candidate) <= _WHOLE_ACTIONS
 
 
 def actions_of(candidate: Candidate) -> int:
@@ -256,7 +262,7 @@ def why_slower(loser: Candidate, winner: Candidate, seconds: float) -> str:
     parts = (
         ("its slowest stage", _steady),
         ("filling and draining its pipelines", _fill),
-        ("reducing gradients and updating", _tail),
+        ("reducing gradients and updating", lambda candidate: candidate.tail_seconds),
     )
     more, words = max((part(loser) - part(winner), words) for words, part in parts)
     if more <= 0 or more < 0.5 * seconds:
@@ -270,7 +276,3 @@ def _steady(candidate: Candidate) -> float:
 
 def _fill(candidate: Candidate) -> float:
     return max(e.chain.fill_seconds for e in candidate.entries)
-
-
-def _tail(candidate: Candidate) -> float:
-    return max(e.chain.tail_seconds for e in candidate.entries)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from hethub.planners.candidate import Candidate
 from hethub.planners.chain import Chains
 from hethub.planners.finalists import (
-    BIG_SCHEDULE,
+    FIRST_SCHEDULE,
     Finalist,
     actions_of,
     describe,
+    is_simulated_whole,
     run_off,
     simulate_plan,
     simulate_with_room,
@@ -37,9 +38,7 @@ _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are 
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _COMPLETED = 2  # finalists whose steady step is simulated, at most
 _DEEP = 2  # the reach that is tried first
-_SMALL_ACTIONS = 10_000  # about; up to here candidates are simulated under plain 1F1B first
-_VARIED = 2  # finalists, and one more, tried under further schedules
-_FEW = 3  # micro-batches for each stage
+_LISTED = 2  # finalists that are tried under the list schedule
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
 
@@ -99,49 +98,45 @@ class FirstPlanner:
     def choose(self, problem: Problem) -> Choice | None:
         """Choose a plan; of a big one only a part is simulated. None when none fits."""
         begin, chains = self._clock(), self.chains(problem)
-        pools, batch = chains.costs.pools, problem.workload.global_batch
+        pools = chains.costs.pools
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
         chosen = _affordable(_in_turn(ranking.candidates)[:most])
-        schedule = BIG_SCHEDULE if any(actions_of(c) > _SMALL_ACTIONS for c in chosen) else "1f1b"
-        affordable = [
-            replace(_first_reach(chains, candidate, batch), schedule=schedule) for candidate in chosen
-        ]
-        finalists = run_off(affordable, problem, pools)
+        finalists = self._simulated(chosen, problem)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
         if not finalists:
             return None
         late = self._clock() - begin >= problem.seconds
         if finalists[0].modelled is not None and most > 1 and not late:
-            others = self._varied(finalists, problem)
+            others = self._listed(finalists, problem)
             considered += len(others)
             finalists = sorted([*finalists, *others], key=lambda f: f.step_seconds)
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
-    def _varied(self, finalists: list[Finalist], problem: Problem) -> list[Finalist]:
-        """What the closed form does not tell apart, simulated: split 1F1B and the list schedule, as deep as fits, for
-        the best two and the best by the closed form; for bounds the list schedule, which takes longer to make, for one;
-        and where 1F1B is best, how deep its stages run ahead."""
-        chains, pools = self.chains(problem), self.chains(problem).costs.pools
-        by_closed_form = sorted(finalists[_VARIED:], key=lambda finalist: finalist.candidate.seconds)
-        split: list[Finalist] = []
-        for finalist in (*finalists[:_VARIED], *by_closed_form[:1]):
-            split += _deepest(chains, finalist.candidate, problem, BIG_SCHEDULE)
-        split.sort(key=lambda f: f.step_seconds)
-        few = 1 if problem.finalists is not None else len(split)
-        listed = [_deepest(chains, f.candidate, problem, "list") for f in split[:few]]
-        found = [*split, *(one for each in listed for one in each)]
-        best = min([*finalists, *found], key=lambda f: f.step_seconds).candidate
-        if best.schedule != "1f1b":  # which is as deep as fits
-            return found
-        known = {f.candidate.key for f in (*finalists, *found)}
-        deeper = (
-            _with(chains, best, problem.workload.global_batch, reach, "1f1b") for reach in range(_DEEP + 1)
-        )
-        others = {other.key: other for other in deeper if other.key not in known}
-        return [*found, *run_off(others.values(), problem, pools)]
+    def _simulated(self, chosen: Sequence[Candidate], problem: Problem) -> list[Finalist]:
+        """Candidates under split 1F1B, as deep as fits, the quickest first. No more are simulated than may be the
+        quickest."""
+        chains = self.chains(problem)
+        if not all(is_simulated_whole(candidate) for candidate in chosen):
+            batch = problem.workload.global_batch
+            deepest = [_with(chains, candidate, batch, _DEEP, FIRST_SCHEDULE) for candidate in chosen]
+            return run_off(deepest, problem, chains.costs.pools)
+        found: list[Finalist] = []
+        for candidate in chosen:
+            if candidate.least_seconds < min((f.step_seconds for f in found), default=math.inf):
+                found += _deepest(chains, candidate, problem, FIRST_SCHEDULE)
+        return sorted(found, key=lambda finalist: finalist.step_seconds)
+
+    def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
+        """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
+        chains, few = self.chains(problem), 1 if problem.finalists is not None else _LISTED
+        best, found = finalists[0].step_seconds, list[Finalist]()
+        for finalist in finalists[:few]:
+            if finalist.candidate.least_seconds < min((f.step_seconds for f in found), default=best):
+                found += _deepest(chains, finalist.candidate, problem, "list")
+        return found
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
@@ -288,18 +283,12 @@ def _steady(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled] |
 
 
 def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The best by the closed form, the best by that of split backwards, the next, and so on, each once."""
+    """The best by what a good schedule reaches where nothing holds it up, the best by the closed form with split
+    backwards, the next, and so on, each once."""
+    unblocked = sorted(candidates, key=lambda candidate: candidate.unblocked_seconds)
     split = sorted(candidates, key=lambda candidate: candidate.split_backward_seconds)
-    both = (candidate for pair in zip(candidates, split, strict=True) for candidate in pair)
+    both = (candidate for pair in zip(unblocked, split, strict=True) for candidate in pair)
     return tuple({id(candidate): candidate for candidate in both}.values())
-
-
-def _first_reach(chains: Chains, candidate: Candidate, batch: int) -> Candidate:
-    """Where micro-batches are few, the step is mostly filling and draining: stages run as far ahead as
-    memory allows. Else just far enough, since deeper ones crowd the links."""
-    if all(entry.micro_batches <= _FEW * len(entry.chain.stages) for entry in candidate.entries):
-        return with_reach(chains, candidate, batch, 2) or candidate
-    return candidate
 
 
 def _with(chains: Chains, candidate: Candidate, batch: int, reach: int, schedule: str) -> Candidate:

@@ -30,6 +30,13 @@ class _Rates(NamedTuple):
     latency: float
 
 
+class _Holders(NamedTuple):
+    """Groups that hold a stage's layers: of `all` pipelines, and at least `beside` on one node."""
+
+    all: int
+    beside: int
+
+
 class LinkCosts:
     """Closed forms over the paths between pools; tail rates are kept."""
 
@@ -86,14 +93,24 @@ class LinkCosts:
             drained += stage.backward_seconds(count)
             ends.append(drained)
         margins = self._margins(stages, ends, setting)
+        used = {stage.staff.costs[0].pool: stage.units[1] for stage in stages}  # the last of a pool ends them
         for stage, count, margin in zip(stages, decoders, margins, strict=True):
             for cost in stage.staff.costs:
                 mates = tuple(sorted({other.pool for other in stage.staff.costs} - {cost.pool}))
-                rates = self._tail_rate(cost.pool, cost.degree, stage.holders, setting, mates)
+                beside = 1 if mates else self._beside(stage, cost, used[cost.pool], setting)
+                holders = _Holders(stage.holders, beside)
+                rates = self._tail_rate(cost.pool, cost.degree, holders, setting, mates)
                 elements = stage.elements(cost, count)
                 gradients = max(gradients, rates.latency + rates.gradients * elements - margin)
                 update = max(update, rates.latency + rates.update * elements)
         return gradients + update
+
+    def _beside(self, stage: Stage, cost: SeatCost, used: int, setting: Setting) -> int:
+        """Groups of a node that hold a stage's layers, at least; a pipeline has `used` groups of the pool."""
+        groups = self.costs.pools[cost.pool].node_size // cost.degree
+        if setting.stage_major:
+            return max(1, min(groups, setting.copies * stage.replicas))
+        return max(1, min(groups // used, setting.copies))
 
     def _margins(self, stages: Sequence[Stage], ends: Sequence[float], setting: Setting) -> list[float]:
         """Seconds from the last backward of the last stage on a node, which begins to fill its link, to the
@@ -120,8 +137,9 @@ class LinkCosts:
         for seat in slot:
             elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             mates = tuple(sorted({other.pool for other in slot} - {seat.pool}))
+            groups = self.costs.pools[seat.pool].node_size // seat.degree
             found = [
-                self._tail_rate(seat.pool, seat.degree, number, setting, mates)
+                self._tail_rate(seat.pool, seat.degree, _Holders(number, min(groups, number)), setting, mates)
                 for setting, number in self._surroundings(seat.pool, copies, holders, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
@@ -180,7 +198,7 @@ class LinkCosts:
         return best if best.seconds < math.inf else Hop(0.0, 0.0)
 
     def _tail_rate(
-        self, pool: int, degree: int, holders: int, setting: Setting, mates: tuple[int, ...]
+        self, pool: int, degree: int, holders: _Holders, setting: Setting, mates: tuple[int, ...]
     ) -> _Rates:
         """Roughly: messages of all devices of a node share its link, and every holder exchanges all that it does not
         update itself, gradients in the accumulators' width and weights in their own. Replicas of the stage may stand on
@@ -192,11 +210,11 @@ class LinkCosts:
         return self._tail_rates[key]
 
     def _find_tail_rate(
-        self, pool: int, degree: int, holders: int, setting: Setting, mates: tuple[int, ...]
+        self, pool: int, degree: int, holders: _Holders, setting: Setting, mates: tuple[int, ...]
     ) -> _Rates:
         compute, pools = self.costs.compute, self.costs.pools
         cost = self.costs.cost(pool, degree, 1)
-        owned, moved = 1.0 / holders, 1.0 - 1.0 / holders
+        owned, moved = 1.0 / holders.all, 1.0 - 1.0 / holders.all
 
         def touch(each: float) -> float:
             return compute.touch_seconds(pools[pool].type, each)
@@ -204,19 +222,30 @@ class LinkCosts:
         # the update also clears all gradients
         written = owned * (2 * cost.gradient + 2 * cost.state + 2 * cost.width) + cost.gradient
         reduced, update = touch(3 * moved * cost.gradient), touch(written + 2 * moved * cost.width)
-        if holders == 1:
+        if holders.all == 1:
             return _Rates(0.0, update, 0.0)
-        size = pools[pool].node_size
-        beside = setting.stage_major and setting.copies * degree <= size and not setting.others
-        near = beside or pool in setting.near or len(pools[pool].nodes) == 1
+        each, latency = self._moved_seconds(pool, degree, holders, setting, mates)
+        return _Rates(reduced + each * cost.gradient, update + each * cost.width, latency)
+
+    def _moved_seconds(
+        self, pool: int, degree: int, holders: _Holders, setting: Setting, mates: tuple[int, ...]
+    ) -> tuple[float, float]:
+        """Seconds for each byte of a holder that all holders exchange one way, and a latency. Where collectives join
+        them all, each byte enters a node once for those that stand there."""
+        pools = self.costs.pools
+        near = pool in setting.near or len(pools[pool].nodes) == 1
+        near = near or (
+            setting.stage_major and setting.copies * degree <= pools[pool].node_size and not setting.others
+        )
         elsewhere = {*mates, *(setting.pools if setting.others else ())} - {pool}
-        inside = near and not elsewhere
         paths = [pools.path(pool, pool, within_node=near)] if not mates or setting.others else []
         paths += [pools.path(pool, other) for other in sorted(elsewhere)]
         known = [path for path in paths if path is not None]
         if not known:
-            return _Rates(reduced, update, 0.0)
+            return 0.0, 0.0
         slowest = min(known, key=lambda path: path.bandwidth_bytes_per_second)
-        shared = 1 if inside else size
-        each = moved * shared / slowest.bandwidth_bytes_per_second
-        return _Rates(reduced + each * cost.gradient, update + each * cost.width, slowest.latency_seconds)
+        shared = 1.0 if near and not elsewhere else float(pools[pool].node_size)
+        if shared > 1.0 and not elsewhere and pools.joined(pool):
+            shared /= holders.beside
+        moved = (1.0 - 1.0 / holders.all) * shared
+        return moved / slowest.bandwidth_bytes_per_second, slowest.latency_seconds

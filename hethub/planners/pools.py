@@ -85,6 +85,12 @@ class Pools:
             self._paths[key] = None if ends is None else self.graph.path(*ends)
         return self._paths[key]
 
+    def joined(self, number: int) -> bool:
+        """Whether collectives of the vendor's library join all devices of a pool."""
+        ways = [self.path(number, number, within_node=within) for within in (True, False)]
+        native = all(way.transport == "native" for way in ways if way is not None)
+        return native and self.graph.has_collectives(self.all[number].nodes[0][0])
+
     def _ends(self, source: int, destination: int, within_node: bool) -> tuple[int, int] | None:
         one, other = self.all[source], self.all[destination]
         if source != destination:

@@ -17,6 +17,7 @@ from hethub.planners.pools import Pools
 from hethub.planners.priced import Search
 from hethub.planners.seats import SeatCosts
 from hethub.planners.stage import Setting
+from hethub.specs.cluster import Link
 from tests.plan_strategies import clusters, models, tiny_model
 from tests.planners.brute_force import set_up
 from tests.planners.examples import problems, with_memory, workload
@@ -59,11 +60,38 @@ def _tight(draw: st.DrawFn) -> Problem:
     return Problem.of(with_memory(cluster, math.ceil(size)), work)
 
 
-@settings(max_examples=30)
-@given(problem=st.one_of(_deep(), _tight()))
+@st.composite
+def _joined(draw: st.DrawFn) -> Problem:
+    """Many layers on two nodes of several devices each, a type or two, which a vendor's collectives join."""
+    cluster = draw(clusters())
+    each = draw(st.integers(2, 4))
+
+    def native(link: Link) -> Link:
+        return replace(link, transport="native")
+
+    groups = tuple(
+        replace(
+            g,
+            nodes=2,
+            devices_per_node=each,
+            intra_link=native(g.intra_link),
+            inter_link=native(g.inter_link),
+        )
+        for g in cluster.node_groups[:2]
+    )
+    types = {name: replace(t, vendor="nvidia") for name, t in cluster.device_types.items()}
+    cluster = replace(cluster, node_groups=groups, links=cluster.links[: len(groups) - 1], device_types=types)
+    cluster = replace(cluster, emulated_time_scale=None)
+    model = tiny_model(layers=draw(st.integers(12, 24)))
+    return Problem.of(cluster, workload(model, batch=draw(st.integers(4, 12))))
+
+
+@settings(max_examples=40)
+@given(problem=st.one_of(_deep(), _tight(), _joined()))
 def test_no_term_of_a_pipeline_is_above_its_price(problem: Problem) -> None:
     """Each by itself, so that none hides behind what another leaves out. Seen to catch, each: updates 5 % or gradients
-    20 % too long, a period of few micro-batches that is the one of many (`quick` = `period`)."""
+    20 % too long, a period of few micro-batches that is the one of many (`quick` = `period`), exchanges bounded as if
+    no collective joined the holders of a node."""
     for columns, number, tails, setting, chain in _priced(problem, PIPELINES // 2):
         period, quick = columns.period[number], columns.quick[number]
         later = [
