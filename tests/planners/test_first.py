@@ -55,8 +55,7 @@ def test_where_an_even_split_fits_the_planner_finds_a_plan(problem: Problem) -> 
     schedule=st.sampled_from(["1f1b", "1f1b-split", "list", "zb-h1"]),
 )
 def test_no_schedule_is_quicker_than_a_candidates_least_seconds(problem: Problem, schedule: str) -> None:
-    """By which finalists are left unsimulated. Seen to catch: the backwards of the stages before counted behind all of
-    a stage's own work, whose weight parts hide them."""
+    """By which finalists are left unsimulated. Seen to catch: half a micro-batch of a stage's own work too much."""
     choice = FirstPlanner().choose(problem)
     for finalist in () if choice is None else choice.finalists:
         modelled = simulate_plan(_under(finalist.plan, schedule), problem.compute)
