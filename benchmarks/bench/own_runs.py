@@ -80,15 +80,21 @@ class _Measurer:
         """Join a group as workers do, whose threads take CPU time while nothing is sent."""
         torch.set_num_threads(1)
         self._device = torch.device("cpu")
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+        self._store, self._count = dist.TCPStore("127.0.0.1", port, is_master=False), count
+        dist.init_process_group("gloo", store=self._store, rank=rank, world_size=count)
 
     def layer(self, device_type: str, layer: int, rows: int) -> tuple[LayerRow, float]:
-        """A layer's row, and the wall seconds that a second of CPU time took meanwhile."""
+        """A layer's row, and the wall seconds that a second of CPU time took meanwhile. Busy until all have theirs: one
+        that measures alone has caches and memory to itself."""
         profiler = LayerProfiler(MODEL, device_type, SEQUENCE, "fp32", torch.float32, self._device)
         begin, spent = time.perf_counter(), time.process_time()
         row, _ = profiler.measure(layer, rows, _BUDGET_SECONDS)
-        return row, (time.perf_counter() - begin) / (time.process_time() - spent)
+        stretch = (time.perf_counter() - begin) / (time.process_time() - spent)
+        done = f"{layer}/{rows}"
+        self._store.add(done, 1)
+        while self._store.add(done, 0) < self._count:
+            profiler.measure(layer, rows, 0.0)
+        return row, stretch
 
     def copy(self) -> float:
         """Bytes per second of a copy that no cache holds."""

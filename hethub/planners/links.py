@@ -74,7 +74,7 @@ class LinkCosts:
         if source.pool != target.pool:
             return pools.path(source.pool, target.pool), groups
         if setting.stage_major:
-            apart = setting.copies * one.replicas * degree >= size
+            apart = setting.copies * one.replicas >= max(1, size // degree)
         else:
             each = max(1, size // degree)
             apart = one.units[0] // each != (other.units[1] - 1) // each

@@ -66,7 +66,7 @@ def test_a_slow_link_that_nobody_waits_for_any_more_is_told_once() -> None:
     assert [look({"desk-shelf": 9.0}) for _ in range(4)] == [[], [], [9.0], []]
 
 
-FOR, STEPS = 45, 175
+FOR, STEPS = 45, 220
 # Its messages are so small that a quarter of the bandwidth would be lost in latency (`benchmarks/replan.py` has a
 # quarter).
 FAULTS = (

@@ -196,10 +196,15 @@ def test_ratios_lie_between_0_and_1(scraped_run: ScrapedRun) -> None:
 def test_flops_are_the_models_for_every_token(scraped_run: ScrapedRun) -> None:
     """Devices count alike: each has done as many steps' FLOPs of its part, give or take the step that is going on."""
     server = scraped_run.prometheus
-    per_token = server.value("sum(hethub_device_flops_total) / scalar(hethub_tokens_total)")
-    mfu = server.value("hethub_mfu_ratio")
-    speed = server.value("hethub_bound_share_ratio{bound='physical'}") * server.value(
-        "hethub_bound_tokens_per_second{bound='physical'}"
-    )
-    peak = server.value("sum(hethub_device_peak_flops_per_second)")
-    assert mfu * peak / speed == pytest.approx(per_token, rel=0.1)
+
+    def agree() -> bool:
+        per_token = server.value("sum(hethub_device_flops_total) / scalar(hethub_tokens_total)")
+        mfu = server.value("hethub_mfu_ratio")
+        speed = server.value("hethub_bound_share_ratio{bound='physical'}") * server.value(
+            "hethub_bound_tokens_per_second{bound='physical'}"
+        )
+        peak = server.value("sum(hethub_device_peak_flops_per_second)")
+        return bool(mfu * peak / speed == pytest.approx(per_token, rel=0.1))
+
+    # Between two queries there may be a scrape, and a step that a busy host held up.
+    until(agree, 60, "FLOPs of a token by the counters and by the gauges of the last step are within 10 %")
