@@ -95,15 +95,9 @@ class LayerProfiler:
         kind = layer_kind(self.model, layer)
         return LayerKey(self.model.name, self.device_type, kind, 1, self.sequence_length, self.precision)
 
-    def measure(
-        self, layer: int, rows: int, budget_seconds: float, *, together: int = 1
-    ) -> tuple[LayerRow, dict[str, Spread]]:
-        """One layer's row for micro-batches of `rows` sequences, and how repeatable its times were.
-
-        Timed are `together` layers of its kind in a row: alone, a small one finds in the caches what in a stage others
-        have displaced.
-        """
-        stage = self._stage((layer, layer + together))
+    def measure(self, layer: int, rows: int, budget_seconds: float) -> tuple[LayerRow, dict[str, Spread]]:
+        """One layer's row for micro-batches of `rows` sequences, and how repeatable its times were."""
+        stage = self._stage((layer, layer + 1))
         sink = stage.sink = WeightGradients([stage])
         optimizer = self._optimizer(stage, sink)
         entry, tokens = self._entry(stage, rows), self._tokens(rows)
@@ -123,10 +117,7 @@ class LayerProfiler:
             )
 
         names = ("forward", "backward", "update", "backward_input", "backward_weight")
-        spreads = {
-            name: Spread(spread.seconds / together, spread.ratio)
-            for name, spread in zip(names, repeated(once, budget_seconds), strict=True)
-        }
+        spreads = dict(zip(names, repeated(once, budget_seconds), strict=True))
         row = LayerRow(
             **asdict(self.key(layer)),
             micro_batch=rows,
@@ -135,9 +126,9 @@ class LayerProfiler:
             update_seconds=spreads["update"].seconds,
             backward_input_seconds=spreads["backward_input"].seconds,
             backward_weight_seconds=spreads["backward_weight"].seconds,
-            parameters=sum(weight.numel() for weight in stage.parameters.values()) // together,
-            kept_bytes=self._kept_bytes(stage, entry, tokens, weights) / together,
-            peak_bytes=None if together > 1 else peak_bytes(self.device, once),
+            parameters=sum(weight.numel() for weight in stage.parameters.values()),
+            kept_bytes=self._kept_bytes(stage, entry, tokens, weights),
+            peak_bytes=peak_bytes(self.device, once),
             spread=max(spreads["forward"].ratio, spreads["backward"].ratio),
         )
         return row, spreads
