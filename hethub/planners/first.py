@@ -38,6 +38,7 @@ _ACTIONS = 350_000  # of all simulated finalists together, about; big plans are 
 _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it counts here
 _COMPLETED = 2  # finalists whose steady step is simulated, at most
 _DEEP = 2  # the reach that is tried first
+_SMALL_ACTIONS = 10_000  # about; of programs up to here one depth is simulated
 _LISTED = 2  # finalists that are tried under the list schedule
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -116,18 +117,27 @@ class FirstPlanner:
         return Choice(finalists=tuple(finalists), ranking=ranking, considered=considered, pools=pools)
 
     def _simulated(self, chosen: Sequence[Candidate], problem: Problem) -> list[Finalist]:
-        """Candidates under split 1F1B, as deep as fits, the quickest first. No more are simulated than may be the
-        quickest."""
-        chains = self.chains(problem)
-        if not all(is_simulated_whole(candidate) for candidate in chosen):
-            batch = problem.workload.global_batch
-            deepest = [_with(chains, candidate, batch, _DEEP, FIRST_SCHEDULE) for candidate in chosen]
-            return run_off(deepest, problem, chains.costs.pools)
-        found: list[Finalist] = []
+        """Candidates under split 1F1B, as far ahead as fits, the quickest first; but for small programs also just as
+        far ahead as links ask for: deeper stages may be 8 % slower where memory is scarce, or as much quicker. No more
+        are simulated than may be the quickest."""
+        chains, batch = self.chains(problem), problem.workload.global_batch
+        small = all(actions_of(candidate) <= _SMALL_ACTIONS for candidate in chosen)
+        whole = all(is_simulated_whole(candidate) for candidate in chosen)
+        found: dict[tuple[object, ...], Finalist] = {}
+        variants: list[Candidate] = []
         for candidate in chosen:
-            if candidate.least_seconds < min((f.step_seconds for f in found), default=math.inf):
-                found += _deepest(chains, candidate, problem, FIRST_SCHEDULE)
-        return sorted(found, key=lambda finalist: finalist.step_seconds)
+            own = replace(candidate, schedule=FIRST_SCHEDULE)
+            if not whole:
+                variants += [own, _with(chains, candidate, batch, _DEEP, FIRST_SCHEDULE)]
+                continue
+            for reach in (_DEEP,) if small else (_DEEP, own.reach):
+                best = min((f.step_seconds for f in found.values()), default=math.inf)
+                if candidate.least_seconds < best:
+                    deepest = _deepest(chains, candidate, problem, FIRST_SCHEDULE, reach)
+                    found |= {one.candidate.key: one for one in deepest}
+        different = {variant.key: variant for variant in variants}
+        done = run_off(different.values(), problem, chains.costs.pools) if variants else list(found.values())
+        return sorted(done, key=lambda finalist: finalist.step_seconds)
 
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
         """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
@@ -255,10 +265,12 @@ def _second(
     return ()
 
 
-def _deepest(chains: Chains, candidate: Candidate, problem: Problem, schedule: str) -> list[Finalist]:
-    """The candidate with stages that run as far ahead as fits, simulated under the schedule; none where it does not
-    fit."""
-    for reach in range(_DEEP, -1, -1):
+def _deepest(
+    chains: Chains, candidate: Candidate, problem: Problem, schedule: str, most: int = _DEEP
+) -> list[Finalist]:
+    """The candidate with stages that run as far ahead as fits, with a reach of at most `most`, simulated under the
+    schedule; none where it does not fit."""
+    for reach in range(most, -1, -1):
         varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
         done = run_off([varied], problem, chains.costs.pools)
         if done:
