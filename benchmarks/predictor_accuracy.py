@@ -9,19 +9,20 @@ The cheapest cheats, and what makes them fail:
 - times edited by hand: the importer drops rows that are marked as edited;
 - fitting each run: there are fewer coefficients than a third of the runs, or `fit` refuses, and the run that is scored
   was not in its fit;
-- leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`;
+- leaving bad runs out: the number of runs that count is checked against the data's files, all of them are in `raw`,
+  and all count in every figure but `undoubted_time_max_abs_error`, which leaves out the runs that the data doubts;
 - workers whose quotas do not hold: our own runs give no figure then (`valid`, measured before and after them);
-- the round of our own runs that fits best: the median over all rounds counts, and all are in `raw`; rounds that are far
-  apart, since others used the machine, give no figure;
+- the steps of our own runs that fit best: the median over all of all rounds counts, and all are in `raw`; rounds that
+  are far apart, since others used the machine, give no figure;
 - another program predicted than the one that ran, with an order that the true times would give: every action of our own
   runs must have its predicted twin (`own_runs._check`);
 - another simulator for others' runs: predictions come from `hethub.simulate.simulate` on a program of actions.
 
 Last our own runs: random plans on CPU workers under quotas (`bench/own_runs.py`), none of them fitted.
 
-    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # some twenty minutes
+    .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER                  # half an hour
     .venv/bin/python benchmarks/predictor_accuracy.py --data FOLDER --skip own_runs  # one minute
-    .venv/bin/python benchmarks/predictor_accuracy.py --only own_runs                # twenty, writes nothing
+    .venv/bin/python benchmarks/predictor_accuracy.py --only own_runs                # half an hour, writes nothing
 """
 
 from __future__ import annotations
@@ -88,11 +89,14 @@ def main() -> int:
                 "measured_seconds": run.seconds,
                 "error": left_out,
                 "error_in_fit": error,
+                "is_doubtful": run.is_doubtful,
             }
         )
     for name in FAMILIES:
         figures[f"{name}_time_mean_abs_error"] = mean_of(by_family[name])
         figures[f"{name}_time_max_abs_error"] = max(map(abs, by_family[name]))
+    sure = [e for run, e in zip(runs, fitted.left_out_errors, strict=True) if not run.is_doubtful]
+    figures["undoubted_time_max_abs_error"] = max(map(abs, sure))
     for name in ("gh200", "turing"):
         memory = calibrate_memory([run for run in runs if family(run) == name])
         figures[f"{name}_memory_mean_abs_error"] = mean_of(memory.left_out_errors)

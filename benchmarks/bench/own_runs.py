@@ -2,11 +2,12 @@
 
 Nothing is fitted to the runs: layer times come from a profile that the workers measure under their quotas, all at once,
 since they share the machine in the runs too; memory traffic comes from the same measurement. What is predicted is the
-program that ran. Compared is the step between two others.
+program that ran. Compared are steps behind another.
 
-This machine's speed wanders: a step of one plan was seen to take 6.0 and 6.9 seconds within minutes. So all is done in
-rounds, the profile and then every plan, and the median over the rounds counts, of the profile as of each plan's step.
-What links and copies reach, which says in which order a plan works, is of the first round.
+This machine's speed wanders: CPU time of one and the same layer, over 3 seconds each, was seen to be 9 % apart
+(standard deviation) within a minute, on all workers alike, and of two profiles layers were 10 to 20 % apart.
+So all is done in rounds, the profile and then some steps of every plan, and the median counts, of a layer's times as of
+a plan's steps. What links and copies reach, which says in which order a plan works, is of the first round.
 
 A core's speed depends on what the other does meanwhile, which no profile tells. Tried against that, and no better: all
 workers kept busy while the slowest is measured (predictions 4 to 23 % too long); all on one core, and decoders measured
@@ -63,8 +64,9 @@ ROUNDS = 3
 # Less than the two cores together by a third: what else runs on the machine then takes nothing of a quota.
 CORES: Cores = (("fast", 0.5, 2), ("middle", 0.25, 1), ("slow", 0.125, 1))
 WANDER = 0.2  # between rounds, of a step's median over the plans; more, and others were using the machine
-_WARM_UP = 1  # steps of a round before the one that counts
-_ROWS = (1, 2, 4, 8)
+_WARM_UP = 1  # steps of a round before those that count
+_COUNTED = 2
+_ROWS = (1, 2, 4, 8, 12)  # as many as a worker can have
 _BUDGET_SECONDS = 3.0  # the slowest worker takes a third of a second for all that is timed of a layer
 _EXCHANGES = [
     Exchange(operation, 1 << bits)
@@ -243,18 +245,20 @@ def _split(draw: random.Random, total: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """A plan's steps of one round, and the last one's seconds."""
+    """A step of a plan, among the others of its round."""
 
     timeline: Timeline
+    step: int
     seconds: float
 
 
-def _run(engine: Ours, plan: Plan) -> _Ran:
-    """A plan from its first step."""
+def _run(engine: Ours, plan: Plan) -> list[_Ran]:
+    """The steps that count of a plan from its first one."""
     engine.load(plan)
-    take(engine, _WARM_UP + 1)
+    take(engine, _WARM_UP + _COUNTED)
     measured = _measured(engine, plan)
-    return _Ran(measured, float(step_seconds(measured)[step_numbers(measured) == _WARM_UP][0]))
+    each = zip(step_numbers(measured).tolist(), step_seconds(measured).tolist(), strict=True)
+    return [_Ran(measured, step, seconds) for step, seconds in each if step >= _WARM_UP]
 
 
 def _measured(engine: Ours, plan: Plan) -> Timeline:
@@ -278,14 +282,14 @@ def _predicted(plan: Plan, profile: Profile) -> Timeline:
     return timeline
 
 
-def _check(plan: Plan, profile: Profile, rounds: Sequence[_Ran]) -> RunCheck:
-    """Hold the prediction of a plan against the round with the median step."""
+def _check(plan: Plan, profile: Profile, steps: Sequence[_Ran]) -> RunCheck:
+    """Hold the prediction of a plan against the median of its steps; where time went is that of the one next to it."""
     predicted = _predicted(plan, profile)
-    ran = sorted(rounds, key=lambda one: one.seconds)[len(rounds) // 2]
-    if not np.array_equal(_actions(predicted, 0), _actions(ran.timeline, _WARM_UP)):
+    middle = statistics.median(one.seconds for one in steps)
+    ran = min(steps, key=lambda one: abs(one.seconds - middle))
+    if not np.array_equal(_actions(predicted, 0), _actions(ran.timeline, ran.step)):
         raise AssertionError(f"{plan.name}: what ran is not the program that was predicted")
-    run = OwnRun(plan.name, plan, predicted, ran.timeline, _WARM_UP, _WARM_UP, ran.seconds)
-    return check_own_run(run)
+    return check_own_run(OwnRun(plan.name, plan, predicted, ran.timeline, ran.step, ran.step, middle))
 
 
 def _actions(timeline: Timeline, step: int) -> Any:
@@ -311,25 +315,31 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
         drawn = [random_plan(cluster, seed) for seed in range(plans)]
         engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
         quotas.place(engine.crew, range(len(shares)))
-        ran: list[list[_Ran]] = [[] for _ in drawn]
+        ran: list[list[list[_Ran]]] = [[] for _ in drawn]  # by plan and round
         for number in range(rounds):
             if number:
                 profiles.append(measure(quotas).profile)
             for plan, own in zip(drawn, ran, strict=True):
                 own.append(_run(engine, plan))
-                print(f"round {number + 1}: {plan.name:10} {own[-1].seconds:7.3f} s", flush=True)
+                print(f"round {number + 1}: {plan.name:10} {_typical(own[-1]):7.3f} s", flush=True)
         quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
     middle = middle_of(profiles)
-    checks = [_check(plan, middle, own) for plan, own in zip(drawn, ran, strict=True)]
+    steps = [[step for one in own for step in one] for own in ran]
+    checks = [_check(plan, middle, own) for plan, own in zip(drawn, steps, strict=True)]
     off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
-    wander = statistics.median(_wander([one.seconds for one in own]) for own in ran)
+    wander = statistics.median(_wander([_typical(one) for one in own]) for own in ran)
     return figures, {
-        "runs": [_entry(*entry) for entry in zip(drawn, checks, ran, strict=True)],
+        "runs": [_entry(*entry) for entry in zip(drawn, checks, steps, strict=True)],
         "quotas": [asdict(check) for check in quota_checks],
         "wander": wander,
         "valid": all(check.holds for check in quota_checks) and wander <= WANDER,
     }
+
+
+def _typical(steps: Sequence[_Ran]) -> float:
+    """Seconds of a step of one round."""
+    return statistics.median(one.seconds for one in steps)
 
 
 def _wander(seconds: Sequence[float]) -> float:
@@ -337,7 +347,7 @@ def _wander(seconds: Sequence[float]) -> float:
     return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
-def _entry(plan: Plan, check: RunCheck, rounds: Sequence[_Ran]) -> dict[str, Any]:
+def _entry(plan: Plan, check: RunCheck, steps: Sequence[_Ran]) -> dict[str, Any]:
     """What the result file keeps of a plan."""
     schedules = "+".join(pipeline.schedule for pipeline in plan.pipelines)
     print(
@@ -347,7 +357,7 @@ def _entry(plan: Plan, check: RunCheck, rounds: Sequence[_Ran]) -> dict[str, Any
     return {
         "plan": plan.name,
         "measured_seconds": check.measured_seconds,
-        "round_seconds": [ran.seconds for ran in rounds],
+        "step_seconds": [ran.seconds for ran in steps],
         "predicted_seconds": check.predicted_seconds,
         "error": check.time_error,
         "terms": dict(check.terms),

@@ -22,6 +22,11 @@ __all__ = ["MeasuredRun", "MeasuredStage", "load_megatron_runs", "load_runs", "o
 _GPT2_WORDS, _PADDING = 50257, 128
 _MIB = 2**20
 _GH200 = "GH200-96GB"
+_OF_A_FIELD = (
+    "peak memory",
+    "earlier peak memory",
+    "gradient-reduce time",
+)  # doubts that are not of the time
 _OPS_PER_DECODER, _HEAD_OPS = 13, 2
 # Of a decoder's 13 operators the first six are the attention half; these two stand for the halves.
 _ATTENTION_OP, _FEED_FORWARD_OP = 4, 9
@@ -37,7 +42,8 @@ class MeasuredStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRun:
-    """A run and what was measured of it; None where it was not. `published` are other predictors' answers."""
+    """A run and what was measured of it; None where it was not. `published` are other predictors' answers.
+    `is_doubtful` where the data doubts that the step's time is this plan's."""
 
     run: EngineRun
     step_seconds: float
@@ -45,6 +51,7 @@ class MeasuredRun:
     peak_bytes: float | None
     stages: tuple[MeasuredStage, ...]
     published: Mapping[str, Any]
+    is_doubtful: bool = False
 
     @property
     def seconds(self) -> float:
@@ -130,8 +137,9 @@ def _run(entry: dict[str, Any]) -> MeasuredRun:
         stages=stages,
     )
     earlier = entry.get("earlier_measurement") or {}
-    doubtful = any(text.startswith("earlier peak memory") for text in entry.get("doubtful", ()))
-    memories = [entry.get("measured_peak_memory_mib"), None if doubtful else earlier.get("peak_memory_mib")]
+    doubts = entry.get("doubtful", ())
+    forgotten = any(doubt.startswith("earlier peak memory") for doubt in doubts)
+    memories = [entry.get("measured_peak_memory_mib"), None if forgotten else earlier.get("peak_memory_mib")]
     known = [memory for memory in memories if memory is not None]
     return MeasuredRun(
         run=run,
@@ -140,6 +148,7 @@ def _run(entry: dict[str, Any]) -> MeasuredRun:
         peak_bytes=sum(known) / len(known) * _MIB if known else None,
         stages=(),
         published=entry.get("artifact_predictors_rerun", {}),
+        is_doubtful=not all(doubt.startswith(_OF_A_FIELD) for doubt in doubts),
     )
 
 
