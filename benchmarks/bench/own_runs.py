@@ -6,8 +6,9 @@ program that ran. Compared are steps behind another.
 
 This machine's speed wanders: CPU time of one and the same layer, over 3 seconds each, was seen to be 9 % apart
 (standard deviation) within a minute, on all workers alike, and of two profiles layers were 10 to 20 % apart.
-So all is done in rounds, the profile and then some steps of every plan, and the median counts, of a layer's times as of
-a plan's steps. What links and copies reach, which says in which order a plan works, is of the first round.
+So all is done in rounds, the profile and then some steps of every plan; of a layer's times, which a step adds up, the
+mean counts, and of a plan's steps the median. What links and copies reach, which says in which order a plan works, is
+of the first round.
 
 A core's speed depends on what the other does meanwhile, which no profile tells. Tried against that, and no better: all
 workers kept busy while the slowest is measured (predictions 4 to 23 % too long); all on one core, and decoders measured
@@ -133,20 +134,20 @@ class _Measurement:
         return replace(cluster, device_types=types, node_groups=tuple(groups))
 
 
-def _middle(many: Sequence[_T], names: Sequence[str]) -> _T:
-    """The same of each round: with the median of these fields, where they were measured."""
+def _mean(many: Sequence[_T], names: Sequence[str]) -> _T:
+    """The same of each round: with the mean of these fields, where they were measured."""
     found = {name: [getattr(one, name) for one in many] for name in names}
-    return replace(many[0], **{n: statistics.median(v) for n, v in found.items() if None not in v})
+    return replace(many[0], **{n: statistics.fmean(v) for n, v in found.items() if None not in v})
 
 
-def middle_of(rounds: Sequence[Profile]) -> Profile:
-    """The median of every time over rounds that measured the same."""
+def mean_of(rounds: Sequence[Profile]) -> Profile:
+    """The mean of every time over rounds that measured the same."""
     seconds = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
     layers = zip(*(one.layers for one in rounds), strict=True)
     works = zip(*(one.transfers for one in rounds), strict=True)
     return Profile(
-        tuple(_middle(rows, seconds) for rows in layers),
-        tuple(_middle(rows, ["time_seconds"]) for rows in works),
+        tuple(_mean(rows, seconds) for rows in layers),
+        tuple(_mean(rows, ["time_seconds"]) for rows in works),
     )
 
 
@@ -323,9 +324,9 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
                 own.append(_run(engine, plan))
                 print(f"round {number + 1}: {plan.name:10} {_typical(own[-1]):7.3f} s", flush=True)
         quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
-    middle = middle_of(profiles)
+    profile = mean_of(profiles)
     steps = [[step for one in own for step in one] for own in ran]
-    checks = [_check(plan, middle, own) for plan, own in zip(drawn, steps, strict=True)]
+    checks = [_check(plan, profile, own) for plan, own in zip(drawn, steps, strict=True)]
     off = [abs(check.time_error) for check in checks]
     figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
     wander = statistics.median(_wander([_typical(one) for one in own]) for own in ran)

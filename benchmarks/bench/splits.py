@@ -28,7 +28,7 @@ __all__ = ["Candidate", "Chain", "best_alone", "best_chains", "compute_of", "onl
 _SIMULATED = 4  # shapes that the simulator decides between, best by closed form
 _REACHES = (0, 1, 2, 3)  # micro-batches that a stage holds beyond what an ideal link would need
 _AS_GOOD = 1.0005
-_WANTED_SCHEDULES = ("1f1b", "zb-h1", "list")
+_WANTED_SCHEDULES = ("1f1b", "1f1b-split", "zb-h1", "list")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def bound(
     from hethub.specs.cluster import load_problem
 
     loaded, workload = load_problem(cluster)
-    found = answer(loaded, workload)
+    found = answer(loaded, workload, may_fork=True, whole_batches=True)
     physical = physical_bound(found.modelled.compute)
     lost = predicted_waterfall(found.modelled)
     if as_json:

@@ -94,6 +94,7 @@ def _plan(
             objective=told.objective,
             time_limit_seconds=time_limit,
             progress=progress,
+            may_fork=True,
         )
     if target is not None:
         write_plan(found.plan, target)

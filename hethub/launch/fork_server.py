@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hethub.errors import MachineError
-from hethub.launch.parents import end_with
 from hethub.launch.worker_process import serve
+from hethub.parents import end_with
 
 __all__ = ["STACKS_SIGNAL", "ForkServer"]
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 from hethub.checkpoints.restarts import Cause, decide
 from hethub.errors import HeadLostError
-from hethub.launch.parents import adopt_orphans, end_orphans, end_with
+from hethub.parents import adopt_orphans, end_orphans, end_with
 from hethub.specs.job import FailurePolicy
 
 __all__ = ["DriverPlace", "start_driver"]

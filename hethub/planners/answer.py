@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from hethub.cost.bounds import physical_bound
+from hethub.cost.bounds import PhysicalBound, physical_bound
 from hethub.cost.measured import NOT_MEASURED, Measured
 from hethub.errors import InfeasibleError
+from hethub.planners.beside import beside
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
@@ -24,7 +25,14 @@ from hethub.specs.constraints import FASTEST, FREE, Constraints, Objective
 from hethub.specs.plan import Plan
 from hethub.specs.workload import Workload
 
-__all__ = ["Answer", "answer"]
+__all__ = ["Answer", "EvenSplit", "answer"]
+
+
+class EvenSplit(NamedTuple):
+    """The best even split, and its steady step."""
+
+    plan: Plan
+    step_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +43,7 @@ class Answer:
     plan: Plan
     modelled: Modelled
     homogeneous: HomogeneousBound
-    even: Found | None
+    even: EvenSplit | None
     figures: dict[str, Any]
 
 
@@ -48,26 +56,33 @@ def answer(
     objective: Objective = FASTEST,
     time_limit_seconds: float = math.inf,
     progress: Callable[[Progress], None] | None = None,
+    may_fork: bool = False,
+    whole_batches: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Answer:
     """Plan, and hold the plan against both bounds and the best even split; `progress` is told how far the search is.
+    A process that `may_fork` searches for the plan and for what it is held against at the same time. With
+    `whole_batches` the homogeneous bound also says what each type reaches with all of the batch.
 
     Raises InfeasibleError when no plan fits, or none within the objective's limits, and InputError when a needed figure
     of a device is not known or the constraints contradict each other.
     """
     begin = clock()
     problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
-    planner = FirstPlanner()
-    found = _planned(planner, replace(problem, progress=progress), objective)
-    seconds = clock() - begin
-    wrong = check_plan(found.plan)
-    if wrong:
-        raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
     physical = physical_bound(problem.compute)
-    # bounds and baseline are of the cluster, whatever the user fixes of the plan
-    free = replace(problem, constraints=FREE)
-    homogeneous = homogeneous_bound(planner, free, physical, whole=found)
-    even = EvenPlanner().search(free)
+    planner = FirstPlanner()
+    several = sum(map(bool, cluster.counts().values())) > 1  # else the plan is the only type's own
+
+    def held_against(found: Found | None = None) -> tuple[HomogeneousBound, EvenSplit | None]:
+        return _held_against(planner, problem, physical, found, whole_batches=whole_batches)
+
+    with beside(held_against, allowed=may_fork and several) as against:
+        found = _planned(planner, replace(problem, progress=progress, recorded=True), objective)
+        seconds = clock() - begin
+        wrong = check_plan(found.plan)
+        if wrong:
+            raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
+        homogeneous, even = against() if several else held_against(found)
     tokens = workload.global_batch * workload.sequence_length
     gap, by = found.proven_gap, "the closed form over the plan space"
     if gap is None:
@@ -102,6 +117,21 @@ def answer(
         even=even,
         figures=_with_search(told, plan),
     )
+
+
+def _held_against(
+    planner: FirstPlanner,
+    problem: Problem,
+    physical: PhysicalBound,
+    found: Found | None,
+    *,
+    whole_batches: bool,
+) -> tuple[HomogeneousBound, EvenSplit | None]:
+    """The homogeneous bound and the best even split: of the cluster, whatever the user fixes of the plan."""
+    free = replace(problem, constraints=FREE)
+    homogeneous = homogeneous_bound(planner, free, physical, whole=found, whole_batches=whole_batches)
+    even = EvenPlanner().search(free)
+    return homogeneous, None if even is None else EvenSplit(even.plan, even.step_seconds)
 
 
 def _planned(planner: FirstPlanner, problem: Problem, objective: Objective) -> Found:

@@ -67,7 +67,7 @@ class Candidate:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for candidates that are the same plan."""
-        return (self.stage_major, self.schedule, self.reach, self.split)
+        return (self.stage_major, self.schedule, self.split)
 
     @property
     def split(self) -> tuple[object, ...]:

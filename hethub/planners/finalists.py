@@ -26,7 +26,6 @@ __all__ = [
     "fits",
     "is_simulated_whole",
     "run_off",
-    "shallower",
     "simulate_plan",
     "simulate_with_room",
     "why_slower",
@@ -75,13 +74,9 @@ def _short(
     }
 
 
-def shallower(
-    plan: Plan, compute: ComputeModel, reserve_bytes: Mapping[str, int] | None = None
-) -> Plan | None:
-    """The plan with one micro-batch less in flight on the stages that lack memory: what split backwards take more is
-    less than that. None where no stage lacks any, or one has no more than one in flight."""
-    layout = lay_out(plan)
-    short = _short(compute, layout, own_by_strength(layout, compute), reserve_bytes)
+def _less_in_flight(plan: Plan, layout: Layout, short: set[int]) -> Plan | None:
+    """With one micro-batch less in flight on the stages of these devices, which lack memory: what split backwards take
+    more is less than that. None where one has no more than one in flight."""
     pipelines, at = [], 0
     for pipeline in plan.pipelines:
         alike = layout.pipelines[at : at + pipeline.repeat]
@@ -93,7 +88,7 @@ def shallower(
                 return None
             stages.append(stage.model_copy(update={"in_flight": stage.in_flight - lacks}))
         pipelines.append(pipeline.model_copy(update={"stages": stages}))
-    return plan.model_copy(update={"pipelines": pipelines}) if short else None
+    return plan.model_copy(update={"pipelines": pipelines})
 
 
 def simulate_plan(
@@ -102,13 +97,14 @@ def simulate_plan(
     *,
     reserve_bytes: Mapping[str, int] | None = None,
     steady: bool = False,
+    record: bool = False,
 ) -> Modelled | None:
     """Program and simulation of a plan, of its `steady` step if asked, or None when it does not fit."""
     layout = lay_out(plan)
     ownership = own_by_strength(layout, compute)
     if not fits(compute, layout, ownership, reserve_bytes):
         return None
-    return model(layout, compute, ownership, record=False, steady=steady)
+    return model(layout, compute, ownership, record=record, steady=steady)
 
 
 def simulate_with_room(
@@ -117,16 +113,19 @@ def simulate_with_room(
     *,
     reserve_bytes: Mapping[str, int] | None = None,
     steady: bool = False,
+    record: bool = False,
 ) -> tuple[Plan, Modelled] | None:
-    """The plan with its program and simulation, `shallower` where it lacks memory; None when that does not fit
+    """The plan with its program and simulation, with less in flight where it lacks memory; None when that does not fit
     either."""
-    modelled = simulate_plan(plan, compute, reserve_bytes=reserve_bytes, steady=steady)
-    if modelled is not None:
-        return plan, modelled
-    less = shallower(plan, compute, reserve_bytes)
+    layout = lay_out(plan)
+    ownership = own_by_strength(layout, compute)
+    short = _short(compute, layout, ownership, reserve_bytes)
+    if not short:
+        return plan, model(layout, compute, ownership, record=record, steady=steady)
+    less = _less_in_flight(plan, layout, short)
     if less is None:
         return None
-    modelled = simulate_plan(less, compute, reserve_bytes=reserve_bytes, steady=steady)
+    modelled = simulate_plan(less, compute, reserve_bytes=reserve_bytes, steady=steady, record=record)
     return None if modelled is None else (less, modelled)
 
 

@@ -145,14 +145,15 @@ class FirstPlanner:
 
     @staticmethod
     def complete(choice: Choice, problem: Problem) -> Found | None:
-        """Of the best few finalists that fit the one whose steady step is the shortest. Of those that were simulated in
-        part so far, which may turn out longer, no more are simulated than may be the quickest."""
+        """Of the best few finalists that fit the one whose steady step is the shortest; no more of them are simulated
+        than may be the quickest. One that was simulated in part so far may turn out longer; of one that was whole a
+        following step hides at most the tail."""
         done: list[tuple[Finalist, Modelled]] = []
         others: list[Finalist] = []
         for finalist in choice.finalists:
-            in_part = finalist.modelled is None
+            hidden = 0.0 if finalist.modelled is None else finalist.candidate.tail_seconds
             least = min((m.simulation.step_seconds for _, m in done), default=math.inf)
-            if len(done) == _COMPLETED or (in_part and finalist.step_seconds >= least):
+            if len(done) == _COMPLETED or finalist.step_seconds - hidden >= least:
                 others.append(finalist)
                 continue
             steady = _steady(finalist, problem)
@@ -265,8 +266,12 @@ def _deepest(
 ) -> list[Finalist]:
     """The candidate with stages that run as far ahead as fits, with a reach of at most `most`, simulated under the
     schedule; none where it does not fit."""
+    tried = set()
     for reach in range(most, -1, -1):
         varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
+        if varied.key in tried:  # that reach changes nothing
+            continue
+        tried.add(varied.key)
         done = run_off([varied], problem, chains.costs.pools)
         if done:
             return done
@@ -276,15 +281,16 @@ def _deepest(
 def _steady(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled] | None:
     """A finalist with its steady step. One that was simulated in part has less in flight where its schedule has not the
     memory, or else is under 1F1B. None where it does not fit."""
+    record = problem.recorded
     if finalist.modelled is not None:
-        return finalist, finalist.modelled.steady()
+        return finalist, finalist.modelled.steady(record=record)
     reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
-    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve, steady=True)
+    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve, steady=True, record=record)
     if roomy is not None:
         return replace(finalist, plan=roomy[0]), roomy[1]
     pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
     plan = plan.model_copy(update={"pipelines": pipelines})
-    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve, steady=True)
+    modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve, steady=True, record=record)
     candidate = replace(finalist.candidate, schedule="1f1b")
     return None if modelled is None else (replace(finalist, candidate=candidate, plan=plan), modelled)
 

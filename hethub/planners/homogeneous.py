@@ -19,14 +19,15 @@ _FINALISTS = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeBound:
     """One device type alone. `global_batch` is its share of the physical bound times the whole batch,
-    rounded from `exact_batch`; the tokens per second are 0 where it cannot hold the model."""
+    rounded from `exact_batch`; the tokens per second are 0 where it cannot hold the model. None at the whole batch
+    where that was not asked for."""
 
     device_type: str
     count: int
     exact_batch: float
     global_batch: int
     tokens_per_second: float
-    whole_batch_tokens_per_second: float
+    whole_batch_tokens_per_second: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +41,14 @@ class HomogeneousBound:
 
 
 def homogeneous_bound(
-    planner: FirstPlanner, problem: Problem, physical: PhysicalBound, *, whole: Found | None = None
+    planner: FirstPlanner,
+    problem: Problem,
+    physical: PhysicalBound,
+    *,
+    whole: Found | None = None,
+    whole_batches: bool = False,
 ) -> HomogeneousBound:
-    """Plan every device type by itself.
+    """Plan every device type by itself; with its share of the batch, and if asked with the `whole_batches`.
 
     Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the
     plan for all devices, is taken for the only type of a homogeneous cluster.
@@ -52,7 +58,7 @@ def homogeneous_bound(
         types: tuple[TypeBound, ...] = (_only_type(problem, whole),)
     else:
         types = tuple(
-            _type_bound(planner, problem, name, physical.shares[name] * problem.workload.global_batch)
+            _type_bound(planner, problem, name, physical.shares[name], whole_batches=whole_batches)
             for name in counts
         )
     return HomogeneousBound(
@@ -76,18 +82,21 @@ def _only_type(problem: Problem, whole: Found) -> TypeBound:
     )
 
 
-def _type_bound(planner: FirstPlanner, problem: Problem, name: str, exact_batch: float) -> TypeBound:
+def _type_bound(
+    planner: FirstPlanner, problem: Problem, name: str, share: float, *, whole_batches: bool
+) -> TypeBound:
+    batch = problem.workload.global_batch
+    exact_batch = share * batch
     own = max(1, round(exact_batch))
     speed = _alone(planner, problem, name, own, _FINALISTS)
+    whole = (_alone(planner, problem, name, batch, 1) if speed else 0.0) if whole_batches else None
     return TypeBound(
         device_type=name,
         count=sum(device.type.name == name for device in problem.compute.graph.devices),
         exact_batch=exact_batch,
         global_batch=own,
         tokens_per_second=speed,
-        whole_batch_tokens_per_second=_alone(planner, problem, name, problem.workload.global_batch, 1)
-        if speed
-        else 0.0,
+        whole_batch_tokens_per_second=whole,
     )
 
 

@@ -34,7 +34,7 @@ class Problem:
     """What to plan. `types` limits the device types in use (None: all); `finalists` is how many candidates
     the simulator decides between (None: the planner's own choice). `constraints` are what the user fixes, and a planner
     has about `seconds` for its search. `available` limits the devices in use of each pool (None: all). `progress` is
-    told now and then how far the search is.
+    told now and then how far the search is. Where it is `recorded`, the answer's simulation has a timeline.
 
     `workload` may differ from `compute.workload` in its global batch only, so that prices are shared between
     problems.
@@ -49,6 +49,7 @@ class Problem:
     seconds: float = math.inf
     available: Mapping[int, int] | None = None
     progress: Callable[[Progress], None] | None = None
+    recorded: bool = False
 
     @classmethod
     def of(

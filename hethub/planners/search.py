@@ -217,4 +217,4 @@ def with_reach(chains: Chains, candidate: Candidate, batch: int, reach: int) -> 
     """The same candidate with stages that run ahead otherwise (see `Setting`), or None where nothing
     changes."""
     other = price(chains, candidate.parts, batch, stage_major=candidate.stage_major, reach=reach)
-    return other if other is not None and other.key != candidate.key else None
+    return other if other is not None and other.split != candidate.split else None

@@ -18,7 +18,7 @@ from hethub.apportion import apportion
 from hethub.cost.shapes import Parameter, model_parameters, parameter_span
 from hethub.specs.layout import Layout, Span
 
-__all__ = ["MOST_INCOMING", "Ownership", "Slice", "own"]
+__all__ = ["MOST_INCOMING", "Held", "Ownership", "Slice", "held_by", "own", "share_out"]
 
 # Below this many elements a piece goes to one updater: cutting a norm weight only makes more of them.
 _SMALL = 4096
@@ -175,14 +175,6 @@ def _refine(holdings: list[tuple[int, Span]]) -> list[_Piece]:
     ]
 
 
-class _Entry(NamedTuple):
-    """A piece of a parameter (by number) in a run."""
-
-    number: int
-    parameter: Parameter
-    span: Span
-
-
 def _updaters(
     holders: tuple[int, ...], turn: int, total: int, strengths: Mapping[int, float]
 ) -> tuple[int, ...]:
@@ -200,7 +192,7 @@ _Run = tuple[tuple[Span, int, int], ...]  # of each piece of a layer: span, elem
 _Shared = tuple[int, int, int, int, int]  # piece's place in the run, start, stop, elements, updater
 
 
-def _share_out(
+def _shares_of(
     run: _Run, holders: tuple[int, ...], turn: int, strengths: Mapping[int, float]
 ) -> Iterator[_Shared]:
     """Share the pieces of one layer that the same devices hold out among them, by their strengths.
@@ -233,12 +225,27 @@ def _share_out(
                 updater += 1
 
 
-def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownership:
-    """Build the table of a layout: `strengths` (device -> weight, 1 where absent) size the updaters' shares, by what
-    memory and speed they have for it. Decoders that stand in the same stages share one refinement."""
+class _LayerRun(NamedTuple):
+    """What the same devices hold of a layer: parameters by number, one a piece, and the pieces."""
+
+    layer: int
+    holders: tuple[int, ...]
+    numbers: tuple[int, ...]
+    pieces: _Run
+
+
+class Held(NamedTuple):
+    """Who holds which pieces of a layout, whoever updates them."""
+
+    parameters: tuple[Parameter, ...]
+    runs: tuple[_LayerRun, ...]
+
+
+def held_by(layout: Layout) -> Held:
+    """Refine a layout's cuts. Decoders that stand in the same stages share one refinement."""
     parameters = model_parameters(layout.model)
     known: dict[tuple[object, ...], list[_Piece]] = {}
-    runs: dict[tuple[int, tuple[int, ...]], list[_Entry]] = defaultdict(list)
+    runs: dict[tuple[int, tuple[int, ...]], list[tuple[int, Span]]] = defaultdict(list)
     places: dict[tuple[int, ...], tuple[int, ...]] = {}  # layers -> stages that they stand in
     for number, parameter in enumerate(parameters):
         if parameter.layers not in places:
@@ -252,17 +259,38 @@ def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownersh
         if key not in known:
             known[key] = _refine(_holdings(layout, parameter))
         for piece in known[key]:
-            runs[parameter.layers[0], piece.holders].append(_Entry(number, parameter, piece.span))
+            runs[parameter.layers[0], piece.holders].append((number, piece.span))
     widths = [parameter.elements_per_index for parameter in parameters]
+    return Held(
+        parameters,
+        tuple(
+            _LayerRun(
+                layer,
+                holders,
+                tuple(number for number, _ in run),
+                tuple((span, widths[number], parameters[number].axis) for number, span in run),
+            )
+            for (layer, holders), run in runs.items()
+        ),
+    )
+
+
+def own(layout: Layout, strengths: Mapping[int, float] | None = None) -> Ownership:
+    """Build the table of a layout: `strengths` (device -> weight, 1 where absent) size the updaters' shares, by what
+    memory and speed they have for it."""
+    return share_out(held_by(layout), strengths or {})
+
+
+def share_out(held: Held, strengths: Mapping[int, float]) -> Ownership:
+    """The same of what is known to be held."""
     slices: list[Slice] = []
     shared: dict[tuple[_Run, tuple[int, ...], int], list[_Shared]] = {}  # alike layers are shared out alike
-    for (layer, holders), run in runs.items():
-        pieces = tuple((e.span, widths[e.number], e.parameter.axis) for e in run)
+    for layer, holders, numbers, pieces in held.runs:
         turn = layer % len(holders)
         if (pieces, holders, turn) not in shared:
-            shared[pieces, holders, turn] = list(_share_out(pieces, holders, turn, strengths or {}))
+            shared[pieces, holders, turn] = list(_shares_of(pieces, holders, turn, strengths))
         slices += [
-            Slice(run[place].number, start, stop, elements, holders, updater)
+            Slice(numbers[place], start, stop, elements, holders, updater)
             for place, start, stop, elements, updater in shared[pieces, holders, turn]
         ]
-    return Ownership(parameters, tuple(sorted(slices)))
+    return Ownership(held.parameters, tuple(sorted(slices)))

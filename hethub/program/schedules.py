@@ -485,15 +485,17 @@ _RULES = (
 _LAST = 1e300  # a rank after all others
 
 
-def _joined(order: list[Task], shape: Shape) -> list[Task]:
-    """The order with backwards left whole where their parts are neighbours and splitting gains nothing.
+def _joined(order: list[Task], shape: Shape) -> tuple[list[Task], float]:
+    """The order with backwards left whole where their parts are neighbours and splitting gains nothing; and its
+    makespan.
 
     Joining makes the stage before wait for the weight part too. That is free where that stage may start so late in a
     schedule of the same length that does everything as late as possible: all such joins hold in it together.
     """
     seconds, resources = [shape.seconds(kind) for kind in _KINDS], shape.resources
     hops, last = shape.hops(), len(resources) - 1
-    late = [makespan(order, shape)] * (1 + max(resources))  # start of what the resource does next
+    whole_seconds = makespan(order, shape)
+    late = [whole_seconds] * (1 + max(resources))  # start of what the resource does next
     following: list[Task | None] = [None] * len(late)  # what that is
     # latest ends, by stage and micro-batch, of forwards, and of whole backwards and input parts
     forward: list[dict[int, float]] = [{} for _ in resources]
@@ -520,12 +522,13 @@ def _joined(order: list[Task], shape: Shape) -> list[Task]:
         elif stage > 0:
             forward[stage - 1][micro_batch] = start - hops[stage - 1]
     if not whole:
-        return order
-    return [
+        return order, whole_seconds
+    joined = [
         Task(_BACKWARD, task[1], task[2]) if task[0] == _INPUT and task[1:] in whole else task
         for task in order
         if task[0] != _WEIGHT or task[1:] not in whole
     ]
+    return joined, makespan(joined, shape)
 
 
 def list_scheduling(shape: Shape) -> list[Task]:
@@ -539,8 +542,8 @@ def list_scheduling(shape: Shape) -> list[Task]:
     """
     found = _Shortest(shape)
     found.offer(one_forward_one_backward(shape))
-    found.offer(_joined(split_one_forward_one_backward(shape), shape))
-    found.offer(_joined(zero_bubble_h1(shape), shape))
+    found.offer(*_joined(split_one_forward_one_backward(shape), shape))
+    found.offer(*_joined(zero_bubble_h1(shape), shape))
     if found.is_least:
         return found.order
     few = min(shape.micro_batches, _TRIAL_MICRO_BATCHES)
@@ -604,8 +607,8 @@ _Ordered = tuple[list[Task], float]  # and its makespan
 
 
 def _by_rule(path: _CriticalPath, number: int, whole: frozenset[int] = frozenset()) -> _Ordered:
-    order = _joined(_Run(path.shape, path.rule(number, whole)).run(), path.shape)
-    return order, makespan(order, path.shape)
+    """The order that a rule makes."""
+    return _joined(_Run(path.shape, path.rule(number, whole)).run(), path.shape)
 
 
 def _promising(seconds: Sequence[float]) -> list[int]:

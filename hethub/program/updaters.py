@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel
-from hethub.cost.memory import RankUse, rank_uses, usable_bytes, with_updates
-from hethub.program.ownership import Ownership, own
+from hethub.cost.memory import MemoryUse, RankUse, rank_uses, usable_bytes, with_updates
+from hethub.program.ownership import Ownership, held_by, own, share_out
 from hethub.specs.layout import Layout
 
 __all__ = ["own_by_speed", "own_by_strength"]
@@ -29,15 +29,21 @@ def _speeds(layout: Layout, compute: ComputeModel) -> dict[int, float]:
 
 def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
     """The ownership table by speed, less where that would not fit. Where no such shares are found they begin with even
-    ones, which a plan that fits has the memory for; where those do not fit either, the table with the least shortage.
+    ones, which a plan that fits has the memory for; where those do not fit either, the table with the least shortage;
+    where a device lacks memory whatever it updates, the table by speed.
     It depends on the plan alone, not on what was measured."""
     compute = compute.by_figures
-    uses = rank_uses(compute, layout)
+    uses, held = rank_uses(compute, layout), held_by(layout)
     found: list[tuple[int, Ownership]] = []
+    idle: Mapping[int, MemoryUse] | None = None
     for strengths in (_speeds(layout, compute), dict.fromkeys(layout.used, 1.0)):
         for _ in range(_ROUNDS):
-            ownership = own(layout, strengths)
-            short = _short(compute, uses, ownership)
+            ownership = share_out(held, strengths)
+            # what is exchanged in common, who updates what does not change
+            idle = idle or with_updates(compute, uses, {}, {}, ownership.joint_elements)
+            if any(use.total > _usable(compute, device) for device, use in idle.items()):
+                return ownership
+            short = _short(compute, uses, ownership, idle)
             if not short:
                 return ownership
             found.append((max(each.bytes for each in short.values()), ownership))
@@ -53,14 +59,17 @@ class _Shortage(NamedTuple):
     room: float
 
 
-def _short(compute: ComputeModel, uses: Mapping[int, RankUse], ownership: Ownership) -> dict[int, _Shortage]:
-    """The devices that would need less if they updated less, and lack memory."""
-    devices = compute.graph.devices
-    total = with_updates(compute, uses, *ownership.updates)
-    none = with_updates(compute, uses, {}, {}, ownership.joint_elements)
+def _usable(compute: ComputeModel, device: int) -> int:
+    return usable_bytes(compute.graph.devices[device].type)
+
+
+def _short(
+    compute: ComputeModel, uses: Mapping[int, RankUse], ownership: Ownership, idle: Mapping[int, MemoryUse]
+) -> dict[int, _Shortage]:
+    """The devices that lack memory, of which each would need what it does `idle` if it updated nothing."""
     found = {}
-    for device, use in total.items():
-        usable, idle = usable_bytes(devices[device].type), none[device].total
-        if use.total > max(usable, idle):
-            found[device] = _Shortage(use.total - usable, max(0, usable - idle) / (use.total - idle))
+    for device, use in with_updates(compute, uses, *ownership.updates).items():
+        usable, least = _usable(compute, device), idle[device].total
+        if use.total > usable:
+            found[device] = _Shortage(use.total - usable, (usable - least) / (use.total - least))
     return found

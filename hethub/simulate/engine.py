@@ -54,6 +54,9 @@ def simulate(
 ) -> Simulation:
     """Predict one step of a program: the middle one of `steps` (1 or 3) that follow without a pause.
 
+    What actions take stands in the program, as it was compiled or priced anew (`pace.py`); `compute` says what messages
+    and links take. To predict under other prices, compile under them.
+
     One step alone leaves out what devices that are done early already do for the next, and ends when the
     last new weights have arrived, which following steps hide under their first forwards: it is the longer figure.
     `sub_events` records the collectives inside compute actions too, which are most of the

@@ -105,6 +105,20 @@ def test_device_types_that_runs_share_are_one_platform(data, tmp_path):
     assert platforms(runs) == (frozenset({DEVICE}), frozenset({OTHER}))
 
 
+@pytest.mark.parametrize(
+    ("doubts", "is_doubtful"),
+    [
+        ([], False),
+        (["peak memory: a copy"], False),
+        (["peak memory: a copy", "another plan has these"], True),
+    ],
+)
+def test_a_run_is_doubtful_where_not_only_one_of_its_other_fields_is(tmp_path, doubts, is_doubtful):
+    entry = run("a", micro_batches=1, seconds=1) | {"doubtful": doubts}
+    (tmp_path / "measured_runs.json").write_text(json.dumps({"runs": [entry]}))
+    assert load_runs(tmp_path / "measured_runs.json")[0].is_doubtful is is_doubtful
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     result = call("validate", tmp_path)
     assert isinstance(result.exception, InputError)

@@ -15,7 +15,7 @@ from hethub.cost.shapes import Work
 from hethub.launch import measuring
 from hethub.launch.link_profiler import OPERATIONS
 from hethub.launch.measuring import Measured, measure_layers, measure_links
-from hethub.launch.profiler import LayerProfiler, repeated
+from hethub.launch.profiler import LayerProfiler, Spread, repeated
 from hethub.specs.layout import Share
 from hethub.timeline.record import Kind
 from tests.plan_strategies import NAMED_PLANS, SEQUENCE, tiny_model
@@ -75,6 +75,12 @@ def test_a_repetition_counts_with_the_mean_of_its_calls() -> None:
 
     (spread,) = repeated(once, 0.0)
     assert spread.seconds == pytest.approx(0.015, rel=0.4)
+
+
+def test_of_skewed_times_the_mean_counts_but_not_what_was_held_up() -> None:
+    """A step adds them up. Seeded bug: the median, which is 1 here."""
+    assert Spread.of([1.0, 1.0, 1.0, 1.9, 1.9]).seconds == pytest.approx(1.36)
+    assert Spread.of([1.0, 1.0, 1.0, 1.0, 9.0]).seconds == 1.0
 
 
 def test_a_profile_sets_what_a_whole_layer_takes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hethub.cost.bounds import physical_step_seconds
 from hethub.cost.memory import device_memory, usable_bytes
 from hethub.errors import InfeasibleError
 from hethub.planners.even import EvenPlanner
-from hethub.planners.finalists import shallower, simulate_plan
+from hethub.planners.finalists import simulate_plan, simulate_with_room
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Problem
 from hethub.program.check import check_plan
@@ -115,12 +115,18 @@ def test_what_lacks_memory_for_split_backwards_goes_one_less_far_ahead() -> None
     needed = {d: use.total for d, use in device_memory(problem.compute, layout, *updates).items()}
     least = max(needed, key=lambda d: needed[d])
     reserve = {devices[least].type.name: usable_bytes(devices[least].type) - needed[least]}
-    assert shallower(plan, problem.compute, reserve) is None
+    roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve)
+    assert roomy is not None
+    assert roomy[0] == plan
     split = _under(plan, "1f1b-split")
-    less = shallower(split, problem.compute, reserve)
-    assert less is not None
     assert simulate_plan(split, problem.compute, reserve_bytes=reserve) is None
-    assert simulate_plan(less, problem.compute, reserve_bytes=reserve) is not None
+    roomy = simulate_with_room(split, problem.compute, reserve_bytes=reserve)
+    assert roomy is not None
+    before, after = (
+        [stage.in_flight for pipeline in one.pipelines for stage in pipeline.stages]
+        for one in (split, roomy[0])
+    )
+    assert {b - a for b, a in zip(before, after, strict=True)} == {0, 1}
 
 
 def test_uneven_beats_even_where_speeds_are_one_two_four() -> None:

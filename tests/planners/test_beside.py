@@ -1,0 +1,100 @@
+"""A task beside: the same answer, an error of it raised here, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hethub.planners.beside import beside
+
+HEAD = "import os, sys, time\nfrom hethub.planners.beside import beside\n"
+FORKS = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
+forking = pytest.mark.skipif(not FORKS, reason="one core: nothing is forked")
+
+
+def run(code: str, **options) -> str:
+    """What a process of one thread prints; test runners have more."""
+    command = [sys.executable, "-c", HEAD + code]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, **options
+    ).stdout.strip()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def until(met, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "it does not come"
+        threading.Event().wait(0.01)
+
+
+@forking
+def test_the_answer_comes_from_another_process():
+    code = "with beside(os.getpid, allowed=True) as result:\n    print(result() != os.getpid())"
+    assert run(code) == "True"
+
+
+def test_without_leave_the_task_runs_here_and_only_when_it_is_asked_for():
+    begun = []
+    with beside(lambda: begun.append(1) or os.getpid(), allowed=False) as result:
+        assert not begun
+        assert result() == os.getpid()
+
+
+def test_beside_other_threads_nothing_is_forked():
+    asked = threading.Event()
+    thread = threading.Thread(target=asked.wait)
+    thread.start()
+    try:
+        with beside(os.getpid, allowed=True) as result:
+            assert result() == os.getpid()
+    finally:
+        asked.set()
+        thread.join()
+
+
+def test_an_error_of_the_task_is_raised_here():
+    code = (
+        "def task(): raise ValueError('no figure')\n"
+        "with beside(task, allowed=True) as result:\n"
+        "    try: result()\n    except ValueError as error: print(error)"
+    )
+    assert run(code) == "no figure"
+
+
+@forking
+def test_leaving_without_the_answer_ends_the_fork(tmp_path):
+    code = (
+        "def task():\n    open('pid', 'w').write(str(os.getpid()))\n    os.rename('pid', 'told')\n    time.sleep(600)\n"
+        "with beside(task, allowed=True):\n"
+        "    while not os.path.exists('told'): time.sleep(0.01)"
+    )
+    run(code, cwd=tmp_path)
+    assert is_gone(int((tmp_path / "told").read_text()))
+
+
+@forking
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_the_fork_does_not_outlive_a_killed_parent(tmp_path):
+    code = (
+        "def task():\n    open('pid', 'w').write(str(os.getpid()))\n    os.rename('pid', 'told')\n    time.sleep(600)\n"
+        "with beside(task, allowed=True) as result: result()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=tmp_path)
+    try:
+        until((tmp_path / "told").exists)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    until(lambda: is_gone(int((tmp_path / "told").read_text())))
