@@ -126,7 +126,8 @@ def test_what_lacks_memory_for_split_backwards_goes_one_less_far_ahead() -> None
         [stage.in_flight for pipeline in one.pipelines for stage in pipeline.stages]
         for one in (split, roomy[0])
     )
-    assert {b - a for b, a in zip(before, after, strict=True)} == {0, 1}
+    less = {b - a for b, a in zip(before, after, strict=True)}
+    assert {1} <= less <= {0, 1}
 
 
 def test_uneven_beats_even_where_speeds_are_one_two_four() -> None:
