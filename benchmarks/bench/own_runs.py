@@ -8,7 +8,9 @@ This machine's speed wanders: CPU time of one and the same layer, over 3 seconds
 (standard deviation) within a minute, on all workers alike, and of two profiles layers were 10 to 20 % apart.
 So all is done in rounds, the profile and then some steps of every plan; of a layer's times, which a step adds up, the
 mean counts, and of a plan's steps the median. What links and copies reach, which says in which order a plan works, is
-of the first round.
+of the first round. Beside all this a process takes the machine's pace, in what of the cores is free: a few matrix
+products, ten times a second. A second figure is of predictions and steps that are brought to one pace, as are the
+layers' times: how much of the error is the machine's.
 
 A core's speed depends on what the other does meanwhile, which no profile tells. Tried against that, and no better: all
 workers kept busy while the slowest is measured (predictions 4 to 23 % too long); all on one core, and decoders measured
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -102,15 +105,65 @@ class _Measurer:
         return copy_bytes_per_second(self._device, _BUDGET_SECONDS)
 
 
+class _Pace:
+    """Takes the CPU time of the same small work again and again, from when it is made."""
+
+    _EACH_SECONDS = 0.1
+    _PRODUCTS = 20
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._taken: list[tuple[float, float]] = []
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        matrix = torch.randn(256, 256)
+        while True:
+            at, begin = time.monotonic(), time.thread_time()
+            for _ in range(self._PRODUCTS):
+                matrix @ matrix
+            self._taken.append((at, time.thread_time() - begin))
+            time.sleep(self._EACH_SECONDS)
+
+    def taken(self) -> list[tuple[float, float]]:
+        """(Monotonic seconds, CPU seconds of the work) so far."""
+        return list(self._taken)
+
+
+Window = tuple[float, float]  # monotonic seconds
+
+
+class _Paces:
+    """How much longer work took within some time than on the whole."""
+
+    def __init__(self, taken: Sequence[tuple[float, float]]) -> None:
+        self._at, self._seconds = np.array(taken).T
+        self._usual = float(self._seconds.mean())
+
+    def within(self, window: Window) -> float:
+        """The mean within the window over the mean of all."""
+        inside = (self._at >= window[0]) & (self._at <= window[1])
+        return float(self._seconds[inside].mean()) / self._usual if inside.any() else 1.0
+
+
 @dataclass(frozen=True)
 class _Measurement:
-    """What all workers measured at once, by type (of the first worker of each): a profile, bytes per second of memory
-    traffic, wall seconds of a CPU second; and a link between two workers that have a core each."""
+    """What all workers measured at once, by type (of the first worker of each): a profile and when each layer of it was
+    measured, bytes per second of memory traffic, wall seconds of a CPU second; and a link between two workers that have
+    a core each."""
 
     profile: Profile
+    windows: tuple[Window, ...]
     bytes_per_second: dict[str, float]
     stretch: dict[str, float]
     link: LinkFit
+
+    def paced(self, paces: _Paces) -> Profile:
+        """The profile at the usual pace."""
+        layers = zip(self.profile.layers, self.windows, strict=True)
+        return replace(
+            self.profile, layers=tuple(_times(row, 1 / paces.within(window)) for row, window in layers)
+        )
 
     def cluster(self) -> Cluster:
         """The workers' cluster with what they reach. A message is moved by the CPUs of its ends, so a link is slower
@@ -140,13 +193,21 @@ def _mean(many: Sequence[_T], names: Sequence[str]) -> _T:
     return replace(many[0], **{n: statistics.fmean(v) for n, v in found.items() if None not in v})
 
 
+_SECONDS = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
+
+
+def _times(row: LayerRow, factor: float) -> LayerRow:
+    """With all its times that much longer."""
+    known = {name: getattr(row, name) for name in _SECONDS}
+    return replace(row, **{name: factor * value for name, value in known.items() if value is not None})
+
+
 def mean_of(rounds: Sequence[Profile]) -> Profile:
     """The mean of every time over rounds that measured the same."""
-    seconds = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
     layers = zip(*(one.layers for one in rounds), strict=True)
     works = zip(*(one.transfers for one in rounds), strict=True)
     return Profile(
-        tuple(_mean(rows, seconds) for rows in layers),
+        tuple(_mean(rows, _SECONDS) for rows in layers),
         tuple(_mean(rows, ["time_seconds"]) for rows in works),
     )
 
@@ -155,6 +216,7 @@ def measure(quotas: CpuQuotas) -> _Measurement:
     """Layer by layer, all workers at the same and busy until the slowest has it."""
     names = [name for name, _, count in CORES for _ in range(count)]
     rows: list[LayerRow] = []
+    windows: list[Window] = []
     stretches: dict[str, list[float]] = defaultdict(list)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     makers = [partial(_Measurer, rank, len(names), store.port) for rank in range(len(names))]
@@ -162,6 +224,7 @@ def measure(quotas: CpuQuotas) -> _Measurement:
         quotas.place(crew, range(len(names)))
         for layer in (0, 1, MODEL.layers + 1):
             for count in _ROWS:
+                begin = time.monotonic()
                 for process, name in enumerate(names):
                     crew.start_one(process, "layer", name, layer, count)
                 answers = dict(
@@ -169,6 +232,7 @@ def measure(quotas: CpuQuotas) -> _Measurement:
                 )  # of the first of a type
                 for name, answer in answers.items():
                     rows.append(answer.value[0])
+                    windows.append((begin, time.monotonic()))
                     stretches[name].append(answer.value[1])
         copies = dict(zip(reversed(names), reversed(crew.call("copy")), strict=True))
     stretch = {name: statistics.median(found) for name, found in stretches.items()}
@@ -189,7 +253,7 @@ def measure(quotas: CpuQuotas) -> _Measurement:
         {float(e.message_bytes): s.seconds for e, s in moved.items() if e.operation == "send"}
     )
     link = fit_link(dict(zip(sends.sizes, sends.seconds, strict=True)))
-    return _Measurement(Profile(tuple(rows), tuple(works)), copies, stretch, link)
+    return _Measurement(Profile(tuple(rows), tuple(works)), tuple(windows), copies, stretch, link)
 
 
 # -- random plans ------------------------------------------------------------------------------------------------
@@ -246,20 +310,23 @@ def _split(draw: random.Random, total: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """A step of a plan, among the others of its round."""
+    """A step of a plan, among the others of its round, which ran within the window."""
 
     timeline: Timeline
     step: int
     seconds: float
+    window: Window
 
 
 def _run(engine: Ours, plan: Plan) -> list[_Ran]:
     """The steps that count of a plan from its first one."""
     engine.load(plan)
+    begin = time.monotonic()
     take(engine, _WARM_UP + _COUNTED)
+    window = begin, time.monotonic()
     measured = _measured(engine, plan)
     each = zip(step_numbers(measured).tolist(), step_seconds(measured).tolist(), strict=True)
-    return [_Ran(measured, step, seconds) for step, seconds in each if step >= _WARM_UP]
+    return [_Ran(measured, step, seconds, window) for step, seconds in each if step >= _WARM_UP]
 
 
 def _measured(engine: Ours, plan: Plan) -> Timeline:
@@ -301,8 +368,8 @@ def _actions(timeline: Timeline, step: int) -> Any:
 
 
 def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float], dict[str, Any]]:
-    """`own_runs_mean_abs_error` and the largest error, with every plan's times behind them. Without control groups
-    there are no figures, and `skipped` says why."""
+    """`own_runs_mean_abs_error` and the largest error, the mean with all at one pace, and every plan's times behind
+    them. Without control groups there are no figures, and `skipped` says why."""
     reason = why_no_quotas()
     if reason is not None:
         return {}, {"skipped": reason}
@@ -311,31 +378,51 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
         text = text_of(Path(stack.enter_context(TemporaryDirectory(prefix="hethub-bench-"))))
         quotas = stack.enter_context(CpuQuotas(shares))
         quota_checks = [settled_quotas(quotas, shares)]
-        measured = measure(quotas)
-        profiles, cluster = [measured.profile], measured.cluster()
+        pace = stack.enter_context(Crew([_Pace]))
+        profiles = [measure(quotas)]
+        cluster = profiles[0].cluster()
         drawn = [random_plan(cluster, seed) for seed in range(plans)]
         engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
         quotas.place(engine.crew, range(len(shares)))
         ran: list[list[list[_Ran]]] = [[] for _ in drawn]  # by plan and round
         for number in range(rounds):
             if number:
-                profiles.append(measure(quotas).profile)
+                profiles.append(measure(quotas))
             for plan, own in zip(drawn, ran, strict=True):
                 own.append(_run(engine, plan))
                 print(f"round {number + 1}: {plan.name:10} {_typical(own[-1]):7.3f} s", flush=True)
+        paces = _Paces(pace.call("taken")[0])
         quota_checks.append(check_quotas(quotas, shares))  # they are to hold to the end
-    profile = mean_of(profiles)
+    profile = mean_of([one.profile for one in profiles])
     steps = [[step for one in own for step in one] for own in ran]
     checks = [_check(plan, profile, own) for plan, own in zip(drawn, steps, strict=True)]
     off = [abs(check.time_error) for check in checks]
-    figures = {"own_runs_mean_abs_error": statistics.mean(off), "own_runs_max_abs_error": max(off)}
+    paced = _paced_errors(drawn, mean_of([one.paced(paces) for one in profiles]), steps, paces)
+    figures = {
+        "own_runs_mean_abs_error": statistics.mean(off),
+        "own_runs_max_abs_error": max(off),
+        "own_runs_at_one_pace_mean_abs_error": statistics.mean(map(abs, paced)),
+    }
     wander = statistics.median(_wander([_typical(one) for one in own]) for own in ran)
+    entries = [_entry(*entry) for entry in zip(drawn, checks, steps, strict=True)]
     return figures, {
-        "runs": [_entry(*entry) for entry in zip(drawn, checks, steps, strict=True)],
+        "runs": [entry | {"error_at_one_pace": error} for entry, error in zip(entries, paced, strict=True)],
         "quotas": [asdict(check) for check in quota_checks],
         "wander": wander,
         "valid": all(check.holds for check in quota_checks) and wander <= WANDER,
     }
+
+
+def _paced_errors(
+    plans: Sequence[Plan], profile: Profile, steps: Sequence[Sequence[_Ran]], paces: _Paces
+) -> list[float]:
+    """Errors of the predictions under a profile of the usual pace, against steps that are brought to it."""
+    errors = []
+    for plan, own in zip(plans, steps, strict=True):
+        predicted = _predicted(plan, profile)
+        seconds = float(step_seconds(predicted)[step_numbers(predicted) == 0][0])
+        errors.append(seconds / statistics.median(s.seconds / paces.within(s.window) for s in own) - 1)
+    return errors
 
 
 def _typical(steps: Sequence[_Ran]) -> float:
