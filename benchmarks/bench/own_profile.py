@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.optimize import nnls
 
 from hethub.cost.profiles.curve import Curve, LinkFit, fit_link
 from hethub.cost.profiles.profile import LayerRow, Profile, TransferRow, host_class
@@ -25,7 +26,18 @@ from .crew import Crew
 from .plans import cpu_cluster, llama_model
 from .quota import Cores, CpuQuotas
 
-__all__ = ["CORES", "MODEL", "SEQUENCE", "Measurement", "Pace", "Paces", "Window", "mean_of", "measure"]
+__all__ = [
+    "CORES",
+    "MODEL",
+    "SEQUENCE",
+    "Measurement",
+    "Pace",
+    "Paces",
+    "Window",
+    "mean_of",
+    "measure",
+    "straight",
+]
 
 MODEL = llama_model(hidden=256, layers=6, heads=4)
 SEQUENCE = 128
@@ -170,6 +182,35 @@ def mean_of(rounds: Sequence[Profile]) -> Profile:
         tuple(_mean(rows, _SECONDS) for rows in layers),
         tuple(_mean(rows, ["time_seconds"]) for rows in works),
     )
+
+
+def straight(profile: Profile) -> Profile:
+    """Every time of a layer on a straight line in the rows: a part for each call, one for each row, none negative, by
+    least squares of relative errors. What single measurements have of the machine's wander then spreads over all."""
+    groups: dict[tuple[str, str], list[LayerRow]] = defaultdict(list)
+    for row in profile.layers:
+        groups[row.device_type, row.layer_kind].append(row)
+    lines = {
+        (*group, name): _line(rows, name)
+        for group, rows in groups.items()
+        for name in _SECONDS
+        if all(getattr(row, name) is not None for row in rows)
+    }
+    layers = []
+    for row in profile.layers:
+        fitted = {name: lines.get((row.device_type, row.layer_kind, name)) for name in _SECONDS}
+        times = {n: line[0] + line[1] * row.micro_batch for n, line in fitted.items() if line is not None}
+        layers.append(replace(row, **times))
+    return replace(profile, layers=tuple(layers))
+
+
+def _line(rows: Sequence[LayerRow], name: str) -> tuple[float, float]:
+    """Seconds of a call, and of each row more."""
+    counts = np.array([row.micro_batch for row in rows], dtype=float)
+    seconds = np.array([getattr(row, name) for row in rows])
+    terms = np.stack([np.ones_like(counts), counts], axis=1) / seconds[:, None]
+    call, each = nnls(terms, np.ones_like(seconds))[0]
+    return float(call), float(each)
 
 
 def measure(quotas: CpuQuotas) -> Measurement:
