@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from hethub.cost.bounds import PhysicalBound, physical_bound
@@ -72,10 +73,7 @@ def answer(
     physical = physical_bound(problem.compute)
     planner = FirstPlanner()
     several = sum(map(bool, cluster.counts().values())) > 1  # else the plan is the only type's own
-
-    def held_against(found: Found | None = None) -> tuple[HomogeneousBound, EvenSplit | None]:
-        return _held_against(planner, problem, physical, found, whole_batches=whole_batches)
-
+    held_against = partial(_held_against, planner, problem, physical, whole_batches=whole_batches)
     with beside(held_against, allowed=may_fork and several) as against:
         found = _planned(planner, replace(problem, progress=progress, recorded=True), objective)
         seconds = clock() - begin
@@ -123,7 +121,7 @@ def _held_against(
     planner: FirstPlanner,
     problem: Problem,
     physical: PhysicalBound,
-    found: Found | None,
+    found: Found | None = None,
     *,
     whole_batches: bool,
 ) -> tuple[HomogeneousBound, EvenSplit | None]:

@@ -129,9 +129,14 @@ class FirstPlanner:
         small = all(actions_of(candidate) <= _SMALL_ACTIONS for candidate in chosen)
         found: list[Finalist] = []
         for one, other in zip(near, deep, strict=True):
-            for reach in (_DEEP,) if small or one.key == other.key else (_DEEP, one.reach):
-                if one.least_seconds < min((f.step_seconds for f in found), default=math.inf):
-                    found += _deepest(chains, one, problem, FIRST_SCHEDULE, reach)
+            reaches = [_DEEP] if small or one.key == other.key else [_DEEP, one.reach]
+            for reach in reaches:
+                if one.least_seconds >= min((f.step_seconds for f in found), default=math.inf):
+                    break
+                done = _deepest(chains, one, problem, FIRST_SCHEDULE, reach)
+                found += done
+                if not done or done[0].candidate.key != other.key:  # less deep ones have been tried
+                    break
         return sorted(found, key=lambda finalist: finalist.step_seconds)
 
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hethub.cost.graph import Path
-from hethub.planners.seats import Seat, SeatCost, SeatCosts, Slot
+from hethub.planners.seats import SeatCost, SeatCosts, Slot
 from hethub.planners.stage import Setting, Stage
 
 __all__ = ["Hop", "LinkCosts"]
@@ -43,7 +43,6 @@ class LinkCosts:
     def __init__(self, costs: SeatCosts) -> None:
         self.costs = costs
         self._tail_rates: dict[tuple[object, ...], _Rates] = {}
-        self._least: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def hop(self, one: Stage, other: Stage, setting: Setting) -> Hop:
         """To the next stage and back, over the slowest pair of seats."""
@@ -136,26 +135,16 @@ class LinkCosts:
         holders = copies * sum(seat.replicas for seat in slot) if alike else copies
         worst = (0.0, 0.0)
         for seat in slot:
+            elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
             mates = tuple(sorted({other.pool for other in slot} - {seat.pool}))
-            key = (seat.pool, seat.degree, mates, copies, holders, tuple(pools), alike, tuple(must))
-            least = self._least.get(key)
-            if least is None:
-                around = self._surroundings(seat.pool, copies, holders, pools, alike, must)
-                least = self._least[key] = self._least_of(seat, mates, around)
-            worst = max(worst[0], least[0]), max(worst[1], least[1])
+            groups = self.costs.pools[seat.pool].node_size // seat.degree
+            found = [
+                self._tail_rate(seat.pool, seat.degree, _Holders(number, min(groups, number)), setting, mates)
+                for setting, number in self._surroundings(seat.pool, copies, holders, pools, alike, must)
+            ]
+            update, gradients = min(r.update for r in found), min(r.gradients for r in found)
+            worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
         return worst
-
-    def _least_of(
-        self, seat: Seat, mates: tuple[int, ...], around: Sequence[tuple[Setting, int]]
-    ) -> tuple[float, float]:
-        """Least (update, gradients) seconds of a decoder on a group, whatever of these is around it."""
-        elements = self.costs.cost(seat.pool, seat.degree, 1).decoder_elements
-        groups = self.costs.pools[seat.pool].node_size // seat.degree
-        rates = [
-            self._tail_rate(seat.pool, seat.degree, _Holders(number, min(groups, number)), setting, mates)
-            for setting, number in around
-        ]
-        return elements * min(r.update for r in rates), elements * min(r.gradients for r in rates)
 
     def _surroundings(
         self, pool: int, copies: int, holders: int, pools: Sequence[int], alike: bool, must: Sequence[int]

@@ -494,8 +494,8 @@ def _joined(order: list[Task], shape: Shape) -> tuple[list[Task], float]:
     """
     seconds, resources = [shape.seconds(kind) for kind in _KINDS], shape.resources
     hops, last = shape.hops(), len(resources) - 1
-    whole_seconds = makespan(order, shape)
-    late = [whole_seconds] * (1 + max(resources))  # start of what the resource does next
+    length = makespan(order, shape)
+    late = [length] * (1 + max(resources))  # start of what the resource does next
     following: list[Task | None] = [None] * len(late)  # what that is
     # latest ends, by stage and micro-batch, of forwards, and of whole backwards and input parts
     forward: list[dict[int, float]] = [{} for _ in resources]
@@ -522,7 +522,7 @@ def _joined(order: list[Task], shape: Shape) -> tuple[list[Task], float]:
         elif stage > 0:
             forward[stage - 1][micro_batch] = start - hops[stage - 1]
     if not whole:
-        return order, whole_seconds
+        return order, length
     joined = [
         Task(_BACKWARD, task[1], task[2]) if task[0] == _INPUT and task[1:] in whole else task
         for task in order

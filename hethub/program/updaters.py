@@ -39,10 +39,10 @@ def own_by_strength(layout: Layout, compute: ComputeModel) -> Ownership:
     for strengths in (_speeds(layout, compute), dict.fromkeys(layout.used, 1.0)):
         for _ in range(_ROUNDS):
             ownership = share_out(held, strengths)
-            # what is exchanged in common, who updates what does not change
-            idle = idle or with_updates(compute, uses, {}, {}, ownership.joint_elements)
-            if any(use.total > _usable(compute, device) for device, use in idle.items()):
-                return ownership
+            if idle is None:  # what is exchanged in common, who updates what does not change
+                idle = with_updates(compute, uses, {}, {}, ownership.joint_elements)
+                if any(use.total > _usable(compute, device) for device, use in idle.items()):
+                    return ownership
             short = _short(compute, uses, ownership, idle)
             if not short:
                 return ownership

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 from hethub.planners.beside import beside
+from tests.processes import alive, until
 
 HEAD = "import os, sys, time\nfrom hethub.planners.beside import beside\n"
 FORKS = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
@@ -22,21 +22,6 @@ def run(code: str, **options) -> str:
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=60, **options
     ).stdout.strip()
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def until(met, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "it does not come"
-        threading.Event().wait(0.01)
 
 
 @forking
@@ -81,7 +66,7 @@ def test_leaving_without_the_answer_ends_the_fork(tmp_path):
         "    while not os.path.exists('told'): time.sleep(0.01)"
     )
     run(code, cwd=tmp_path)
-    assert is_gone(int((tmp_path / "told").read_text()))
+    assert not alive(int((tmp_path / "told").read_text()))
 
 
 @forking
@@ -93,8 +78,8 @@ def test_the_fork_does_not_outlive_a_killed_parent(tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=tmp_path)
     try:
-        until((tmp_path / "told").exists)
+        until((tmp_path / "told").exists, 30, "the fork works")
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    until(lambda: is_gone(int((tmp_path / "told").read_text())))
+    until(lambda: not alive(int((tmp_path / "told").read_text())), 30, "the fork ends")

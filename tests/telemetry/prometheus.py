@@ -6,11 +6,10 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from hethub.telemetry.rule_files import alert_file, recording_file
 from hethub.telemetry.rules import Durations
 from tests.chaos.three_types import CLUSTER, write_job
 from tests.launch.small_job import Launch
+from tests.processes import until
 
 __all__ = ["Prometheus", "Sample", "ScrapedRun", "prometheus_running", "quick_rules", "scraped", "until"]
 
@@ -123,14 +123,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def until(met: Callable[[], bool], seconds: float, what: str) -> None:
-    """Look again and again until a condition of other processes is met; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
 
 
 @contextmanager

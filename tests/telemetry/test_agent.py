@@ -23,8 +23,8 @@ from hethub.telemetry.families import registry_of
 from hethub.telemetry.folder import agent_addresses, agent_file
 from hethub.telemetry.metrics import METRICS, SERIES_PER_DEVICE, Scope
 from hethub.telemetry.sensors import Adapter, Reading, Sensors
+from tests.processes import alive, until
 from tests.telemetry.made import count, described_device, numbers_of, write_folder
-from tests.telemetry.prometheus import until
 
 DEVICE_METRICS = {name for name, entry in METRICS.items() if entry.scope == Scope.DEVICE}
 
@@ -160,14 +160,6 @@ from hethub.telemetry.folder import start_agent
 start_agent(Path(sys.argv[1]), ["a/0"], "here", "127.0.0.1")
 time.sleep(600)
 """
-
-
-def alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from tests.launch.small_job import edit, launched, write_job
-from tests.telemetry.prometheus import prometheus_running, until
+from tests.processes import until
+from tests.telemetry.prometheus import prometheus_running
 from tests.telemetry.promql import BOARDS, ROOT, needs_promtool, promtool
 
 DOCKER = ROOT / "docker"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.telemetry.prometheus import ScrapedRun, quick_rules, scraped, until
+from tests.processes import until
+from tests.telemetry.prometheus import ScrapedRun, quick_rules, scraped
 
 FAULTS: dict[str, dict[str, Any]] = {
     "DeviceSlowerThanItsPrediction": {"device": "c/0/1", "action": "compute", "factor": 2.0},

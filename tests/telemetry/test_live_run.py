@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from hethub.telemetry.metrics import ACTIVITY_OF_KIND, LOST_CAUSES, METRICS
-from tests.telemetry.prometheus import ScrapedRun, quick_rules, scraped, until
+from tests.processes import until
+from tests.telemetry.prometheus import ScrapedRun, quick_rules, scraped
 from tests.telemetry.promql import (
     Expression,
     panel_expressions,

@@ -9,7 +9,8 @@ import pytest
 
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import summarize
-from tests.telemetry.prometheus import scraped, until
+from tests.processes import until
+from tests.telemetry.prometheus import scraped
 
 
 def test_a_failure_is_counted_with_its_cause_and_its_cost(tmp_path: Path) -> None:
