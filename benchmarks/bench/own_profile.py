@@ -6,14 +6,13 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import TypeVar
+from types import TracebackType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy.optimize import nnls
 
 from hethub.cost.profiles.curve import Curve, LinkFit, fit_link
@@ -27,15 +26,17 @@ from .plans import cpu_cluster, llama_model
 from .quota import Cores, CpuQuotas
 
 __all__ = [
+    "CELLS",
     "CORES",
     "MODEL",
     "SEQUENCE",
-    "Measurement",
+    "Cell",
+    "Measured",
+    "Measurers",
     "Pace",
     "Paces",
     "Window",
-    "mean_of",
-    "measure",
+    "profile_of",
     "straight",
 ]
 
@@ -52,25 +53,31 @@ _EXCHANGES = [
 ]
 _EXCHANGE_SECONDS = 0.5
 
-_T = TypeVar("_T", LayerRow, TransferRow)
+_TYPES = {name: share for name, share, _ in CORES}  # what of a core a worker has
+_V = TypeVar("_V")
+
+
+class Cell(NamedTuple):
+    """A layer (the embedding, a decoder, the head) and how many rows it is given."""
+
+    layer: int
+    rows: int
+
+
+CELLS = [Cell(layer, rows) for layer in (0, 1, MODEL.layers + 1) for rows in _ROWS]
 
 
 class _Measurer:
     """One worker's measurement of itself."""
 
-    def __init__(self, rank: int, count: int, port: int) -> None:
-        """Join a group as workers do, whose threads take CPU time while nothing is sent."""
+    def __init__(self) -> None:
         torch.set_num_threads(1)
         self._device = torch.device("cpu")
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
 
-    def layer(self, device_type: str, layer: int, rows: int) -> tuple[LayerRow, float]:
-        """A layer's row, and the wall seconds that a second of CPU time took meanwhile."""
+    def layer(self, device_type: str, layer: int, rows: int) -> LayerRow:
+        """What the layer takes."""
         profiler = LayerProfiler(MODEL, device_type, SEQUENCE, "fp32", torch.float32, self._device)
-        begin, spent = time.perf_counter(), time.process_time()
-        row, _ = profiler.measure(layer, rows, _BUDGET_SECONDS)
-        return row, (time.perf_counter() - begin) / (time.process_time() - spent)
+        return profiler.measure(layer, rows, _BUDGET_SECONDS)[0]
 
     def copy(self) -> float:
         """Bytes per second of a copy that no cache holds."""
@@ -119,50 +126,16 @@ class Paces:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What all workers measured at once, by type (of the first worker of each): a profile and when each layer of it was
-    measured, bytes per second of memory traffic, wall seconds of a CPU second; and a link between two workers that have
-    a core each."""
+class Measured:
+    """Layers that all workers measured at once, of the first worker of each type; and when."""
 
-    profile: Profile
-    windows: tuple[Window, ...]
-    bytes_per_second: dict[str, float]
-    stretch: dict[str, float]
-    link: LinkFit
+    cell: Cell
+    rows: tuple[LayerRow, ...]
+    window: Window
 
-    def paced(self, paces: Paces) -> Profile:
-        """The profile at the usual pace."""
-        layers = zip(self.profile.layers, self.windows, strict=True)
-        return replace(
-            self.profile, layers=tuple(_times(row, 1 / paces.within(window)) for row, window in layers)
-        )
-
-    def cluster(self) -> Cluster:
-        """The workers' cluster with what they reach. A message is moved by the CPUs of its ends, so a link is slower
-        than between whole cores by as much as they are."""
-        cluster = cpu_cluster(CORES)
-        types = {
-            name: replace(
-                t, memory_bandwidth_bytes_per_second=self.bytes_per_second[name], memory_efficiency=1.0
-            )
-            for name, t in cluster.device_types.items()
-        }
-        groups = []
-        for group in cluster.node_groups:
-            link = replace(
-                group.intra_link,
-                bandwidth_bytes_per_second=self.link.bandwidth_bytes_per_second
-                / self.stretch[group.device_type],
-                latency_seconds=self.link.latency_seconds,
-            )
-            groups.append(replace(group, intra_link=link, inter_link=link))
-        return replace(cluster, device_types=types, node_groups=tuple(groups))
-
-
-def _mean(many: Sequence[_T], names: Sequence[str]) -> _T:
-    """The same of each round: with the mean of these fields, where they were measured."""
-    found = {name: [getattr(one, name) for one in many] for name in names}
-    return replace(many[0], **{n: statistics.fmean(v) for n, v in found.items() if None not in v})
+    def paced(self, paces: Paces) -> Measured:
+        """At the usual pace."""
+        return replace(self, rows=tuple(_times(row, 1 / paces.within(self.window)) for row in self.rows))
 
 
 _SECONDS = [f.name for f in fields(LayerRow) if f.name.endswith("_seconds")]
@@ -174,14 +147,10 @@ def _times(row: LayerRow, factor: float) -> LayerRow:
     return replace(row, **{name: factor * value for name, value in known.items() if value is not None})
 
 
-def mean_of(rounds: Sequence[Profile]) -> Profile:
-    """The mean of every time over rounds that measured the same."""
-    layers = zip(*(one.layers for one in rounds), strict=True)
-    works = zip(*(one.transfers for one in rounds), strict=True)
-    return Profile(
-        tuple(_mean(rows, _SECONDS) for rows in layers),
-        tuple(_mean(rows, ["time_seconds"]) for rows in works),
-    )
+def _mean(many: Sequence[LayerRow]) -> LayerRow:
+    """The same measured several times: with the mean of every time."""
+    found = {name: [getattr(one, name) for one in many] for name in _SECONDS}
+    return replace(many[0], **{n: statistics.fmean(v) for n, v in found.items() if None not in v})
 
 
 def straight(profile: Profile) -> Profile:
@@ -213,45 +182,80 @@ def _line(rows: Sequence[LayerRow], name: str) -> tuple[float, float]:
     return float(call), float(each)
 
 
-def measure(quotas: CpuQuotas) -> Measurement:
-    """Layer by layer, all workers at the same and busy until the slowest has it."""
-    names = [name for name, _, count in CORES for _ in range(count)]
-    rows: list[LayerRow] = []
-    windows: list[Window] = []
-    stretches: dict[str, list[float]] = defaultdict(list)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    makers = [partial(_Measurer, rank, len(names), store.port) for rank in range(len(names))]
-    with Crew(makers) as crew:
-        quotas.place(crew, range(len(names)))
-        for layer in (0, 1, MODEL.layers + 1):
-            for count in _ROWS:
-                begin = time.monotonic()
-                for process, name in enumerate(names):
-                    crew.start_one(process, "layer", name, layer, count)
-                answers = dict(
-                    zip(reversed(names), reversed(crew.finish()), strict=True)
-                )  # of the first of a type
-                for name, answer in answers.items():
-                    rows.append(answer.value[0])
-                    windows.append((begin, time.monotonic()))
-                    stretches[name].append(answer.value[1])
-        copies = dict(zip(reversed(names), reversed(crew.call("copy")), strict=True))
-    stretch = {name: statistics.median(found) for name, found in stretches.items()}
-    moved = dict(zip(_EXCHANGES, measure_exchanges(_EXCHANGES, _EXCHANGE_SECONDS), strict=True))
-    works = [
-        TransferRow(
-            operation=exchange.operation,
-            link_class=host_class(name),
-            group_size=1,
-            message_bytes=exchange.message_bytes,
-            time_seconds=spread.seconds * stretch[name],
+class Measurers:
+    """Workers that measure themselves under the quotas of those that train, whose threads take CPU time also while
+    nothing is sent: 2 % of the slowest quota. One measures when all do, so that each is busy until the slowest has what
+    it measures. As a context it ends them."""
+
+    def __init__(self, quotas: CpuQuotas) -> None:
+        self._names = [name for name, _, count in CORES for _ in range(count)]
+        self._crew = Crew([_Measurer] * len(self._names))
+        quotas.place(self._crew, range(len(self._names)))
+
+    def __enter__(self) -> Measurers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._crew.close()
+
+    def layer(self, cell: Cell) -> Measured:
+        """A layer with some rows."""
+        begin = time.monotonic()
+        for process, name in enumerate(self._names):
+            self._crew.start_one(process, "layer", name, cell.layer, cell.rows)
+        rows = [answer.value for answer in self._crew.finish()]
+        return Measured(cell, self._firsts(rows), (begin, time.monotonic()))
+
+    def cluster(self) -> tuple[Cluster, tuple[TransferRow, ...]]:
+        """The workers' cluster with what copies and messages reach, and what messages cost the CPUs of their ends.
+        These move them, so a link is slower than between whole cores by as much as they are."""
+        copies = dict(zip(_TYPES, self._firsts(self._crew.call("copy")), strict=True))
+        moved = dict(zip(_EXCHANGES, measure_exchanges(_EXCHANGES, _EXCHANGE_SECONDS), strict=True))
+        works = tuple(
+            TransferRow(
+                operation=exchange.operation,
+                link_class=host_class(name),
+                group_size=1,
+                message_bytes=exchange.message_bytes,
+                time_seconds=spread.seconds / share,
+            )
+            for exchange, spread in moved.items()
+            if exchange.operation != "send"
+            for name, share in _TYPES.items()
         )
-        for exchange, spread in moved.items()
-        if exchange.operation != "send"
-        for name in stretch
-    ]
-    sends = Curve.through(
-        {float(e.message_bytes): s.seconds for e, s in moved.items() if e.operation == "send"}
-    )
-    link = fit_link(dict(zip(sends.sizes, sends.seconds, strict=True)))
-    return Measurement(Profile(tuple(rows), tuple(works)), tuple(windows), copies, stretch, link)
+        sends = Curve.through(
+            {float(e.message_bytes): s.seconds for e, s in moved.items() if e.operation == "send"}
+        )
+        link = fit_link(dict(zip(sends.sizes, sends.seconds, strict=True)))
+        return _with_reach(cpu_cluster(CORES), copies, link), works
+
+    def _firsts(self, values: Sequence[_V]) -> tuple[_V, ...]:
+        """Those of the first worker of each type."""
+        return tuple(values[self._names.index(name)] for name in _TYPES)
+
+
+def _with_reach(cluster: Cluster, copies: Mapping[str, float], link: LinkFit) -> Cluster:
+    types = {
+        name: replace(t, memory_bandwidth_bytes_per_second=copies[name], memory_efficiency=1.0)
+        for name, t in cluster.device_types.items()
+    }
+    groups = []
+    for group in cluster.node_groups:
+        own = replace(
+            group.intra_link,
+            bandwidth_bytes_per_second=link.bandwidth_bytes_per_second * _TYPES[group.device_type],
+            latency_seconds=link.latency_seconds,
+        )
+        groups.append(replace(group, intra_link=own, inter_link=own))
+    return replace(cluster, device_types=types, node_groups=tuple(groups))
+
+
+def profile_of(measured: Iterable[Measured], works: Sequence[TransferRow]) -> Profile:
+    """Of everything that was measured, whenever: the mean of every time, of a layer on a straight line in the rows."""
+    cells: dict[Cell, list[tuple[LayerRow, ...]]] = defaultdict(list)
+    for one in measured:
+        cells[one.cell].append(one.rows)
+    layers = (_mean(many) for rows in cells.values() for many in zip(*rows, strict=True))
+    return straight(Profile(tuple(layers), tuple(works)))

@@ -12,10 +12,11 @@ from hethub.cost.shapes import BYTES
 from hethub.program.actions import Action, Price, Program, What
 from hethub.program.exchange import GRADIENT_KINDS, plan_exchange
 from hethub.program.islands import Islands, native_islands
+from hethub.program.orders import Shape, Task, margins
 from hethub.program.ownership import Ownership
 from hethub.program.parameters import ParameterLists
 from hethub.program.parts import Parts, cut_stages
-from hethub.program.schedules import SCHEDULES, Shape, Task, forward_only, margins
+from hethub.program.schedules import SCHEDULES, forward_only
 from hethub.program.updaters import own_by_strength
 from hethub.specs.layout import Layout, PipelinePlace, ReplicaPlace, Span, StagePlace, sequence_span
 from hethub.timeline.record import Kind
@@ -31,7 +32,7 @@ def _overlap(one: Span, other: Span) -> Span | None:
 
 
 class _Order(NamedTuple):
-    """A pipeline's schedule: its tasks, and every stage's margin (see `schedules.margins`)."""
+    """A pipeline's schedule: its tasks, and every stage's margin (see `orders.margins`)."""
 
     tasks: tuple[Task, ...]
     margins: tuple[float, ...]

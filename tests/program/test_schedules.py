@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hethub.program.schedules import SCHEDULES, Shape, Task, forward_only, makespan, timed
+from hethub.program.orders import Shape, Task, makespan, timed
+from hethub.program.schedules import SCHEDULES, forward_only
 from hethub.timeline.record import Kind
 
 SECONDS = st.sampled_from([0.0, 1.0, 1.5, 4.0])
