@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?=
+DATA ?=
 SEED ?= 0
 JOBS ?= 2
 
@@ -44,9 +45,11 @@ chaos: $(VENV)/installed ## kill workers and damage checkpoints for half an hour
 	@echo "== pytest -m chaos"
 	@HETHUB_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos -m "chaos or not chaos"
 
-bench: $(VENV)/installed ## run the benchmarks (one: make bench NAME=...)
+bench: $(VENV)/installed ## run the benchmarks (one: NAME=...); DATA=... is the folder of published tables that two of them need
 	@for file in $(if $(NAME),benchmarks/$(NAME).py,$(wildcard benchmarks/*.py)); do \
-		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+		echo "== $$file"; data=; \
+		if [ -n "$(DATA)" ] && grep -q -e '"--data"' $$file; then data="--data $(DATA)"; fi; \
+		$(BIN)/python $$file $$data || exit 1; done
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -63,7 +63,7 @@ BEYOND = 1.1
 SEARCHES: dict[str, Callable[[Prices], Split | None]] = {
     "ours": lambda prices: None if (found := deadline_search(prices)) is None else found.split,
     "sailor_like": lambda prices: next((split for _, split in sailor_like(prices)), None),
-    "metis_like": lambda prices: next((split for _, split in metis_like(prices)), None),
+    "metis_like": lambda prices: next((split for _, split in metis_like(prices, cut_nodes=True)), None),
 }
 
 

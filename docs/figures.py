@@ -228,7 +228,7 @@ PLANNER = (
         _QUALITY, "homogeneous_share_768", "768 devices, 140B: share of the homogeneous bound", _SHARE, "98%"
     ),
     Row(_QUALITY, "homogeneous_share_768_70b", "768 devices, 70B: the same", _SHARE, "98%"),
-    Row(_QUALITY, "homogeneous_share_six_vendors", "six vendors: the same", _SHARE, "98%"),
+    Row(_QUALITY, "homogeneous_share_six_vendors", "six vendors, 13B: the same", _SHARE, "98%"),
     Row(_QUALITY, "gap_8", "proven gap, 8 devices", _SHARE, "at most 3%"),
     Row(_QUALITY, "gap_768", "proven gap, 768 devices, 140B", _SHARE, "at most 6%"),
     Row(_QUALITY, "gap_768_70b", "proven gap, 768 devices, 70B", _SHARE, "at most 6%"),
@@ -246,7 +246,7 @@ RECOVERY = (
     Row(
         _RECOVERY,
         "recovery_over_allowed",
-        "recovery, over 8 s for a worker and 20 s for a node",
+        "slowest recovery, as a share of what is allowed (8 s for a worker, 20 s for a node)",
         "{:.2f}",
         "1",
         True,

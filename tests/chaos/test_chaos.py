@@ -35,7 +35,7 @@ def new_seed() -> int:
 
 @pytest.mark.timeout(SECONDS)
 def test_two_hundred_killed_workers_over_every_kind_of_action_and_phase(tmp_path: Path) -> None:
-    """Rows 1 and 27: one run that loses a worker in nearly every step is the run that loses none."""
+    """One run that loses a worker in nearly every step is the run that loses none."""
     seed, steps = new_seed(), POINTS + 10
     print(f"seed {seed}")  # noqa: T201
     write_job(tmp_path / "unbroken", steps=steps)

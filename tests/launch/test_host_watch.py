@@ -1,4 +1,4 @@
-"""Silent hosts: named after five seconds in which others were looked at too, and nobody else is."""
+"""Silent hosts: named after six seconds in which others were looked at too, and nobody else is."""
 
 from __future__ import annotations
 

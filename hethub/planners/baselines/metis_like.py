@@ -9,11 +9,12 @@ parallelism alone; where a replica would have no row, or the layers do not fit, 
 degree doubles its tensor-parallel degree, until a division fits: that one is kept, others are not looked at. A stage on
 several types shares the rows out by speed (data balance); layers go to stages so that the slowest is quickest, within
 memory (layer balance). Plans are ranked by Metis's own estimate, in which a message between two stages counts once a
-step, not once a micro-batch; the first in that order that fits is the answer.
+step, not once a micro-batch, and gradients are reduced in a ring at what whole nodes reach, whatever the message; the
+first in that order that fits is the answer.
 
 Their evaluation ended the search after 300 seconds; here it ends after MOST_PLANS pairs of device groups and numbers
-of micro-batches. Where the nodes of a kind were no power of two, all kinds were cut down to the largest one below the
-smallest kind's nodes; so they are here.
+of micro-batches. Where the nodes of a kind were no power of two, it gave Metis as many nodes of every kind as the
+largest power of two that the smallest kind has; `cut_nodes` does so here.
 
 Simplified: layers are divided exactly, where Metis has a heuristic; it stops at MOST_STAGES stages.
 """
@@ -21,13 +22,13 @@ Simplified: layers are divided exactly, where Metis has a heuristic; it stops at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 
 from hethub.planners.baselines.by_speed import Ranked, balanced_bounds, rows_by_speed
 from hethub.planners.baselines.prices import Late, Prices, never, price_split, split_fits
-from hethub.planners.baselines.split import Band, Group, Side, Split
+from hethub.planners.baselines.split import Band, Group, Kind, Side, Split
 from hethub.planners.candidate import divisors
 
 __all__ = ["metis_like"]
@@ -38,10 +39,11 @@ _VARIANCE = 0.5  # groups are at least the mean size times this
 _Slice = tuple[tuple[int, int], ...]  # (kind, devices)
 
 
-def metis_like(prices: Prices, keep: int = 1, late: Late = never) -> Ranked:
+def metis_like(prices: Prices, keep: int = 1, late: Late = never, *, cut_nodes: bool = False) -> Ranked:
     """The best few splits by Metis's estimate that fit, best first, with their seconds by the cost model's own rule."""
     found: dict[Split, float] = {}
-    for number, (slices, micro_batches) in enumerate(_inter_stage_plans(prices)):
+    counts = _cut_nodes(prices.kinds) if cut_nodes else [kind.count for kind in prices.kinds]
+    for number, (slices, micro_batches) in enumerate(_inter_stage_plans(prices, counts)):
         if number == MOST_PLANS or late():
             break
         split = _intra_stage_plan(prices, slices, micro_batches)
@@ -64,7 +66,7 @@ def _estimate(prices: Prices, split: Split) -> float:
         summed = [prices.layer_seconds(side.group, side.rows) for side in stage]
         works.append(max(float(times[layers[1]] - times[layers[0]]) for times in summed))
         groups = tuple(dict.fromkeys(side.group for side in stage))
-        reduce = max(reduce, prices.reduce_seconds(groups, sum(side.replicas for side in stage), layers))
+        reduce = max(reduce, prices.node_ring_seconds(groups, sum(side.replicas for side in stage), layers))
         update = max(update, *(prices.update_seconds(side.group, side.rows, layers) for side in stage))
     messages = sum(
         max(prices.forth_seconds(a.group, b.group, bound - 1, a.rows) for a in before for b in after)
@@ -76,9 +78,8 @@ def _estimate(prices: Prices, split: Split) -> float:
 # -- which devices a stage stands on ------------------------------------------------------------------------------
 
 
-def _inter_stage_plans(prices: Prices) -> Iterator[tuple[tuple[_Slice, ...], int]]:
-    """(Every stage's devices, micro-batches) in Metis's order."""
-    counts = _device_counts(prices)
+def _inter_stage_plans(prices: Prices, counts: Sequence[int]) -> Iterator[tuple[tuple[_Slice, ...], int]]:
+    """(Every stage's devices, micro-batches) in Metis's order; `counts` devices of each kind are in use."""
     total = sum(counts)
     for order in permutations(range(len(prices.kinds))):
         line = [(kind, counts[kind]) for kind in order]
@@ -89,13 +90,13 @@ def _inter_stage_plans(prices: Prices) -> Iterator[tuple[tuple[_Slice, ...], int
                     yield slices, micro_batches
 
 
-def _device_counts(prices: Prices) -> list[int]:
-    """Devices of each kind in use; see above."""
-    nodes = [max(1, kind.count // kind.node_size) for kind in prices.kinds]
+def _cut_nodes(kinds: Sequence[Kind]) -> list[int]:
+    """Devices of each kind in use where nodes are cut; see above."""
+    nodes = [max(1, kind.count // kind.node_size) for kind in kinds]
+    if all(count & (count - 1) == 0 for count in nodes):
+        return [kind.count for kind in kinds]
     most = 1 << (min(nodes).bit_length() - 1)
-    if min(nodes) == most:
-        return [kind.count for kind in prices.kinds]
-    return [most * kind.node_size for kind in prices.kinds]
+    return [most * kind.node_size for kind in kinds]
 
 
 def _sizes(total: int, stages: int) -> Iterator[tuple[int, ...]]:

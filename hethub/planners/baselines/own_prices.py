@@ -123,6 +123,10 @@ class OwnPrices:
         paths = [path for path in (self._path(*pair) for pair in ends) if path is not None]
         return 2 * (count - 1) * max((path.seconds(part) for path in paths), default=0.0)
 
+    def node_ring_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
+        """The same: a path's bandwidth is that of its nodes, whatever the message."""
+        return self.reduce_seconds(groups, count, layers)
+
     def fits(self, group: Group, rows: int, layers: tuple[int, int], later_stages: int) -> bool:
         """With all optimizer state on every replica, as those papers count."""
         ends = (layers[0] == 0, layers[1] == self.decoders + 2)

@@ -55,6 +55,10 @@ class Prices(Protocol):
         """Reducing a stage's gradients among `count` groups of these sorts."""
         ...
 
+    def node_ring_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
+        """The same as Metis estimates it: a ring at what whole nodes reach between them, whatever the message."""
+        ...
+
     def fits(self, group: Group, rows: int, layers: tuple[int, int], later_stages: int) -> bool:
         """Whether a stage fits its devices with `later_stages` behind it."""
         ...

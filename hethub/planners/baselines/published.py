@@ -173,11 +173,22 @@ class PublishedPrices:
 
     def reduce_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
         """Groups of one kind stand beside each other in the ring, kinds in order."""
-        elements = self._elements[1][layers[1]] - self._elements[1][layers[0]]
-        degree = min(LARGEST_AVERAGED_DEGREE, *(group.degree for group in groups))
-        size = float(elements) * FLOAT_BYTES / degree
         kinds = tuple(sorted({group.kind for group in groups}))
-        return ring_seconds(size, count, self._slowest(kinds))
+        return ring_seconds(self._gradient_bytes(groups, layers), count, self._slowest(kinds))
+
+    def node_ring_seconds(self, groups: Sequence[Group], count: int, layers: tuple[int, int]) -> float:
+        """At the largest bandwidth that was measured between two nodes all of whose devices send, of the slowest
+        kind."""
+        nodes = {Group(group.kind, self.kinds[group.kind].node_size) for group in groups}
+        most = min(link.most for node in nodes for link in self._between(node, node))
+        return 2 * (count - 1) / count * self._gradient_bytes(groups, layers) / (most * 1e9)
+
+    def _gradient_bytes(self, groups: Sequence[Group], layers: tuple[int, int]) -> float:
+        """What each group of a ring reduces."""
+        elements = self._elements[1][layers[1]] - self._elements[1][layers[0]]
+        return (
+            float(elements) * FLOAT_BYTES / min(LARGEST_AVERAGED_DEGREE, *(group.degree for group in groups))
+        )
 
     def _slowest(self, kinds: tuple[int, ...]) -> Callable[[float], float]:
         """Seconds of a message over the slowest link of a ring through these kinds."""

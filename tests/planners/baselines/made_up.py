@@ -56,5 +56,7 @@ class MadeUpPrices:
             return 0.0
         return self._ring * (layers[1] - layers[0]) / min(group.degree for group in groups)
 
+    node_ring_seconds = reduce_seconds
+
     def fits(self, group: Group, rows: int, layers: tuple[int, int], later_stages: int) -> bool:
         return (layers[1] - layers[0]) * rows * (later_stages + 1) / group.degree <= self._room

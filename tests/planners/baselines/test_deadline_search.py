@@ -121,6 +121,16 @@ def test_equal_layers_differ_by_one_at_most():
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize(("nodes", "used"), [((2, 8), 16), ((2, 6), 4), ((3, 6), 4)])
+def test_metis_is_given_as_many_nodes_of_each_kind_where_one_has_no_power_of_two(nodes, used):
+    """Nodes of two devices. Seeded bug: only the smallest kind's number decides."""
+    prices = MadeUpPrices([kind("a", 2 * nodes[0]), kind("b", 2 * nodes[1])], [2.0, 1.0], batch=64)
+    (_, split), *_ = metis_like(prices, cut_nodes=True)
+    assert split.devices_of(1) == used
+    (_, split), *_ = metis_like(prices)
+    assert split.devices_of(1) > 4
+
+
 def test_nothing_fits_is_no_answer():
     prices = MadeUpPrices([kind("a", 4)], [1.0], room=0.1)
     assert deadline_search(prices) is None

@@ -101,6 +101,14 @@ def test_a_ring_is_divided_by_the_least_degree_and_runs_at_one_devices_bandwidth
     assert prices.reduce_seconds((Group(0, 2),), 1, (1, 3)) == 0
 
 
+def test_a_ring_of_nodes_runs_at_what_was_measured_of_whole_ones(prices):
+    """Two layers of 1e6 elements, divided by the least degree, over 100 GB/s whatever the message."""
+    alone = prices.node_ring_seconds((Group(0, 2),), 4, (1, 3))
+    assert alone == pytest.approx(2 * 3 / 4 * (2 * 4e6 / 2) / 100e9)
+    assert prices.node_ring_seconds((Group(0, 2), Group(0, 1)), 4, (1, 3)) == pytest.approx(2 * alone)
+    assert prices.node_ring_seconds((Group(0, 2),), 1, (1, 3)) == 0
+
+
 def test_memory_grows_with_the_stages_that_follow(prices):
     group = Group(0, 1)
     assert prices.fits(group, 2, (0, 4), 0)
