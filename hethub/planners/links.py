@@ -140,19 +140,27 @@ class LinkCosts:
             groups = self.costs.pools[seat.pool].node_size // seat.degree
             found = [
                 self._tail_rate(seat.pool, seat.degree, _Holders(number, min(groups, number)), setting, mates)
-                for setting, number in self._surroundings(seat.pool, copies, holders, pools, alike, must)
+                for setting, number in self._surroundings(seat.pool, groups, copies, holders, pools, alike, must)
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
             worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))
         return worst
 
     def _surroundings(
-        self, pool: int, copies: int, holders: int, pools: Sequence[int], alike: bool, must: Sequence[int]
+        self,
+        pool: int,
+        groups: int,
+        copies: int,
+        holders: int,
+        pools: Sequence[int],
+        alike: bool,
+        must: Sequence[int],
     ) -> list[tuple[Setting, int]]:
         """Whatever may stand beside a pipeline, with the holders of its layers: alike ones, dealt out in both ways, or
         unlike ones on the pools that must work, else on one other pool (the slowest path counts, so that more pools are
         never quicker). All of this pool may stand on one node, if there are not more unlike pipelines than that has
-        devices; as many there are the most that may."""
+        devices; as many there are the most that may. Of a pool alone, as many holders as a node has `groups` share its
+        way out the best: more send more, fewer leave some of it to one of them."""
         if alike:
             settings = [Setting(copies, 0, (pool,), 1, stage_major) for stage_major in (False, True)]
             return [(setting, holders) for setting in settings]
@@ -169,6 +177,7 @@ class LinkCosts:
                 found.append((close, holders))
             elif copies <= most:
                 found += [(close, holders), (close, most)]
+                found += [(apart, groups)] if copies <= groups else []
         return found
 
     def least_hop(self, one: Slot, other: Slot, rows: int) -> Hop:
