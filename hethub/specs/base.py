@@ -6,13 +6,12 @@ import json
 import re
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hethub.errors import InputError
-from hethub.specs.document import Document, Key, load_document
+from hethub.specs.document import Document, Key
 from hethub.specs.nearest import unknown_name
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "Problems",
     "Spec",
     "json_schema",
-    "read_spec",
     "validate_document",
 ]
 
@@ -63,11 +61,6 @@ class Problems:
             rest = len(self._lines) - _SHOWN_PROBLEMS
             more = [f"... and {rest} more. Mend these first."] if rest > 0 else []
             raise InputError("\n".join(self._lines[:_SHOWN_PROBLEMS] + more))
-
-
-def read_spec(path: Path, model: type[T]) -> T:
-    """Read a YAML file as `model`. Raises InputError with one line per problem."""
-    return validate_document(load_document(path), model)
 
 
 def validate_document(document: Document, model: type[T]) -> T:

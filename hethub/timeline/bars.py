@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hethub.errors import InputError, MachineError
+from hethub.timeline.plots import graph_objects, write_page
 
 __all__ = ["write_bars"]
 
@@ -15,12 +15,7 @@ def write_bars(path: Path, title: str, bars: Sequence[tuple[str, float]]) -> Non
 
     Raises MachineError without the package plotly, InputError where `path` cannot be written.
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise MachineError(
-            "plotly: not installed, the plot needs it. Install the extra: pip install 'hethub[plots]'."
-        ) from None
+    go = graph_objects()
     best = max(speed for _, speed in bars)
     figure = go.Figure(
         go.Bar(
@@ -31,7 +26,4 @@ def write_bars(path: Path, title: str, bars: Sequence[tuple[str, float]]) -> Non
     )
     figure.update_layout(title=title)
     figure.update_yaxes(title="predicted tokens per second")
-    try:
-        figure.write_html(str(path), include_plotlyjs=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another --html.") from error
+    write_page(path, figure)

@@ -11,7 +11,6 @@ import html
 from pathlib import Path
 from typing import Any
 
-from hethub.errors import MachineError
 from hethub.files import write_whole
 from hethub.timeline.panels import (
     COLOURS,
@@ -23,6 +22,7 @@ from hethub.timeline.panels import (
     panel_of,
     parameter_sends,
 )
+from hethub.timeline.plots import graph_objects
 from hethub.timeline.record import Timeline
 
 __all__ = ["gantt_figure", "write_gantt"]
@@ -41,13 +41,9 @@ def write_gantt(path: Path, predicted: Timeline, measured: Timeline | None, step
     Raises InputError when the step is not in the timeline, MachineError without the package plotly, and
     OSError when the file cannot be written.
     """
-    try:
-        import plotly.graph_objects as go
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MachineError(
-            "plotly: not installed, the chart needs it. Install the extra: pip install 'hethub[plots]'."
-        ) from error
+    go = graph_objects()
+    from plotly.offline import get_plotlyjs
+
     figure = go.Figure(gantt_figure(predicted, measured, step, title)).to_json()
     page = _page(title, figure.replace("<", "\\u003c"), get_plotlyjs())
     write_whole(path, page)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hethub.errors import InputError, MachineError
+from hethub.timeline.plots import graph_objects, write_page
 
 __all__ = ["write_scatter"]
 
@@ -15,12 +15,7 @@ def write_scatter(path: Path, runs: Sequence[tuple[str, float, float]]) -> None:
 
     Raises MachineError without the package plotly, InputError where `path` cannot be written.
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise MachineError(
-            "plotly: not installed, the plot needs it. Install the extra: pip install 'hethub[plots]'."
-        ) from None
+    go = graph_objects()
     measured = [seconds for _, seconds, _ in runs]
     ends = [min(measured) / 1.2, max(measured) * 1.2]
     figure = go.Figure(
@@ -38,7 +33,4 @@ def write_scatter(path: Path, runs: Sequence[tuple[str, float, float]]) -> None:
     )
     figure.update_xaxes(title="measured step, s", type="log")
     figure.update_yaxes(title="predicted step, s", type="log")
-    try:
-        figure.write_html(str(path), include_plotlyjs=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another --html.") from error
+    write_page(path, figure)

@@ -1,0 +1,30 @@
+"""What pages with a plot share: the package that draws, and a page that is written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hethub.errors import InputError, MachineError
+from hethub.files import write_whole
+
+__all__ = ["graph_objects", "write_page"]
+
+
+def graph_objects() -> Any:
+    """Plotly's module of that name. Raises MachineError without the package."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MachineError(
+            "plotly: not installed, the plot needs it. Install the extra: pip install 'hethub[plots]'."
+        ) from None
+    return go
+
+
+def write_page(path: Path, figure: Any) -> None:
+    """Write a figure as one page that needs nothing else. Raises InputError where `path` cannot be written."""
+    try:
+        write_whole(path, figure.to_html(include_plotlyjs=True))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another --html.") from error
