@@ -6,6 +6,7 @@ two clocks are compared. A lock of the file system tells sooner, but only on one
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -53,8 +54,14 @@ class Lease:
         self._thread.start()
 
     def held(self) -> bool:
-        """Whether it is still ours: false once another driver has taken the run over."""
-        return _read(self.path).get("token") == self.token
+        """Whether it is still ours: false once another driver has taken the run over, or the file is gone. One that
+        cannot be read just now says neither, and counts as ours."""
+        try:
+            return _content(self.path).get("token") == self.token
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
 
     def release(self) -> None:
         """Let go."""
@@ -62,14 +69,15 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self.held():
+        if _read(self.path).get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
             if not self.held():
                 return
-            os.utime(self.path)
+            with contextlib.suppress(OSError):  # a fault that passes: the next beat is soon enough
+                os.utime(self.path)
 
     def _stale(self) -> bool:
         holder = _read(self.path)
@@ -89,13 +97,12 @@ class LeaseWatch:
         self._since = time.monotonic()
 
     def lost(self) -> bool:
-        """Whether the driver is gone: its lease has stood still too long, or is another's."""
-        seen = _touched(self._path)
-        if seen is None or _read(self._path).get("token") != self._token:
-            return (
-                time.monotonic() - self._since > 2 * BEAT_SECONDS
-            )  # a released lease: the driver ends the workers
-        if seen != self._seen:
+        """Whether the driver is gone: its lease has stood still too long, or is another's. One that is not seen, be it
+        released or out of reach for a moment, stands still: a driver that releases it ends its workers itself."""
+        seen, token = _touched(self._path), _read(self._path).get("token")
+        if token is not None and token != self._token:
+            return time.monotonic() - self._since > 2 * BEAT_SECONDS
+        if token == self._token and seen is not None and seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since > LIMIT_SECONDS
 
@@ -140,8 +147,16 @@ def _stands_still(path: Path, end: threading.Event) -> bool:
 def _read(path: Path) -> dict[str, object]:
     """A lease's content; empty where there is none that can be read."""
     try:
+        return _content(path)
+    except OSError:
+        return {}
+
+
+def _content(path: Path) -> dict[str, object]:
+    """The same. Raises OSError where it cannot be read."""
+    try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

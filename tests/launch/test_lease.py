@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,47 @@ def test_a_file_that_is_no_lease_is_nobodys(tmp_path: Path) -> None:
     lease = Lease(tmp_path)
     lease.take()
     lease.release()
+
+
+def test_a_worker_that_cannot_look_at_the_lease_once_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """Seen to fail: a single look that failed ended the worker, for looks are farther apart than two beats."""
+    elsewhere(tmp_path)
+    watch = LeaseWatch(tmp_path / LEASE, "theirs")
+    monkeypatch.setattr(module, "BEAT_SECONDS", -1.0)  # two beats are over at every look
+    (tmp_path / LEASE).rename(tmp_path / "aside")
+    assert not watch.lost()
+    (tmp_path / LEASE).mkdir()  # there, but cannot be read
+    assert not watch.lost()
+    monkeypatch.setattr(module, "LIMIT_SECONDS", -1.0)
+    assert watch.lost()
+
+
+def test_a_lease_that_cannot_be_read_just_now_is_still_held_and_one_that_is_gone_is_not(
+    tmp_path: Path,
+) -> None:
+    """Seen to fail: a single read that failed ended the driver and the beats."""
+    lease = Lease(tmp_path)
+    lease.path.mkdir()
+    assert lease.held()
+    lease.path.rmdir()
+    assert not lease.held()
+
+
+def test_a_beat_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail: the thread ended with the error, and the run with it 20 s later."""
+    real, beaten, failed = os.utime, threading.Event(), []
+
+    def fails_once(path: Path) -> None:
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(path)
+        beaten.set()
+
+    monkeypatch.setattr(os, "utime", fails_once)
+    lease = Lease(tmp_path)
+    lease.take()
+    try:
+        assert beaten.wait(30)
+    finally:
+        lease.release()
