@@ -62,7 +62,8 @@ class Telemetry:
         self._complained: Mapping[str, str] = {}
         self._metrics: RunMetrics | None = None
         self._server: Any = None
-        self._told: Mapping[str, str] = {}
+        self._told: dict[Path, Mapping[str, str]] = {}  # targets file -> what stands in it
+        self._warned: set[Path] = set()  # of targets files that could not be written
         self._root: CountersFile | None = None
         self._counted: list[float] = []  # by the root, when it was read last
         self._times = [0.0] * (2 + len(STEP_BUCKETS_SECONDS) + 1)  # steps, their seconds, and by bucket
@@ -77,7 +78,7 @@ class Telemetry:
         from hethub.telemetry.run import RunMetrics
 
         shutil.rmtree(self.folder, ignore_errors=True)  # an earlier driver's counters
-        (self.folder / AGENTS).mkdir(parents=True)
+        (self.folder / AGENTS).mkdir(parents=True, exist_ok=True)
         policy = self._job.checkpoint
         self._metrics = RunMetrics(
             self._run,
@@ -104,7 +105,8 @@ class Telemetry:
         if self._root is not None:
             self._root.close()
         for file in (*self._target_files, self.folder / MOMENTS):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where it could not be written either
+                file.unlink()
         shutil.rmtree(self.folder / AGENTS, ignore_errors=True)  # what devices counted stays, for reports
         for parent in (self.folder, self._target_files[-1].parent):
             with contextlib.suppress(OSError):  # another run is told of there, or devices have counted
@@ -120,9 +122,23 @@ class Telemetry:
                 self._say(f"warning: agent {name}: {words}")
         self._complained = complaints
         found = {"driver": address(self._listen, self._server.server_port), **agent_addresses(self.folder)}
-        if found != self._told:
-            write_targets(self._target_files, self._run, found)
-            self._told = found
+        for file in self._target_files:
+            if found != self._told.get(file):
+                self._write_targets(file, found)
+
+    def _write_targets(self, file: Path, found: Mapping[str, str]) -> None:
+        """Training goes on where that fails, and the next tick tries again."""
+        try:
+            write_targets(file, self._run, found)
+        except OSError as error:
+            if file not in self._warned:
+                self._say(
+                    f"warning: {file}: cannot be written ({error.strerror}), so Prometheus finds no run there. "
+                    "Let its folder be writable and have room: it is tried again all the time."
+                )
+            self._warned.add(file)
+        else:
+            self._told[file] = found
 
     # -- what happens ------------------------------------------------------------------------------------------------
 

@@ -93,11 +93,23 @@ def agent_complaints(folder: Path) -> dict[str, str]:
     return found
 
 
-def write_targets(files: Sequence[Path], run: str, addresses: Mapping[str, str]) -> None:
-    """Write Prometheus' list of targets: an entry each, whose `instance` is RUN/NAME rather than a passing port."""
+def write_targets(file: Path, run: str, addresses: Mapping[str, str]) -> None:
+    """Write Prometheus' list of targets: an entry each, whose `instance` is RUN/NAME rather than a passing port.
+
+    Raises OSError where it cannot be written.
+    """
     entries = [
         {"targets": [where], "labels": {"instance": f"{run}/{name}"}} for name, where in addresses.items()
     ]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, entries)
+    try:
+        _write_in_folder(file, entries)
+    except (
+        FileNotFoundError,
+        FileExistsError,
+    ):  # another run has just ended, and removed the folder that both use
+        _write_in_folder(file, entries)
+
+
+def _write_in_folder(file: Path, content: object) -> None:
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, content)

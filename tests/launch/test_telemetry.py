@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from hethub.errors import InputError, MachineError
+from hethub.files import write_json
 from hethub.launch.compiled import choose_plans, compile_plan
 from hethub.launch.telemetry import Telemetry
 from hethub.specs.job import Job, load_job
+from hethub.telemetry import folder
 from hethub.telemetry.describe import used_nodes
 from hethub.telemetry.folder import start_agent
 from tests.launch.small_job import edit, listing, write_job
@@ -105,6 +107,45 @@ def test_an_agent_that_does_not_start_is_told_and_training_goes_on(
         telemetry.tick()
     assert len(said) == 1
     assert said[0].startswith("warning: agent local: ")
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_targets_that_cannot_be_written_are_told_once_and_tried_again(job: Job, mended: bool) -> None:
+    """Seen to catch: the error as a traceback, at the start, while training and at the end."""
+    shared, own = job.output.parent / ".targets", job.output / "telemetry" / "targets.json"
+    shared.write_text("no folder")  # so that nobody, root neither, can write into it
+    said: list[str] = []
+    with Telemetry(job, job.output, said.append) as telemetry:
+        written = own.stat()
+        telemetry.tick()
+        assert len(said) == 1
+        assert said[0].startswith(f"warning: {shared / 'run.json'}: cannot be written (")
+        assert own.stat().st_ino == written.st_ino and own.stat().st_mtime_ns == written.st_mtime_ns
+        if mended:
+            shared.unlink()
+            telemetry.tick()
+            assert targets(shared / "run.json") == targets(own)
+            assert len(said) == 1
+    assert shared.exists() == (not mended)
+    assert not own.exists()
+
+
+def test_another_run_that_ends_meanwhile_takes_nothing_away(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to catch: FileNotFoundError where the other removed the folder of both before our file was in it."""
+    shared, real = job.output.parent / ".targets", write_json
+    removed: list[Path] = []
+
+    def late(file: Path, content: object) -> None:
+        if file.parent == shared and not removed:
+            shared.rmdir()
+            removed.append(shared)
+        real(file, content)
+
+    monkeypatch.setattr(folder, "write_json", late)
+    with Telemetry(job, job.output, unexpected):
+        assert removed and set(targets(shared / "run.json")) == {"run/driver"}
 
 
 def test_an_address_of_another_machine_is_told_in_one_line(job: Job) -> None:
