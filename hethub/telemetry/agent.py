@@ -213,13 +213,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{given.listen}: cannot listen there ({error.strerror}). Set telemetry.listen.\n")
         return 4
     file = agent_file(given.folder, given.name)
-    write_json(file, {"address": address(given.listen, server.server_port), "process": os.getpid()})
+    told = {"address": address(given.listen, server.server_port), "process": os.getpid()}
+    write_json(file, told)
     try:
         _until_parent_ends(given.parent, lambda: bool(ends))
     finally:
         server.shutdown()
-        file.unlink(missing_ok=True)
+        _take_back(file, told)
     return 0
+
+
+def _take_back(file: Path, told: Mapping[str, object]) -> None:
+    """Remove what an agent has told, unless another one of its name has told something else since."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(file.read_text(encoding="utf-8")) == told:
+            file.unlink()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hethub.telemetry.agent import Agent
 from hethub.telemetry.counters import FIELDS, CountersFile, create_counters, size_of
 from hethub.telemetry.describe import write_nodes
 from hethub.telemetry.families import registry_of
-from hethub.telemetry.folder import agent_addresses, agent_file
+from hethub.telemetry.folder import agent_addresses, agent_file, start_agent
 from hethub.telemetry.metrics import METRICS, SERIES_PER_DEVICE, Scope
 from hethub.telemetry.sensors import Adapter, Reading, Sensors
 from tests.processes import alive, until
@@ -181,6 +181,33 @@ def test_it_ends_with_its_parent(tmp_path: Path, how: signal.Signals) -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_an_old_agent_leaves_the_address_of_a_new_one_of_its_name(tmp_path: Path) -> None:
+    """A host that hung is replaced, and comes back. Seen to fail: its agent took the new one's file with it."""
+    write_folder(tmp_path, {"a/0": [described_device("a/0", 0)]})
+    file = agent_file(tmp_path, "here")
+    agents: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(2):
+            agents.append(start_agent(tmp_path, ["a/0"], "here", "127.0.0.1"))
+            until(lambda: told(file) == agents[-1].pid, 60, "the agent listens")
+        old, new = agents
+        old.terminate()
+        assert old.wait(20) == 0
+        assert told(file) == new.pid
+        new.terminate()
+        assert new.wait(20) == 0
+        assert not file.exists()
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+
+
+def told(file: Path) -> int | None:
+    """The process that an agent's file names; None where there is none."""
+    return int(json.loads(file.read_text())["process"]) if file.exists() else None
 
 
 def test_it_loads_nothing_heavy() -> None:
