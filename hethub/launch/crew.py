@@ -6,6 +6,7 @@ All of Ray is here. Workers answer with values or with a `Failure`; the driver d
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
@@ -15,7 +16,9 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from hethub.launch.environment import code_digest
 from hethub.launch.host_watch import HOST_SILENT_SECONDS, HostWatch
 from hethub.launch.node_host import NodeHost
 from hethub.launch.worker_process import Failure, pack, unpack
-from hethub.specs.cluster import Cluster
+from hethub.specs.cluster import Cluster, Device
 from hethub.telemetry.describe import used_nodes
 
 __all__ = ["Crew", "WorkerFailedError", "resource_name"]
@@ -45,6 +48,7 @@ _NODE_SILENT = (
     f"the node's host has answered nothing for {HOST_SILENT_SECONDS:.0f} s: it is stopped, hung or cut off"
 )
 _SHORT_BYTES = 10_000
+_TMPDIR_CHARACTERS = 27  # Ray adds up to 80 for its sockets, whose paths the kernel cuts off at 107
 _CLOSE_SECONDS = 3.0
 # Of Ray's own looks at its nodes, where Ray is started here: a dead one is known after 3 s, a hung one after 15.
 _RAY_HEALTH = {
@@ -96,7 +100,7 @@ class Crew:
         self._hosts: dict[_Node, Any] = {}
         self._groups: dict[_Node, Any] = {}
         self._members: dict[_Node, list[int]] = {}  # all devices of the nodes in use
-        self._seats: dict[str, int] = {}  # device name -> place among those that its host was started with
+        self._seats: dict[str, int] = {}  # device name -> place among the accelerators of its host
         self._working: set[int] = set()  # devices that have a worker
         self._pending: dict[Any, int] = {}  # calls that have not been answered
         self._processes: dict[int, int] = {}  # device -> descriptor of its process, on this machine only
@@ -152,14 +156,21 @@ class Crew:
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if self.address is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
-            ray.init(
-                num_cpus=1,  # as many processes as Ray starts ahead
-                resources=self._needs(range(len(self.cluster.devices()))),
-                include_dashboard=False,
-                _temp_dir=str(self._folder),
-                **quiet,
-            )
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="hethub-"))
+                ray.init(
+                    num_cpus=1,  # as many processes as Ray starts ahead
+                    **_request(self._needs(range(len(self.cluster.devices())))),
+                    include_dashboard=False,
+                    _temp_dir=str(self._folder),
+                    **quiet,
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                why = str(error).partition("\n")[0].removesuffix(".")
+                raise MachineError(
+                    f"no Ray can be started here: {why}. Mend what it names; the path that TMPDIR gives may have "
+                    f"{_TMPDIR_CHARACTERS} characters at most."
+                ) from error
         else:
             try:
                 ray.init(address=self.address, **quiet)
@@ -200,11 +211,12 @@ class Crew:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         host_class = ray.remote(NodeHost)
-        self._members = self._nodes()
+        self._members, seats = self._nodes(), self._seated()
         for node, members in self._members.items():
             if node in self._hosts:
                 continue
-            self._seats |= {self.cluster.devices()[device].name: seat for seat, device in enumerate(members)}
+            names = [self.cluster.devices()[device].name for device in members]
+            self._seats |= {name: seats[name] for name in names}
             needs = self._needs(members)
             if node not in self._groups:
                 self._groups[node] = placement_group([needs])
@@ -212,12 +224,11 @@ class Crew:
             if not group.wait(_PLACEMENT_TIMEOUT_SECONDS):
                 raise MachineError(
                     f"no Ray node offers {needs} for {'/'.join(map(str, node)) or 'this machine'}. Start it with "
-                    f"--resources naming {sorted(needs)}."
+                    f"{_ray_start(needs)}."
                 )
             self._hosts[node] = host_class.options(
                 num_cpus=0,
-                num_gpus=needs.pop("GPU", 0),
-                resources=needs,
+                **_request(needs),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
             ).remote()
             self._serve(node)
@@ -238,10 +249,10 @@ class Crew:
 
     def _node(self, device: int) -> _Node:
         """Which host holds a device."""
-        if self.address is None:
-            return ()
-        found = self.cluster.devices()[device]
-        return found.group, found.node
+        return self._holder(self.cluster.devices()[device])
+
+    def _holder(self, device: Device) -> _Node:
+        return () if self.address is None else (device.group, device.node)
 
     def _nodes(self) -> dict[_Node, list[int]]:
         """All devices of the nodes that are in use, by host: another plan may use others of them."""
@@ -258,15 +269,39 @@ class Crew:
         for device in devices:
             device_type = self.cluster.devices()[device].type
             names = [resource_name(device_type.name)]
-            if self._is_gpu(device):
-                names.append("GPU")
+            vendor = self._accelerator(self.cluster.devices()[device])
+            if vendor is not None and vendor.ray_resource is not None:
+                names.append(vendor.ray_resource)
             for name in names:
                 needs[name] = needs.get(name, 0.0) + 1.0
         return needs
 
-    def _is_gpu(self, device: int) -> bool:
-        vendor = catalog.vendor(self.cluster.devices()[device].type.vendor)
-        return vendor.ray_resource == "GPU" and self.cluster.emulated_time_scale is None
+    def _accelerator(self, device: Device) -> catalog.Vendor | None:
+        """How Ray and torch call a device that is an accelerator; None of the CPU, and of what is emulated on it."""
+        if self.cluster.emulated_time_scale is not None:
+            return None
+        vendor = catalog.vendor(device.type.vendor)
+        return None if vendor.torch_device == "cpu" else vendor
+
+    def _variable(self, device: Device) -> str:
+        """The environment's variable that says which accelerator a worker sees; "" where there is none to see."""
+        vendor = self._accelerator(device)
+        return "" if vendor is None else vendor.visible_devices_variable or ""
+
+    def _seated(self) -> dict[str, int]:
+        """Device name -> its place among the accelerators of its host that the same variable lists. Ray lists those
+        that it was asked for; of those that Ray does not know all count that the machine has, left out or not."""
+        excluded = self.cluster.exclude
+        seats: dict[str, int] = {}
+        taken: Counter[tuple[_Node, str]] = Counter()
+        for device in replace(self.cluster, exclude=frozenset()).devices():
+            vendor = self._accelerator(device)
+            if device.name in excluded and (vendor is None or vendor.ray_resource is not None):
+                continue
+            beside = self._holder(device), self._variable(device)
+            seats[device.name] = taken[beside]
+            taken[beside] += 1
+        return seats
 
     def prepare(self) -> None:
         """Start the workers that are missing, with all imported that they need. Raises RunError naming one that
@@ -278,12 +313,11 @@ class Crew:
             if device in self._working:
                 continue
             name = everyone[device].name
-            variable = catalog.vendor(everyone[device].type.vendor).visible_devices_variable
             asked[device] = self._host(device).begin.remote(
                 name,
                 device,
                 str(self.logs / f"{name.replace('/', '-')}.log"),
-                (variable or "") if self._is_gpu(device) else "",
+                self._variable(everyone[device]),
                 self._seats[name],
             )
         import hethub.launch.worker  # noqa: F401  # the driver needs it too: meanwhile
@@ -565,6 +599,22 @@ def _kill(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, signal.SIGKILL)
     os.close(process)
+
+
+def _request(needs: Mapping[str, float]) -> dict[str, Any]:
+    """What is needed, as arguments of Ray, which takes GPUs apart and refuses them among the other resources."""
+    return {
+        "num_gpus": int(needs.get("GPU", 0)),
+        "resources": {name: count for name, count in needs.items() if name != "GPU"},
+    }
+
+
+def _ray_start(needs: Mapping[str, float]) -> str:
+    """The command that starts a node which offers this."""
+    asked = _request(needs)
+    gpus = f" --num-gpus {asked['num_gpus']}" if asked["num_gpus"] else ""
+    counts = json.dumps({name: int(count) for name, count in asked["resources"].items()})
+    return f"`ray start{gpus} --resources '{counts}'`"
 
 
 def _shared(packed: bytes) -> Any:

@@ -14,12 +14,13 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hethub.errors import MachineError
 from hethub.launch.environment import code_digest
 from hethub.launch.fork_server import STACKS_SIGNAL, ForkServer
 from hethub.launch.worker_process import HEADER, frame
 from hethub.telemetry.folder import start_agent
 
-__all__ = ["NodeHost"]
+__all__ = ["NodeHost", "accelerator_of"]
 
 
 class NodeHost:
@@ -37,11 +38,12 @@ class NodeHost:
     async def begin(self, name: str, device: int, log_file: str, variable: str, position: int) -> int:
         """Start the worker of a device; returns its process id.
 
-        Of the accelerators that Ray lists in the environment's `variable` the worker sees the `position`-th alone.
+        Of the accelerators that the environment's `variable` lists the worker sees the `position`-th alone. Raises
+        MachineError where it lists too few.
         """
         await asyncio.to_thread(self._forks.wait)
-        visible = [one for one in os.environ.get(variable, "").split(",") if one]
-        environment = {variable: visible[position]} if position < len(visible) else {}
+        listed = os.environ.get(variable, "")
+        environment = {variable: accelerator_of(variable, listed, position)} if variable else {}
         process, connection = self._forks.fork(device, Path(log_file), environment)
         self._workers[name] = await _Line.open(process, connection)
         return process
@@ -77,6 +79,19 @@ class NodeHost:
         if self._agent is not None:
             self._agent.terminate()
         await asyncio.to_thread(self._forks.close)
+
+
+def accelerator_of(variable: str, listed: str, position: int) -> str:
+    """The accelerator of the `position`-th worker out of those listed; where none are, they are counted from 0."""
+    visible = [one for one in listed.split(",") if one]
+    if not visible:
+        return str(position)
+    if position >= len(visible):
+        raise MachineError(
+            f"{variable}={listed} lists {len(visible)} of this node's accelerators, and one for each of at least "
+            f"{position + 1} workers is needed. Start Ray there with all of them listed."
+        )
+    return visible[position]
 
 
 @dataclass

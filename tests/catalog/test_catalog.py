@@ -101,6 +101,8 @@ def test_every_vendor_names_its_torch_device(name):
     vendor = catalog.vendor(name)
     assert vendor.torch_device
     assert vendor.evidence
+    # Else all workers of a node would open its first device.
+    assert vendor.visible_devices_variable or vendor.torch_device == "cpu"
 
 
 def test_an_unknown_name_carries_the_nearest_and_all_known_ones():
