@@ -30,7 +30,7 @@ from hethub.simulate.modelled import Modelled
 from hethub.specs.constraints import FREE
 from hethub.specs.plan import Plan
 
-__all__ = ["Choice", "FirstPlanner"]
+__all__ = ["Choice", "FirstPlanner", "steady_with_room"]
 
 _FINALISTS = 6
 _RANKED = 4  # times as many are ranked, so that those are among them which split backwards make the best
@@ -284,20 +284,29 @@ def _deepest(
 
 
 def _steady(finalist: Finalist, problem: Problem) -> tuple[Finalist, Modelled] | None:
-    """A finalist with its steady step. One that was simulated in part has less in flight where its schedule has not the
-    memory, or else is under 1F1B. None where it does not fit."""
-    record = problem.recorded
+    """A finalist with its steady step; one that was simulated in part as `steady_with_room` mends it. None where it
+    does not fit."""
     if finalist.modelled is not None:
-        return finalist, finalist.modelled.steady(record=record)
-    reserve, plan = problem.constraints.memory_reserve_bytes, finalist.plan
+        return finalist, finalist.modelled.steady(record=problem.recorded)
+    mended = steady_with_room(finalist.plan, problem)
+    if mended is None:
+        return None
+    plan, modelled = mended
+    candidate = replace(finalist.candidate, schedule=plan.pipelines[0].schedule)
+    return replace(finalist, candidate=candidate, plan=plan), modelled
+
+
+def steady_with_room(plan: Plan, problem: Problem) -> tuple[Plan, Modelled] | None:
+    """The plan with its steady step: where its schedule has not the memory with less in flight, or else under 1F1B.
+    None where it does not fit so either."""
+    reserve, record = problem.constraints.memory_reserve_bytes, problem.recorded
     roomy = simulate_with_room(plan, problem.compute, reserve_bytes=reserve, steady=True, record=record)
     if roomy is not None:
-        return replace(finalist, plan=roomy[0]), roomy[1]
+        return roomy
     pipelines = [pipeline.model_copy(update={"schedule": "1f1b"}) for pipeline in plan.pipelines]
     plan = plan.model_copy(update={"pipelines": pipelines})
     modelled = simulate_plan(plan, problem.compute, reserve_bytes=reserve, steady=True, record=record)
-    candidate = replace(finalist.candidate, schedule="1f1b")
-    return None if modelled is None else (replace(finalist, candidate=candidate, plan=plan), modelled)
+    return None if modelled is None else (plan, modelled)
 
 
 def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

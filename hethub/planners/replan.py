@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
-from hethub.errors import InputError
-from hethub.planners.first import FirstPlanner
+from hethub.errors import InfeasibleError, InputError
+from hethub.planners.finalists import fits
+from hethub.planners.first import FirstPlanner, steady_with_room
 from hethub.planners.interface import Problem
 from hethub.planners.objective import best_plan
 from hethub.program.check import check_plan
+from hethub.program.updaters import own_by_strength
 from hethub.simulate.pace import MOVED, Expected, Pace, median_pace, paced_graph, paced_step_seconds
 from hethub.specs.constraints import FASTEST, FREE, Constraints, Objective
+from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import step_numbers
 
 __all__ = ["Replanned", "pace_of_run", "replan"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,46 @@ def _candidates(problem: Problem, objective: Objective) -> list[Plan]:
     return [planner.plan(problem).plan] if choice is None else [one.plan for one in choice.finalists]
 
 
+def _of_changed_types(constraints: Constraints, graph: CostGraph) -> Constraints:
+    """What is fixed of a device type holds for its devices that are slower by now too, which are a type of their own
+    to a planner."""
+
+    made = {name: own.name for name, own in graph.changed_from.items()}
+
+    def of_all(fixed: Mapping[str, T]) -> dict[str, T]:
+        return {**fixed, **{name: fixed[own] for name, own in made.items() if own in fixed}}
+
+    return replace(
+        constraints,
+        tensor_parallel=of_all(constraints.tensor_parallel),
+        memory_reserve_bytes=of_all(constraints.memory_reserve_bytes),
+    )
+
+
+def _with_room(plan: Plan, problem: Problem) -> Plan | None:
+    """A candidate as it fits when it is launched, by the cluster file's figures: its search shared out updates at the
+    measured pace, and did not look at the memory of a big one at all. None where it does not fit."""
+    layout = lay_out(plan)
+    ownership = own_by_strength(layout, problem.compute)
+    if fits(problem.compute, layout, ownership, problem.constraints.memory_reserve_bytes):
+        return plan
+    mended = steady_with_room(plan, problem)
+    return None if mended is None else mended[0]
+
+
+def _fitting(problem: Problem, objective: Objective) -> list[Plan]:
+    """The candidates that fit when they are launched, so mended. Raises InfeasibleError where none does."""
+    as_launched = replace(problem, compute=ComputeModel(CostGraph(problem.cluster), problem.workload))
+    mended = (_with_room(found, as_launched) for found in _candidates(problem, objective))
+    found = [plan for plan in mended if plan is not None]
+    if not found:
+        raise InfeasibleError(
+            f"{problem.cluster.name}: of the plans found for the measured pace none fits the devices' memory. "
+            "Keep the plan at hand, or add devices."
+        )
+    return found
+
+
 def pace_of_run(
     plan: Plan, predicted: Timeline, measured: Timeline, steps: Sequence[int]
 ) -> tuple[Pace, list[int]]:
@@ -67,17 +113,18 @@ def pace_of_run(
 def replan(
     plan: Plan, pace: Pace, *, constraints: Constraints = FREE, objective: Objective = FASTEST
 ) -> Replanned:
-    """Search a plan for the cluster at a measured pace. Raises InfeasibleError as planning does."""
+    """Search a plan for the cluster at a measured pace. Raises InfeasibleError as planning does, and where what
+    was found does not fit by the cluster file's figures."""
     graph = paced_graph(CostGraph(plan.cluster), pace)
     problem = Problem(
         cluster=plan.cluster,
         workload=plan.workload,
         compute=ComputeModel(graph, plan.workload),
-        constraints=constraints,
+        constraints=_of_changed_types(constraints, graph),
     )
     old_seconds = paced_step_seconds(plan, pace)
     new, new_seconds = plan, old_seconds
-    for found in _candidates(problem, objective):
+    for found in _fitting(problem, objective):
         other = found.model_copy(
             update={"name": plan.name, "cluster": plan.cluster, "bounds": plan.bounds, "search": None}
         )
