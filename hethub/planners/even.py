@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from hethub.apportion import apportion
 from hethub.cost.compute import ComputeModel
 from hethub.cost.memory import device_memory, usable_bytes
+from hethub.cost.shapes import layer_parameters, parameter_span
 from hethub.errors import InfeasibleError
 from hethub.planners.candidate import divisors
 from hethub.planners.finalists import simulate_plan
@@ -23,8 +25,9 @@ from hethub.planners.interface import Found, Problem
 from hethub.planners.kept import broken_constraints
 from hethub.planners.placement import name_ranks
 from hethub.planners.shares import even_shares, rank_entries
-from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Span, StagePlace
+from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, Share, Span, StagePlace
 from hethub.specs.plan import Pipeline, Plan, Replica, Stage
+from hethub.specs.workload import Model
 from hethub.timeline.record import Kind
 
 __all__ = ["EvenPlanner"]
@@ -99,6 +102,19 @@ class EvenPlanner:
             if simulated == (1 if big else _SIMULATED):
                 break
         return None if best is None else replace(best, modelled=best.modelled.steady())
+
+
+@lru_cache(maxsize=4096)
+def _shared_elements(model: Model, share: Share, layers: Span) -> int:
+    """Elements of a rank that nobody but its copies holds: not the norms, which all of its group have, and not a tied
+    table with its other end in another stage."""
+    held = {
+        parameter: parameter_span(parameter, share)
+        for layer in range(*layers)
+        for parameter in layer_parameters(model, layer)
+        if parameter.cut != "none" and all(layers[0] <= place < layers[1] for place in parameter.layers)
+    }
+    return sum((stop - start) * parameter.elements_per_index for parameter, (start, stop) in held.items())
 
 
 class _Pricing:
@@ -206,30 +222,38 @@ class _Pricing:
         return 2 * path.seconds(4.0 * elements * (shape.copies - 1) / shape.copies)
 
     def may_fit(self, split: _Split) -> bool:
-        """Whether every stage fits when its copies share the updates evenly; the exact count comes later."""
+        """Whether every stage fits however well its copies share the updates; the exact count comes later."""
         devices = self.compute.graph.devices
+        size = split.shape.copies * split.shape.degree
         for stage in range(split.shape.stages):
-            size = split.shape.copies * split.shape.degree
-            one_of_each = {devices[d].type.name: d for d in range(stage * size, (stage + 1) * size)}
-            if not all(self._stage_fits(split, stage, device) for device in one_of_each.values()):
+            # the first ranks of a group have the most
+            first_of_type = {
+                devices[d].type.name: d for d in reversed(range(stage * size, (stage + 1) * size))
+            }
+            alike = len(first_of_type) == 1
+            if not all(self._stage_may_fit(split, stage, d, alike=alike) for d in first_of_type.values()):
                 return False
         return True
 
-    def _stage_fits(self, split: _Split, stage: int, device: int) -> bool:
-        copies = split.shape.copies
-        share = even_shares(self.model, split.shape.degree)[0]
+    def _stage_may_fit(self, split: _Split, stage: int, device: int, *, alike: bool) -> bool:
+        """Whether a device fits that updates an even share, or where the copies are not `alike` nothing."""
+        copies, degree = split.shape.copies, split.shape.degree
+        first, member = device - device % degree, device % degree
+        shares = even_shares(self.model, degree)
         place = StagePlace(
             stage,
             self._layers(stage, split.shape.stages),
             "full" if split.full else "none",
             split.shape.stages - stage,
-            (ReplicaPlace((0, split.rows), (RankPlace(device, share),)),),
+            (ReplicaPlace((0, split.rows), tuple(RankPlace(first + n, s) for n, s in enumerate(shares))),),
         )
         pipeline = PipelinePlace(0, "1f1b", split.micro_batches, split.rows, 0, (place,))
-        owned = self.compute.stage_parameters(share, place.layers) // copies
-        incoming = owned * (copies - 1)
+        owned = 0
+        if alike or copies == 1:
+            owned = _shared_elements(self.model, shares[member], place.layers) // copies
         layout = Layout(self.model, (pipeline,))
-        use = device_memory(self.compute, layout, {device: owned}, {device: incoming})[device]
+        updates = {device: owned}, {device: owned * (copies - 1)}
+        use = device_memory(self.compute, layout, *updates, apart_elements={device: 0})[device]
         return use.total <= usable_bytes(self.compute.graph.devices[device].type)
 
     def plan(self, split: _Split) -> Plan:
