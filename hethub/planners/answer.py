@@ -72,15 +72,17 @@ def answer(
     problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     physical = physical_bound(problem.compute)
     planner = FirstPlanner()
-    several = sum(map(bool, cluster.counts().values())) > 1  # else the plan is the only type's own
+    several = sum(map(bool, cluster.counts().values())) > 1
+    # else the plan is the only type's own, where the user fixes nothing of it
+    apart = several or not _is_free(problem, objective)
     held_against = partial(_held_against, planner, problem, physical, whole_batches=whole_batches)
-    with beside(held_against, allowed=may_fork and several) as against:
+    with beside(held_against, allowed=may_fork and apart) as against:
         found = _planned(planner, replace(problem, progress=progress, recorded=True), objective)
         seconds = clock() - begin
         wrong = check_plan(found.plan)
         if wrong:
             raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
-        homogeneous, even = against() if several else held_against(found)
+        homogeneous, even = against() if apart else held_against(found)
     tokens = workload.global_batch * workload.sequence_length
     gap, by = found.proven_gap, "the closed form over the plan space"
     if gap is None:
@@ -125,15 +127,20 @@ def _held_against(
     *,
     whole_batches: bool,
 ) -> tuple[HomogeneousBound, EvenSplit | None]:
-    """The homogeneous bound and the best even split: of the cluster, whatever the user fixes of the plan."""
+    """The homogeneous bound and the best even split: of the cluster, whatever the user fixes of the plan. `found` is
+    the plan for all devices, where nothing is fixed."""
     free = replace(problem, constraints=FREE)
     homogeneous = homogeneous_bound(planner, free, physical, whole=found, whole_batches=whole_batches)
     even = EvenPlanner().search(free)
     return homogeneous, None if even is None else EvenSplit(even.plan, even.step_seconds)
 
 
+def _is_free(problem: Problem, objective: Objective) -> bool:
+    return objective.plain and problem.constraints == FREE
+
+
 def _planned(planner: FirstPlanner, problem: Problem, objective: Objective) -> Found:
-    if objective.plain and problem.constraints == FREE:
+    if _is_free(problem, objective):
         return planner.plan(problem)
     # Loaded here: most problems have neither, and start-up counts.
     from hethub.planners.conflicts import conflict

@@ -51,7 +51,7 @@ def homogeneous_bound(
     """Plan every device type by itself; with its share of the batch, and if asked with the `whole_batches`.
 
     Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the
-    plan for all devices, is taken for the only type of a homogeneous cluster.
+    plan for all devices that nothing but speed decides, is taken for the only type of a homogeneous cluster.
     """
     counts = Counter(device.type.name for device in problem.compute.graph.devices)
     if whole is not None and len(counts) == 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from hethub.cost.bounds import physical_bound
+from hethub.planners.answer import answer
 from hethub.planners.first import FirstPlanner
 from hethub.planners.homogeneous import homogeneous_bound
 from hethub.planners.interface import Problem
+from hethub.specs.constraints import Constraints, Objective
 from hethub.specs.layout import lay_out
 from tests.planners.examples import one_two_four, with_memory
 
@@ -59,3 +62,23 @@ def test_one_type_alone_is_its_own_bound() -> None:
     tokens = single.workload.global_batch * single.workload.sequence_length
     assert bound.tokens_per_second == pytest.approx(tokens / found.step_seconds)
     assert len(lay_out(found.plan).used) == 2
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"objective": Objective(best="usd_per_million_tokens")},
+        {"constraints": Constraints(tensor_parallel={"fast": (4,)})},
+    ],
+)
+def test_a_plan_that_the_user_limits_is_not_its_own_bound(fixed: dict[str, Any]) -> None:
+    """Of a single type. Seeded bug that it saw: the cheap, or constrained, plan stood for the best of the type."""
+    problem = one_two_four()
+    group = replace(problem.cluster.node_groups[0], devices_per_node=8)
+    fast = replace(problem.cluster.device_types["fast"], usd_per_hour=1.0)
+    cluster = replace(problem.cluster, node_groups=(group,), links=(), device_types={"fast": fast})
+    free, limited = answer(cluster, problem.workload), answer(cluster, problem.workload, **fixed)
+    assert limited.homogeneous.tokens_per_second == pytest.approx(
+        free.homogeneous.tokens_per_second, rel=0.05
+    )
+    assert limited.figures["tokens_per_second"] < 0.9 * free.homogeneous.tokens_per_second
