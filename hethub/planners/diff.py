@@ -22,9 +22,9 @@ __all__ = ["PlanDiff", "diff_plans"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDiff:
     """`moved_layers` counts layers that a device holds in the new plan and did not in the old one, over all devices;
-    `weight_bytes` are the weights that those devices need, `state_bytes` masters and optimizer state of all elements
-    that another device updates. Decoders are means over a type's devices in use; seconds None where a plan holds no
-    prediction."""
+    `weight_bytes` are the weights that those devices need (of a device a tied table once), `state_bytes` masters and
+    optimizer state of all elements that another device updates. Decoders are means over a type's devices in use;
+    seconds None where a plan holds no prediction."""
 
     shapes: tuple[str, str]
     joined: tuple[str, ...]
@@ -63,6 +63,7 @@ def diff_plans(old: Plan, new: Plan, measured: Measured = NOT_MEASURED) -> PlanD
 
 
 _Held = dict[str, dict[int, Share]]  # device -> layer -> share
+_Shares = tuple[tuple[int, Share], ...]  # of layers
 
 
 def _held(layout: Layout, names: list[str]) -> _Held:
@@ -76,28 +77,35 @@ def _held(layout: Layout, names: list[str]) -> _Held:
 
 
 def _moved(before: _Held, after: _Held, plan: Plan) -> tuple[int, int]:
-    """(Layers, bytes of weights) that devices hold after and not before."""
+    """(Layers, bytes of weights) that devices hold after and not before. A tied table that stands in two layers of a
+    device lies there once."""
     model = plan.workload.model
     types = {device.name: device.type for device in plan.cluster.devices()}
+    ends = (0, model.layers + 1)
+
+    def at_ends(held: dict[int, Share]) -> _Shares:
+        return tuple((end, held[end]) for end in ends if end in held)
 
     @cache
-    def elements(layer: int, now: Share, was: Share | None) -> int:
-        total = 0
-        for parameter in layer_parameters(model, layer):
-            span = parameter_span(parameter, now)
-            kept = 0 if was is None else _overlap(span, parameter_span(parameter, was))
-            total += (span[1] - span[0] - kept) * parameter.elements_per_index
-        return total
+    def elements(now: _Shares, was: _Shares) -> int:
+        spans, kept = (
+            {p: parameter_span(p, share) for layer, share in held for p in layer_parameters(model, layer)}
+            for held in (now, was)
+        )
+        return sum(
+            (stop - start - _overlap((start, stop), kept.get(p, (0, 0)))) * p.elements_per_index
+            for p, (start, stop) in spans.items()
+        )
 
     layers = size = 0
     for name, own in after.items():
-        width = BYTES[types[name].dtype_for(plan.workload.precision)]
         was = before.get(name, {})
+        layers += len(own.keys() - was.keys())
+        missing = elements(at_ends(own), at_ends(was))
         for layer, share in own.items():
-            if was.get(layer) != share:
-                layers += layer not in was
-                kind = min(max(layer, 0), 1) if layer <= model.layers else layer  # decoders are alike
-                size += width * elements(kind, share, was.get(layer))
+            if layer not in ends:  # decoders are alike
+                missing += elements(((1, share),), ((1, was[layer]),) if layer in was else ())
+        size += BYTES[types[name].dtype_for(plan.workload.precision)] * missing
     return layers, size
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hethub.cost.shapes import Parameter, layer_parameters, model_parameters
 from hethub.errors import InfeasibleError, InputError
 from hethub.planners.conflicts import conflict
 from hethub.planners.diff import diff_plans
@@ -15,6 +16,8 @@ from hethub.planners.interface import Problem
 from hethub.planners.objective import best_plan
 from hethub.specs.cluster import load_planning
 from hethub.specs.constraints import Constraints, Objective
+from hethub.specs.plan import Plan
+from tests.plan_strategies import six_plans
 from tests.planners.examples import one_two_four
 
 LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
@@ -117,3 +120,32 @@ def test_a_plan_and_itself_do_not_differ_and_others_move_bytes() -> None:
     assert (same.changed_devices, same.moved_layers, same.weight_bytes, same.state_bytes) == (0, 0, 0, 0)
     changed = diff_plans(one, other)
     assert (changed.weight_bytes > 0) == (changed.changed_devices > 0)
+
+
+def test_a_tied_table_that_a_device_holds_twice_moves_once() -> None:
+    """Seeded bug that it saw: counted with the embedding and with the head, also where it lay there already."""
+    plans = six_plans()
+    staged, alone = plans["unequal stages"], plans["one device"]
+    model = alone.workload.model
+    elements = [
+        sum(_elements(p) for p in layer_parameters(model, layer)) for layer in range(model.layers + 2)
+    ]
+    (table,) = (_elements(p) for p in model_parameters(model) if len(p.layers) == 2)
+    whole = sum(elements) - table
+    assert diff_plans(staged, alone).weight_bytes == 4 * (whole - sum(elements[:3]))
+    assert diff_plans(alone, _on(alone, "a/0/1")).weight_bytes == 4 * whole
+
+
+def _elements(parameter: Parameter) -> int:
+    return parameter.shape[parameter.axis] * parameter.elements_per_index
+
+
+def _on(plan: Plan, device: str) -> Plan:
+    """A plan of one device on another one."""
+    (pipeline,) = plan.pipelines
+    (stage,) = pipeline.stages
+    (replica,) = stage.replicas
+    (rank,) = replica.ranks
+    replica = replica.model_copy(update={"ranks": [rank.model_copy(update={"device": device})]})
+    stage = stage.model_copy(update={"replicas": [replica]})
+    return plan.model_copy(update={"pipelines": [pipeline.model_copy(update={"stages": [stage]})]})
