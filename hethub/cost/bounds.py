@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hethub.cost.compute import ComputeModel
 from hethub.cost.linear_program import minimize
 from hethub.cost.shapes import LayerKind
-from hethub.specs.layout import Share
 
 __all__ = ["PhysicalBound", "physical_bound", "physical_step_seconds"]
 
@@ -30,7 +29,7 @@ class PhysicalBound:
     split: dict[str, dict[str, float]]
 
 
-def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> PhysicalBound:
+def physical_bound(compute: ComputeModel) -> PhysicalBound:
     """Solve the linear program: split each layer kind's work over all devices fractionally, communication
     free.
 
@@ -44,20 +43,19 @@ def physical_bound(compute: ComputeModel, global_batch: int | None = None) -> Ph
     rows. The ranks of a tensor-parallel group read all activations each and together all weights, so their
     flops add up to the whole's and their bytes to no less; and a sum of maxima is at least the maximum of
     the sums. Recomputation, reduction, norm and update only add. Of measured layers the best of all measured
-    micro-batches counts.
+    micro-batches and degrees counts, the seconds of a group's ranks added up, and of whole and split backwards.
 
-    `global_batch` (rows) replaces the workload's own. Raises InputError when a device type lacks a needed
-    figure.
+    Raises InputError when a device type lacks a needed figure.
     """
     workload = compute.workload
-    rows = workload.global_batch if global_batch is None else global_batch
-    whole = Share.whole(workload.model)
     types = {device.type.name: device.type for device in compute.graph.devices}
     counts = Counter(device.type.name for device in compute.graph.devices)
     layers = {"embedding": 1, "decoder": workload.model.layers, "head": 1}
     work = [
         [
-            layers[kind] * compute.least_layer_seconds(types[name], kind, whole, rows) / counts[name]
+            layers[kind]
+            * compute.least_layer_seconds(types[name], kind, workload.global_batch)
+            / counts[name]
             for kind in _KINDS
         ]
         for name in types

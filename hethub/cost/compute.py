@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -236,13 +237,37 @@ class ComputeModel:
             for work in (Kind.FORWARD, Kind.BACKWARD)
         )
 
-    def least_layer_seconds(self, device_type: DeviceType, kind: LayerKind, share: Share, rows: int) -> float:
-        """The same at the number of rows at a time that takes the least time a row: `rows` under the roofline; a
-        measured device may do better with fewer, which fit its caches."""
-        counts = {rows}
-        if self.profile is not None:
-            counts.update(n for n in self.profile.micro_batches if n < rows)
-        return rows * min(self.layer_seconds(device_type, kind, share, n) / n for n in sorted(counts))
+    def least_layer_seconds(self, device_type: DeviceType, kind: LayerKind, rows: int) -> float:
+        """The least device-seconds of forward and backward of a layer's `rows` rows, nothing recomputed, collectives
+        left out. By the roofline one device with all rows at once takes least; where layers were measured, the number
+        of rows at a time, the size of the group and a backward in halves may take less."""
+        profile, model = self.profile, self.workload.model
+        if profile is None:
+            return self.layer_seconds(device_type, kind, Share.whole(model), rows)
+        counts = {rows, *(n for n in profile.micro_batches if n < rows)}
+        known = self.graph.as_known(device_type)
+        wider = takewhile(lambda n: self._neighbours(known, n) is not None, range(2, model.kv_heads + 1))
+        degrees = (1, *wider)
+        return rows * min(
+            self._device_seconds(profile, device_type, kind, n, degree) / n
+            for n in sorted(counts)
+            for degree in degrees
+        )
+
+    def _device_seconds(
+        self, profile: Profile, device_type: DeviceType, kind: LayerKind, rows: int, degree: int
+    ) -> float:
+        """What the ranks of a group of this degree take at least, added up, whatever their shares: parts of a layer are
+        no less work than all of it on one device, and go at the group's level."""
+        share = Share.whole(self.workload.model)
+
+        def seconds(what: Kind) -> float:
+            level = self._level(profile, device_type, kind, rows, Work(what, members=degree))
+            return level * sum(self._roofline(device_type, kind, share, rows, Work(what)))
+
+        halves = seconds(Kind.BACKWARD_INPUT) + seconds(Kind.BACKWARD_WEIGHT)
+        backward = min(seconds(Kind.BACKWARD), halves)
+        return self._slow(device_type) * (seconds(Kind.FORWARD) + backward)
 
     def collective_seconds(self, devices: tuple[int, ...], segment: Segment) -> float:
         """All collectives of a segment among a tensor-parallel group, one after the other."""
