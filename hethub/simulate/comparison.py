@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,17 @@ from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
 from hethub.timeline.waterfall import Waterfall, waterfall
 
-__all__ = ["MEASURED", "PREDICTED", "WARM_UP_STEPS", "Comparison", "compare_run", "load_timeline"]
+__all__ = [
+    "MEASURED",
+    "PREDICTED",
+    "WARM_UP_STEPS",
+    "Comparison",
+    "RunTimelines",
+    "compare_run",
+    "load_timeline",
+    "load_timelines",
+    "predicted_step_seconds",
+]
 
 PREDICTED, MEASURED = "predicted", "measured"
 """The origins of a run folder's timelines, and the names of their files. Of a run that goes on, or did not come to its
@@ -58,18 +69,13 @@ def compare_run(run: Path, step: int | None = None) -> Comparison:
 
     Raises InputError when `run` is not the folder of a run or lacks the step.
     """
-    predicted, measured = load_timeline(run, PREDICTED), load_timeline(run, MEASURED)
-    if predicted.info.devices != measured.info.devices:
-        raise InputError(f"{run}: predicted.npz is of other devices than measured.npz. Run the job again.")
+    predicted, measured, first, last = load_timelines(run)
     numbers, durations = step_numbers(measured), step_seconds(measured)
-    if step is None:
-        first, last = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)]), int(numbers[-1])
-    else:
+    if step is not None:
         first = last = step
     measured_devices = summarize(measured, first, last)
     chosen = (numbers >= first) & (numbers <= last)
     median = float(np.median(durations[chosen]))
-    steady = int(np.flatnonzero(step_numbers(predicted) == 0)[0])
     speeds, pieces = _speeds_and_pieces(run, measured)
     return Comparison(
         predicted=predicted,
@@ -77,7 +83,7 @@ def compare_run(run: Path, step: int | None = None) -> Comparison:
         first=first,
         last=last,
         typical_step=int(numbers[chosen][np.argmin(np.abs(durations[chosen] - median))]),
-        predicted_step_seconds=float(step_seconds(predicted)[steady]),
+        predicted_step_seconds=predicted_step_seconds(predicted),
         measured_step_seconds=median,
         predicted_devices=summarize(predicted, 0, 0),
         measured_devices=measured_devices,
@@ -101,6 +107,31 @@ def _speeds_and_pieces(run: Path, measured: Timeline) -> tuple[list[float] | Non
         [shares[name] / types.count(name) for name in types],
         [pieces.get(name, 0.0) for name in measured.info.devices],
     )
+
+
+class RunTimelines(NamedTuple):
+    """Both timelines of a run, and which measured steps come after the warm-up: `first` to `last`, inclusive. Of a run
+    that is shorter than the warm-up, its last step."""
+
+    predicted: Timeline
+    measured: Timeline
+    first: int
+    last: int
+
+
+def load_timelines(run: Path) -> RunTimelines:
+    """Read them from a run's folder. Raises InputError as `load_timeline` does, and where they are of other devices."""
+    predicted, measured = load_timeline(run, PREDICTED), load_timeline(run, MEASURED)
+    if predicted.info.devices != measured.info.devices:
+        raise InputError(f"{run}: predicted.npz is of other devices than measured.npz. Run the job again.")
+    numbers = step_numbers(measured)
+    first = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)])
+    return RunTimelines(predicted, measured, first, int(numbers[-1]))
+
+
+def predicted_step_seconds(predicted: Timeline) -> float:
+    """Seconds of a prediction's step 0, whatever neighbours it has."""
+    return float(step_seconds(predicted)[step_numbers(predicted) == 0][0])
 
 
 def load_timeline(run: Path, origin: str) -> Timeline:

@@ -15,10 +15,13 @@ from hethub.cost.engine_prices import Coefficients
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.errors import InputError
-from hethub.simulate.comparison import WARM_UP_STEPS
+from hethub.program.compile import compile_program
+from hethub.simulate.comparison import load_timelines, predicted_step_seconds
+from hethub.simulate.engine import simulate
 from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun
 from hethub.simulate.modelled import steady_step_seconds
+from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan, load_plan
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
@@ -89,20 +92,15 @@ class OwnRun:
 def load_own_run(folder: Path) -> OwnRun:
     """Read a folder that `hethub launch` wrote. Raises InputError where it lacks something."""
     plan, _ = load_plan(folder / "plan.yaml")
-    predicted = Timeline.load(folder / "predicted.npz")
-    measured = Timeline.load(folder / "measured.npz")
-    if predicted.info.devices != measured.info.devices:
-        raise InputError(f"{folder}: predicted.npz is of other devices than measured.npz. Run the job again.")
-    numbers = step_numbers(measured)
-    first = int(numbers[min(WARM_UP_STEPS, len(numbers) - 1)])
-    chosen = step_seconds(measured)[numbers >= first]
+    predicted, measured, first, last = load_timelines(folder)
+    chosen = step_seconds(measured)[step_numbers(measured) >= first]
     return OwnRun(
         str(folder),
         plan,
         predicted,
         measured,
         first,
-        int(numbers[-1]),
+        last,
         float(np.median(chosen)),
         _peak_bytes(folder / "summary.json"),
     )
@@ -125,27 +123,38 @@ def _peak_bytes(path: Path) -> tuple[tuple[float, float], ...]:
 
 def own_step_seconds(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None = None) -> float:
     """A plan's step on slowed devices, between two others."""
-    compute = ComputeModel(CostGraph(plan.cluster), plan.workload, profile, slow_down=slow_down)
-    return steady_step_seconds(plan, compute)
+    return steady_step_seconds(plan, _compute(plan, slow_down, profile))
+
+
+def _compute(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None) -> ComputeModel:
+    return ComputeModel(CostGraph(plan.cluster), plan.workload, profile, slow_down=slow_down)
+
+
+def _predicted(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None) -> Timeline:
+    """The timeline of the step of `own_step_seconds`."""
+    compute = _compute(plan, slow_down, profile)
+    found = simulate(compile_program(lay_out(plan), compute), compute, steps=3, sub_events=False).timeline
+    assert found is not None  # recorded
+    return found
 
 
 def check_own_run(
     run: OwnRun, coefficients: Coefficients | None = None, profile: Profile | None = None
 ) -> RunCheck:
-    """Under the prediction that the run was launched with, or under `coefficients` or a profile."""
-    steady = int(np.flatnonzero(step_numbers(run.predicted) == 0)[0])
-    seconds = float(step_seconds(run.predicted)[steady])
-    before = _terms(summarize(run.predicted, 0, 0), 1)
-    after = _terms(summarize(run.measured, run.first_step, run.last_step), run.last_step - run.first_step + 1)
+    """Under the prediction that the run was launched with, or under `coefficients` or a profile: its seconds and their
+    causes."""
+    predicted = run.predicted
     if coefficients is not None or profile is not None:
-        seconds = own_step_seconds(run.plan, coefficients.slow_down if coefficients else {}, profile)
+        predicted = _predicted(run.plan, coefficients.slow_down if coefficients else {}, profile)
+    before = _terms(summarize(predicted, 0, 0), 1)
+    after = _terms(summarize(run.measured, run.first_step, run.last_step), run.last_step - run.first_step + 1)
     # of the device furthest off, which tells most
     peak = max(run.peak_bytes, key=lambda both: abs(both[0] / both[1] - 1), default=None)
     predicted_bytes, measured_bytes = peak or (None, None)
     return RunCheck(
         name=run.name,
         emulated=run.measured.info.emulated,
-        predicted_seconds=seconds,
+        predicted_seconds=predicted_step_seconds(predicted),
         measured_seconds=run.step_seconds,
         predicted_bytes=predicted_bytes,
         measured_bytes=measured_bytes,
