@@ -12,7 +12,7 @@ import typer
 
 from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
 
-if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
+if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
     from hethub.planners.baselines.comparison import Result
     from hethub.specs.constraints import Objective
 

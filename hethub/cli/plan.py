@@ -14,7 +14,7 @@ from hethub.cli.measured import CalibrationOption, ProfilesOption, StrictOption
 from hethub.cli.searching import shown_progress
 from hethub.cli.uncollected import uncollected
 
-if TYPE_CHECKING:  # numpy and networkx are loaded when the command runs, not when `hethub --help` lists it
+if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
     from hethub.planners.answer import Answer
     from hethub.specs.plan import Plan
 

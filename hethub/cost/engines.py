@@ -10,7 +10,7 @@ from typing import Literal
 
 from hethub.specs.workload import Model
 
-__all__ = ["DEEPSPEED", "ENGINES", "MEGATRON", "Engine", "EngineRun", "ReplicaGroup", "RunStage"]
+__all__ = ["DEEPSPEED", "MEGATRON", "Engine", "EngineRun", "ReplicaGroup", "RunStage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,6 @@ MEGATRON = Engine(
     keeps_feed_forward_input=True,
     logit_copies=1,  # its cross-entropy exponentiates fp32 logits in place
 )
-ENGINES = {engine.name: engine for engine in (DEEPSPEED, MEGATRON)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from hethub import catalog
 from hethub.errors import InputError
 from hethub.specs.cluster import Cluster, Device, DeviceType, GroupLink, Link, NodeGroup
-
-if TYPE_CHECKING:  # loaded where the graph is drawn
-    import networkx as nx
 
 __all__ = ["STAGED_CHUNK_BYTES", "CostGraph", "FreeAt", "Path", "is_host", "reserve"]
 
@@ -96,11 +93,7 @@ class _Route:
 
 
 class CostGraph:
-    """Devices, links and routes of a cluster.
-
-    `graph` is the networkx view: vertices `device`, `node`, `group` and `zone` with their facts, edges with
-    `bandwidth_bytes_per_second`, `latency_seconds` and `transport`.
-    """
+    """Devices, links and routes of a cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -122,8 +115,8 @@ class CostGraph:
         return self.changed_from.get(device_type.name, device_type)
 
     def __getstate__(self) -> dict[str, object]:
-        """Routes travel along; what is derived quickly, and the drawing, do not."""
-        cached = ("graph", "_network", "_paths")
+        """Routes travel along; what is derived quickly does not."""
+        cached = ("_network", "_paths")
         return {**{k: v for k, v in self.__dict__.items() if k not in cached}, "_paths": {}}
 
     @property
@@ -155,31 +148,9 @@ class CostGraph:
         return alike and self.path(source, destination).transport == "shared-memory"
 
     @cached_property
-    def graph(self) -> nx.Graph:
-        """The whole graph, for algorithms and drawings."""
-        import networkx as nx
-
-        graph = nx.Graph()
-        for one, neighbours in self._network.items():
-            graph.add_node(one, kind=one[0])
-            for other, (latency, number) in neighbours.items():
-                graph.add_edge(one, other, latency_seconds=latency, cross=number)
-                if number is not None:
-                    _join(graph, one, other, self.cluster.links[number].link)
-        for device in self.devices:
-            group = self._groups[device.group]
-            node = f"{device.group}/{device.node}"
-            if node not in graph:
-                graph.add_node(node, kind="node")
-                _join(graph, node, ("group", device.group), group.inter_link)
-            graph.add_node(device.name, kind="device", type=device.type.name)
-            _join(graph, device.name, node, group.intra_link)
-        return graph
-
-    @cached_property
     def _network(self) -> dict[_Vertex, dict[_Vertex, tuple[float, int | None]]]:
         """Groups and zones only, small, whatever the number of devices: neighbours of each with (latency, number of the
-        cross link). Plain, since networkx takes 0.15 s to load, of a plan's half second."""
+        cross link)."""
         found: dict[_Vertex, dict[_Vertex, tuple[float, int | None]]] = {}
 
         def join(one: _Vertex, other: _Vertex, latency: float, number: int | None) -> None:
@@ -362,13 +333,3 @@ class CostGraph:
             first = self._first_crossing_cell + 2 * number * len(self._node_cells)
             yield first + 2 * leaving, bandwidth
             yield first + 2 * entering + 1, bandwidth
-
-
-def _join(graph: nx.Graph, one: object, other: object, link: Link) -> None:
-    graph.add_edge(
-        one,
-        other,
-        bandwidth_bytes_per_second=link.bandwidth_bytes_per_second,
-        latency_seconds=link.latency_seconds,
-        transport=link.transport,
-    )

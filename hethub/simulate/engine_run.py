@@ -36,12 +36,11 @@ _SCALAR_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class EnginePrediction:
-    """One predicted step: seconds, the part after the last backward, and bytes at the peak of each stage;
+    """One predicted step: seconds, the part after the last backward, and bytes at the peak of the fullest rank;
     `substitutes` says what was not measured and what stands in for it."""
 
     step_seconds: float
     reduce_seconds: float
-    stage_allocated_bytes: tuple[float, ...]
     peak_bytes: float
     simulation: Simulation
     substitutes: tuple[str, ...]
@@ -216,14 +215,13 @@ def predict_engine_run(
     assert simulation.timeline is not None  # recorded
     records = simulation.timeline.records
     last_backward = float(records["end"][records["kind"] == Kind.BACKWARD].max())
-    allocated = tuple(stage_footprint(run, n).allocated_bytes for n in range(len(run.stages)))
     peak = max(
-        allocated[n] + coefficients.overhead_bytes.get(group.device_type, 0.0)
+        stage_footprint(run, n).allocated_bytes + coefficients.overhead_bytes.get(group.device_type, 0.0)
         for n, stage in enumerate(run.stages)
         for group in stage.replicas
     )
     seconds = simulation.step_seconds
-    return EnginePrediction(seconds, seconds - last_backward, allocated, peak, simulation, substitutes)
+    return EnginePrediction(seconds, seconds - last_backward, peak, simulation, substitutes)
 
 
 def _cluster(run: EngineRun, profile: Profile) -> tuple[Cluster, dict[tuple[int, int], int]]:

@@ -34,10 +34,9 @@ _ATTENTION_OP, _FEED_FORWARD_OP = 4, 9
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStage:
-    """Bytes on the fullest rank of a stage: the allocator's peak, and what the driver says is used."""
+    """The allocator's peak on the fullest rank of a stage."""
 
     allocated_bytes: float
-    used_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +191,7 @@ def _megatron_run(path: Path, name: str, rows: list[dict[str, str]]) -> Measured
         step_seconds=max(number(row, "iteration_ms") for row in rows) / 1e3,
         repeated_seconds=None,
         peak_bytes=max(number(row, "device_used_mib") for row in rows) * _MIB,
-        stages=tuple(
-            MeasuredStage(number(row, "peak_allocated_mib") * _MIB, number(row, "device_used_mib") * _MIB)
-            for row in rows
-        ),
+        stages=tuple(MeasuredStage(number(row, "peak_allocated_mib") * _MIB) for row in rows),
         published={},
     )
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,24 +140,6 @@ def test_groups_without_a_link_are_named() -> None:
     graph = CostGraph(replace(three_speeds(), links=()))
     with pytest.raises(InputError, match="no link joins a and c"):
         graph.path(FAST, SLOW)
-
-
-def test_the_graph_is_a_tree_with_cross_links() -> None:
-    cluster = three_speeds()
-    graph = CostGraph(cluster).graph
-    kinds = [kind for _, kind in graph.nodes(data="kind")]
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"device": 6, "node": 4, "group": 3, "zone": 2}
-    assert graph.number_of_edges() == 6 + 4 + 3 + len(cluster.links)
-    assert nx.is_connected(graph)
-
-
-@settings(max_examples=50)
-@given(cluster=clusters())
-def test_edges_grow_with_devices_not_with_their_pairs(cluster: Cluster) -> None:
-    graph = CostGraph(cluster).graph
-    assert graph.number_of_edges() == graph.number_of_nodes() - len(
-        {group.zone for group in cluster.node_groups}
-    ) + len(cluster.links)
 
 
 def test_host_staged_messages_are_copied_in_chunks_beside_the_wire() -> None:

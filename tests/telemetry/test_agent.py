@@ -212,7 +212,7 @@ def told(file: Path) -> int | None:
 
 def test_it_loads_nothing_heavy() -> None:
     """Its memory is what a node pays for it."""
-    heavy = ("torch", "ray", "numpy", "numba", "pydantic", "networkx", "yaml")
+    heavy = ("torch", "ray", "numpy", "numba", "pydantic", "yaml")
     code = (
         f"import sys, hethub.telemetry.agent as a\nprint([name for name in {heavy!r} if name in sys.modules])"
     )
