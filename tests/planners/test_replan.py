@@ -30,7 +30,7 @@ def test_a_big_plan_is_mended_where_it_lacks_memory(monkeypatch: pytest.MonkeyPa
 def test_where_nothing_fits_as_it_would_be_launched_it_says_so() -> None:
     problem = one_two_four()
     tight = replace(problem, cluster=with_memory(problem.cluster, 16 * 1024))
-    with pytest.raises(InfeasibleError, match="none fits the devices' memory. Keep the plan at hand"):
+    with pytest.raises(InfeasibleError, match=r"none fits the devices' memory\. Keep the plan at hand"):
         _fitting(tight, FASTEST)
 
 
