@@ -1,8 +1,9 @@
 """`hethub launch --detach`: the launch goes on in a process of its own session, which outlives the terminal.
 
 The process is a fork, made before anything heavy is imported. It writes into a temporary file until the run folder is
-there, then into that folder's logs. The one that was started waits until training has begun or the launch has ended, so
-whatever is wrong at the start still reaches the user, with its exit code.
+there, then into that folder's logs; drivers that come after the first do so at once. The one that was started waits
+until training has begun or the launch has ended, so whatever is wrong at the start still reaches the user, with its
+exit code.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class Detached:
     log: Path
 
     def opened(self, folder: Path) -> None:
-        """Write into the run folder's logs from here on, beginning with what was written before."""
+        """Write into the run folder's logs from here on, beginning with what was written before unless an earlier
+        driver of this launch has moved that."""
         target = folder / "logs" / DRIVER_LOG
         sys.stdout.flush()
         sys.stderr.flush()
-        with self.log.open("rb") as before, target.open("ab") as after:
-            after.write(before.read())
+        if self.log.exists():
+            with self.log.open("rb") as before, target.open("ab") as after:
+                after.write(before.read())
         _write_to(target)
-        self.log.unlink()
+        self.log.unlink(missing_ok=True)
 
 
 def detach(output: Path, *, resume: bool, as_json: bool) -> Detached:

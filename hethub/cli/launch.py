@@ -66,7 +66,7 @@ def launch(
     if detached:
         opened.append(detach(loaded.output, resume=goes_on, as_json=as_json).opened)
     if context.obj:  # the process is the command's own
-        place = start_driver(loaded.on_failure, loaded.output, _tell, resume=goes_on)
+        place = start_driver(loaded.on_failure, loaded.output, _tell, opened, resume=goes_on)
         goes_on = place.resume
         opened.append(place.opened)
     from hethub.launch.driver import launch as run

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,11 +39,17 @@ class DriverPlace:
 
 
 def start_driver(
-    policy: FailurePolicy, folder: Path, say: Callable[[str], None], *, resume: bool
+    policy: FailurePolicy,
+    folder: Path,
+    say: Callable[[str], None],
+    opened: Sequence[Callable[[Path], None]],
+    *,
+    resume: bool,
 ) -> DriverPlace:
     """Fork the driver. Returns in its process only, once in each; the launcher's ends with the last one's exit code.
 
-    SIGINT and SIGTERM that reach the launcher are passed on. Nothing that a driver has started outlives it.
+    SIGINT and SIGTERM that reach the launcher are passed on. Nothing that a driver has started outlives it. All of
+    `opened` are called with the folder in the launcher too, once a driver that had opened it is gone.
     """
     started_at: list[float] = []
     adopt_orphans()
@@ -69,6 +75,8 @@ def start_driver(
         if not told:
             say(f"hethub: the driver (process {driver}) {why} before the run began. Launch it again.")
             sys.exit(_FAILED)
+        for tell in opened:  # of a detached launch: write where the driver wrote, before a word is said
+            tell(folder)
         now = time.monotonic()
         decision = decide(Cause.DRIVER, policy, started_at, now)
         say(f"hethub: the driver (process {driver}) {why}.")

@@ -138,6 +138,26 @@ def test_a_detached_run_is_watched_stopped_with_a_checkpoint_and_lost_when_kille
     assert refused.exit_code == 0 and "it had ended" in refused.out and "state\tlost" in refused.out
 
 
+def test_a_detached_run_whose_driver_is_killed_goes_on_and_its_log_says_so(operator: Operator) -> None:
+    """Seen to catch: a second driver that looked for the launch's first log, which was gone. It ended, untold."""
+    edit(operator.folder / "job.yaml", ("output: run", "output: run\non_failure: {restart: same}"))
+    begun = operator.do("launch", "job.yaml", "--detach")
+    assert begun.exit_code == 0, begun.err
+    driver = operator.until("checkpoint_step", 5)["process"]
+    os.kill(driver, signal.SIGKILL)
+    state = operator.until("attempt", 2)
+    assert state["state"] == "running" and state["process"] != driver
+    said = operator.do("logs", "run", "--device", "driver").out
+    assert f"hethub: the driver (process {driver}) was killed by SIGKILL." in said
+    assert "going on with another driver" in said and "going on from step-" in said
+    assert said.count("2 workers start") == 2
+    stopped = operator.do("stop", "run")
+    assert "stopped with a checkpoint after step" in stopped.out, stopped.err
+    for process in marked(operator.temporary):
+        wait_for_end(process)
+    assert marked(operator.temporary) == []  # but for files of the killed driver's Ray nothing is left
+
+
 def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator) -> None:
     edit(operator.folder / "job.yaml", ("checkpoint: {every: 5}\n", ""))
     assert operator.do("launch", "job.yaml", "--detach").exit_code == 0
