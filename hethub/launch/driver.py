@@ -19,7 +19,7 @@ from hethub.data.batches import Batches
 from hethub.data.token_file import TokenFile, open_token_file, token_file_for
 from hethub.data.tokenizers import load_tokenizer
 from hethub.data.unigram import unigram_loss
-from hethub.errors import HetHubError, InputError
+from hethub.errors import HeadLostError, HetHubError, InputError, RunError
 from hethub.files import write_json
 from hethub.interruption import patient
 from hethub.launch.attempts import Attempts, next_attempt
@@ -177,10 +177,17 @@ def _end_noted(folder: Path) -> Iterator[None]:
                 event="gave_up",
                 **_where(events),
                 reason=" ".join(told.split()),
-                exit_code=error.exit_code if isinstance(error, HetHubError) else 1,
+                exit_code=_exit_code(error),
             )
         )
         raise
+
+def _exit_code(error: Exception) -> int:
+    """What the command ends with; of a lost head the driver tells its launcher by a code that nobody else sees."""
+    if isinstance(error, HetHubError) and not isinstance(error, HeadLostError):
+        return error.exit_code
+    return RunError.exit_code
+
 
 
 def _where(events: list[Event]) -> dict[str, Any]:

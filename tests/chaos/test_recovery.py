@@ -13,6 +13,7 @@ import pytest
 from benchmarks.bench.kills import kill_points, kinds_of
 from hethub.checkpoints.store import CHECKPOINTS
 from hethub.launch.history_check import check_history, compare_histories
+from hethub.launch.run_state import read_run
 from tests.chaos.three_types import (
     JOB,
     Ran,
@@ -305,6 +306,8 @@ def test_the_launcher_outlives_the_driver_and_the_ray_head_and_goes_on_where_the
     assert "Traceback" not in ran.result.err
     if restart == "none":
         assert ran.result.exit_code == 1
+        state = read_run(ran.run)  # a driver that is killed cannot say so
+        assert (state.state, state.exit_code) == (("lost", None) if lost == "driver" else ("failed", 1))
         assert "hethub launch --resume" in ran.result.err.splitlines()[-1]
         return
     assert ran.result.exit_code == 0, ran.result.err
