@@ -152,11 +152,10 @@ def launch(
     begin = time.monotonic()
     _refuse_precision(job)
     folder = RunFolder(job.output)
-    with _opened(job, folder, begin, resume=resume) as prepared:
+    with _opened(job, folder, begin, resume=resume) as prepared, _end_noted(folder.path):
         for tell in opened:
             tell(folder.path)
-        with _end_noted(folder.path):
-            return _run(prepared, say)
+        return _run(prepared, say)
 
 
 @contextlib.contextmanager
@@ -182,12 +181,12 @@ def _end_noted(folder: Path) -> Iterator[None]:
         )
         raise
 
+
 def _exit_code(error: Exception) -> int:
     """What the command ends with; of a lost head the driver tells its launcher by a code that nobody else sees."""
     if isinstance(error, HetHubError) and not isinstance(error, HeadLostError):
         return error.exit_code
     return RunError.exit_code
-
 
 
 def _where(events: list[Event]) -> dict[str, Any]:
@@ -201,26 +200,26 @@ def _opened(job: Job, folder: RunFolder, begin: float, *, resume: bool) -> Itera
     folder.check_resumable() if resume else folder.check()
     if not resume:
         _refuse_inputs_inside(job)
-    with tempfile.TemporaryDirectory(prefix="hethub-data-") as scratch:
-        tokens, batches = _tokens(job, Path(scratch))
-        plan, even_plan = _plans(job) if resume else choose_plans(job)
-        compiled = compile_plan(plan)
-        even = (
-            None if even_plan is None else compile_plan(even_plan.model_copy(update={"bounds": plan.bounds}))
-        )
-        # Faults that the plan has no place for are told before anything is written.
-        plan_faults(job.faults, compiled.program, compiled.seconds)
-        training = _training(job, tokens)
-        if resume:
-            _require_same_training(job, training)
-            folder.reopen()
-        else:
-            folder.open(_mark(job))
-        tokens = _moved(tokens, Path(scratch), folder.path)
-    try:
+    with contextlib.ExitStack() as held:
+        with tempfile.TemporaryDirectory(prefix="hethub-data-") as scratch:
+            tokens, batches = _tokens(job, Path(scratch))
+            plan, even_plan = _plans(job) if resume else choose_plans(job)
+            compiled = compile_plan(plan)
+            even = (
+                None
+                if even_plan is None
+                else compile_plan(even_plan.model_copy(update={"bounds": plan.bounds}))
+            )
+            # Faults that the plan has no place for are told before anything is written.
+            plan_faults(job.faults, compiled.program, compiled.seconds)
+            training = _training(job, tokens)
+            if resume:
+                _require_same_training(job, training)
+            held.callback(folder.close)  # whatever fails from here on
+            folder.reopen() if resume else folder.open(_mark(job))
+            with _end_noted(folder.path):
+                tokens = _moved(tokens, Path(scratch), folder.path)
         yield _Prepared(job, folder, compiled, even, tokens, batches, training, resume, begin)
-    finally:
-        folder.close()
 
 
 def _mark(job: Job) -> dict[str, Any]:
