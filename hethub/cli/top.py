@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hethub.cli.runs import Run, printable_cells, run_lines
-from hethub.errors import printable
+from hethub.errors import InputError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -58,8 +58,11 @@ def top(
         return
     before = _look(run)
     if as_json or not sys.stdout.isatty():
-        time.sleep(every)
-        view = view_of(before, _look(run), _alerts(run))
+        after = _next_look(run, every)
+        if after is None:
+            _ended(run, as_json=as_json)
+            return
+        view = view_of(before, after, _alerts(run))
         typer.echo(json.dumps(view.as_dict(), indent=2) if as_json else "\n".join(_plain(view)))
         return
     try:
@@ -74,6 +77,20 @@ def _look(run: Path) -> Look:
     from hethub.telemetry.scrape import look_at, targets_of
 
     return look_at(targets_of(run / TELEMETRY / TARGETS), time.monotonic())
+
+
+def _next_look(run: Path, every: float) -> Look | None:
+    """The look after `every` seconds, or the first one after that: a run that writes its last files has taken its
+    endpoints back. None where it has ended."""
+    from hethub.launch.run_state import goes_on
+
+    while True:
+        time.sleep(every)
+        try:
+            return _look(run)
+        except InputError:
+            if not goes_on(run):
+                return None
 
 
 def _alerts(run: Path) -> tuple[str, ...]:
@@ -145,8 +162,9 @@ def _live(run: Path, before: Look, every: float) -> None:
     console = Console()
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while goes_on(run):
-            time.sleep(every)
-            after = _look(run)
+            after = _next_look(run, every)
+            if after is None:
+                return
             live.update(_screen(view_of(before, after, _alerts(run)), console), refresh=True)
             if after.samples.one("hethub_steps_total") != before.samples.one("hethub_steps_total"):
                 before = after  # a step may take longer than the time between two looks

@@ -3,8 +3,8 @@ looks."""
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +99,7 @@ def _scrape(target: str) -> list[tuple[str, dict[str, str], float]] | None:
             text = answer.read(_MOST_BYTES).decode("utf-8", errors="replace")
         families = text_string_to_metric_families(text)
         return [(s.name, dict(s.labels), float(s.value)) for family in families for s in family.samples]
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):  # a URLError is an OSError
         return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,22 @@ def test_targets_are_asked_directly_whatever_proxy_the_environment_names(
         server.server_close()
         thread.join()
     assert found.silent == () and found.samples.one("hethub_run_step", run="r") == 7.0
+
+
+def test_a_target_that_does_not_speak_http_is_silent() -> None:
+    """Seen to catch: a traceback of http.client, whose errors are no OSErrors."""
+
+    class Nonsense(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(b"nonsense\r\n\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Nonsense) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        target = f"127.0.0.1:{server.server_address[1]}"
+        try:
+            assert look_at([target], 0.0).silent == (target,)
+        finally:
+            server.shutdown()
+            thread.join()
