@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -85,10 +84,16 @@ def stop(
         return
     if before.host != socket.gethostname() or before.process is None:
         raise InputError(f"{run}: its driver runs on {before.host}. Stop it there.")
-    with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+    try:
         for _ in range(2 if now else 1):
             os.kill(before.process, signal.SIGTERM)
             time.sleep(_LOOK_SECONDS)  # two signals at once may be one
+    except ProcessLookupError:
+        pass  # it has ended by itself just now
+    except PermissionError:
+        raise InputError(
+            f"{run}: its driver, process {before.process}, is {_owner(run)}'s. Stop it as that user."
+        ) from None
     end = time.monotonic() + wait_seconds
     while _there(before.process):  # it lets go of the folder a moment before its workers are gone
         if time.monotonic() > end:
@@ -100,10 +105,21 @@ def stop(
     _tell_end(after, _how_it_stopped(before, after), as_json=as_json)
 
 
+def _owner(run: Path) -> str:
+    """Who started a run's driver, which wrote its lease."""
+    from hethub.launch.lease import LEASE
+
+    try:
+        return f"user {(run / LEASE).owner()}"
+    except (OSError, KeyError):  # it has ended just now, or is of a user whom this host does not know
+        return "another user"
+
+
 def _there(process: int) -> bool:
+    """Whether there is a process that we may signal: another user's has taken the number over."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

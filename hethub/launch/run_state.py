@@ -121,14 +121,29 @@ def goes_on(folder: Path) -> bool:
 
 
 def list_runs(root: Path) -> list[RunState]:
-    """The runs in a folder or right below it, newest first. Raises InputError where there is no such folder."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder. Give one that holds run folders.")
-    inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    folders = [path for path in (root, *inside) if (path / MARK).is_file()]
+    """The runs in a folder or right below it, newest first; those that cannot be read are left out.
+
+    Raises InputError where there is no such folder, or one that cannot be read.
+    """
+    try:
+        inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{root}: no such folder. Give one that holds run folders.") from None
+    except OSError as error:
+        raise InputError(
+            f"{root}: cannot be read ({error.strerror}). Give a folder that you may list."
+        ) from error
     with ThreadPoolExecutor(8) as readers:  # a driver on another host is watched for seconds
-        found = list(readers.map(read_run, folders))
+        found = [run for run in readers.map(_run_in, (root, *inside)) if run is not None]
     return sorted(found, key=lambda run: run.started_unix_seconds or 0.0, reverse=True)
+
+
+def _run_in(folder: Path) -> RunState | None:
+    """The state of a run, None where there is none that can be read: no run, damaged, or another user's."""
+    try:
+        return read_run(folder)
+    except (InputError, OSError):
+        return None
 
 
 def _mark(folder: Path) -> dict[str, Any]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from hethub.launch.journal import Event, Journal
 from hethub.launch.run_folder import RunFolder
-from tests.launch.small_job import hethub
+from tests.launch.small_job import Result, hethub
 
 
 @pytest.fixture
@@ -113,3 +118,70 @@ print([name for name in ("torch", "ray", "plotly", "scipy") if name in sys.modul
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# -- other users ---------------------------------------------------------------------------------------------
+
+_NOBODY = 65534
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that all users reach, which pytest's are not."""
+    folder = Path(tempfile.mkdtemp(prefix="hh-"))
+    folder.chmod(0o755)
+    yield folder
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def by_another_user(work: Callable[[], Result]) -> Result:
+    """What `work` does in a fork that is nobody's where this process is root's, to whom no file is closed."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.chdir("/")  # which another user may enter
+            if os.getuid() == 0:
+                os.setuid(_NOBODY)
+            os.write(writer, json.dumps(asdict(work())).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        told = stream.read()
+    os.waitpid(child, 0)
+    assert told, "it ended with a traceback"
+    return Result(**json.loads(told))
+
+
+def test_runs_that_are_damaged_or_another_users_do_not_spoil_the_list(
+    capsys: pytest.CaptureFixture[str], shared: Path
+) -> None:
+    """Seen to catch: a PermissionError of a folder that is closed; no list at all for one damaged mark."""
+    for name in ("closed", "damaged", "one"):
+        held = RunFolder(shared / name)
+        held.open({"steps": 9})
+        held.close()
+    (shared / "damaged" / "run.json").write_text('{"torn')
+    (shared / "closed").chmod(0)
+    hethub(capsys, shared, "runs", "one")  # another user may not reach what it imports
+    told = by_another_user(lambda: hethub(capsys, shared, "runs", "."))
+    assert told.exit_code == 0, told.err
+    assert [line.split("\t")[0] for line in told.out.splitlines()] == ["run", "one"]
+    refused = by_another_user(lambda: hethub(capsys, shared, "runs", "closed/runs"))
+    assert refused.exit_code == 2
+    assert refused.err.startswith("hethub: closed/runs: cannot be read (Permission denied).")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_stopping_another_users_run_names_the_user(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
+    """Seen to catch: a PermissionError."""
+    held = RunFolder(shared / "one")
+    held.open({"steps": 9})
+    hethub(capsys, shared, "status", "one")
+    told = by_another_user(lambda: hethub(capsys, shared, "stop", "one"))
+    held.close()
+    assert told.exit_code == 2
+    assert f"its driver, process {os.getpid()}, is user root's" in told.err
