@@ -202,6 +202,7 @@ class Attempts:
                 action=failure.action,
                 reason=failure.reason,
                 lost=lost,
+                goes_on=decision.restart,
             )
         )
         if not decision.restart:

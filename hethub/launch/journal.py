@@ -39,6 +39,7 @@ class Event(Spec):
     action: str = Field("", description="failed: what it was at.")
     reason: str = Field("", description="failed, gave_up: why; one line. moved: in words.")
     lost: tuple[str, ...] = Field((), description="failed: devices that the next attempt does without.")
+    goes_on: bool = Field(True, description="failed: whether another attempt follows.")
     loss: float | None = Field(None, description="evaluated: held-out loss.")
     seconds: dict[str, float] = Field({}, description="recovered: wall seconds by part.")
     exit_code: int | None = Field(None, description="gave_up: what the command ended with.")

@@ -46,7 +46,14 @@ class Lease:
             )
         temporary = self.path.with_name(f"{LEASE}.{self.token}")
         temporary.write_text(
-            json.dumps({"token": self.token, "host": socket.gethostname(), "process": os.getpid()}),
+            json.dumps(
+                {
+                    "token": self.token,
+                    "host": socket.gethostname(),
+                    "process": os.getpid(),
+                    "taken_unix_seconds": time.time(),
+                }
+            ),
             encoding="utf-8",
         )
         os.replace(temporary, self.path)
@@ -110,12 +117,13 @@ class LeaseWatch:
 @dataclass(frozen=True, slots=True)
 class Driver:
     """Who holds a run's lease: a process on a host. `alive` says whether it still does its work; `seen_unix_seconds` is
-    when it last said so, by the clock of the file system."""
+    when it last said so, by the file system's clock, `since_unix_seconds` when it took the run, by its own."""
 
     host: str
     process: int | None
     alive: bool
     seen_unix_seconds: float
+    since_unix_seconds: float
 
 
 def driver_of(folder: Path) -> Driver | None:
@@ -131,7 +139,9 @@ def driver_of(folder: Path) -> Driver | None:
         alive = _alive(process) and time.time() - seen < LIMIT_SECONDS
     else:
         alive = not _stands_still(path, threading.Event())
-    return Driver(host, process if isinstance(process, int) else None, alive, seen)
+    taken = holder.get("taken_unix_seconds")
+    since = float(taken) if isinstance(taken, int | float) else 0.0
+    return Driver(host, process if isinstance(process, int) else None, alive, seen, since)
 
 
 def _stands_still(path: Path, end: threading.Event) -> bool:

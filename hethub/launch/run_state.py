@@ -162,7 +162,8 @@ def _state(events: Sequence[Event], driver: Driver | None, *, finished: bool) ->
         return "finished", ""
     last = events[-1] if events else None
     if driver is not None and driver.alive:
-        return _doing(last)
+        own = last is not None and last.at_unix_seconds >= driver.since_unix_seconds
+        return _doing(last if own else None)
     if driver is None and last is not None and last.event == "stopped":
         return "stopped", "asked to stop"
     if driver is None and last is not None and last.event in ("gave_up", "failed"):
@@ -172,11 +173,15 @@ def _state(events: Sequence[Event], driver: Driver | None, *, finished: bool) ->
 
 
 def _doing(last: Event | None) -> tuple[State, str]:
-    """What a driver at work is at, by what was written last; the end of an earlier driver says nothing of this one."""
-    if last is None or last.event in ("gave_up", "stopped"):
+    """What a driver at work is at, by what it wrote last. It writes why it ends before it takes its workers down."""
+    if last is None:
         return "starting", ""
-    if last.event == "failed":
+    if last.event == "failed" and last.goes_on:
         return "recovering", f"attempt {last.attempt} failed: {_failure(last)}"
+    if last.event in ("failed", "gave_up"):
+        return "finishing", _failure(last)
+    if last.event == "stopped":
+        return "finishing", "asked to stop"
     return ("finishing" if last.event == "ended" else "running"), ""
 
 

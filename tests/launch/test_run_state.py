@@ -21,6 +21,9 @@ from hethub.launch.run_state import list_runs, read_run
 
 DEVICES = ("a/0/0", "b/0/0")
 BEGAN = Event(event="began", attempt=1, step=0, plan="p", devices=DEVICES)
+FAILED = Event(event="failed", attempt=1, step=3, device="a/0/0", action="step 3, x", reason="died")
+GAVE_UP = Event(event="gave_up", attempt=1, step=3, reason="a/0/0 died", exit_code=1)
+STOPPED = Event(event="stopped", attempt=1, step=3)
 MARK = {
     "hethub": "0",
     "job_file": "/job.yaml",
@@ -80,21 +83,46 @@ def test_a_run_with_a_driver_is_starting_then_running_then_finishing(folder: Pat
     assert (run.state, run.exit_code, run.goes_on) == ("finished", 0, False)
 
 
-def test_a_resumed_run_is_starting_whatever_ended_it_before(folder: Path) -> None:
+@pytest.mark.parametrize("last", [BEGAN, FAILED, GAVE_UP, STOPPED])
+def test_a_resumed_run_is_starting_whatever_ended_it_before(folder: Path, last: Event) -> None:
+    """Seen to catch: what an earlier driver wrote last, taken for the new one's."""
     journal = Journal(folder)
     journal.add(BEGAN)
-    journal.add(Event(event="gave_up", attempt=1, step=3, reason="a/0/0 died", exit_code=1))
-    assert (read_run(folder).state, read_run(folder).exit_code) == ("failed", 1)
+    journal.add(last)
     lease = Lease(folder)
     lease.take()
-    assert read_run(folder).state == "starting"
+    assert (read_run(folder).state, read_run(folder).why) == ("starting", "")
     lease.release()
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (STOPPED, "asked to stop"),
+        (FAILED.model_copy(update={"goes_on": False}), "a/0/0, step 3, x: died"),
+        (GAVE_UP, "a/0/0 died"),
+    ],
+)
+def test_a_run_whose_driver_is_ending_it_is_finishing_and_says_why(
+    folder: Path, last: Event, why: str
+) -> None:
+    """Seen to catch: the driver's own end, noted before its workers are down, told as a start, and a failure that
+    nothing follows told as a recovery."""
+    lease = Lease(folder)
+    lease.take()
+    journal = Journal(folder)
+    journal.add(BEGAN)
+    journal.add(last)
+    run = read_run(folder)
+    assert (run.state, run.why, run.goes_on) == ("finishing", why, True)
+    lease.release()
+    assert read_run(folder).state == ("stopped" if last == STOPPED else "failed")
 
 
 @pytest.mark.parametrize(
     ("event", "state", "why"),
     [
-        (Event(event="stopped", attempt=1, step=3), "stopped", "asked to stop"),
+        (STOPPED, "stopped", "asked to stop"),
         (Event(event="gave_up", attempt=1, step=3, reason="no Ray", exit_code=4), "failed", "no Ray"),
         (BEGAN, "lost", "its driver is gone without a word"),
     ],
@@ -140,6 +168,7 @@ def test_a_driver_elsewhere_lives_as_long_as_it_touches_its_lease(
     monkeypatch.setattr(lease_module.socket, "gethostname", lambda: "elsewhere")
     lease = Lease(folder)
     lease.take()
+    Journal(folder).add(BEGAN.model_copy(update={"attempt": 2}))
     monkeypatch.undo()
     monkeypatch.setattr(lease_module, "OBSERVE_SECONDS", 3.0)
     assert read_run(folder).state == "running"
