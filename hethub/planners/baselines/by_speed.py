@@ -32,7 +32,7 @@ def data_parallel_by_speed(prices: Prices, keep: int = 1, late: Late = never) ->
         rows = prices.batch // micro_batches
         for most in prices.priced_rows:
             groups = [_least(prices, number, most, whole) for number in range(len(prices.kinds))]
-            replicas = [(g, prices.kinds[g.kind].count // g.degree) for g in groups if g is not None]
+            replicas = [(g, prices.kinds[g.kind].groups(g.degree)) for g in groups if g is not None]
             sides = rows_by_speed(prices, replicas, rows)
             if sides and max(side.rows for side in sides) <= most:
                 splits.append(Split(whole, (Band((sides,), micro_batches),)))

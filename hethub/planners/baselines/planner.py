@@ -44,7 +44,10 @@ class SplitPlanner:
             exact = whole_batch(split, problem.workload.global_batch)
             if exact is None:
                 continue
-            plan = _plan(self.name, exact, prices)
+            try:
+                plan = _plan(self.name, exact, prices)
+            except LookupError:  # the searches count devices, whatever a node's number leaves over
+                continue
             breaks = broken_constraints(plan, problem.compute.graph, problem.constraints)
             broken |= dict.fromkeys(breaks)
             if breaks:
@@ -139,7 +142,8 @@ def _pipeline(split: Split, band: Band, prices: OwnPrices, seats: _Seats) -> Pip
 
 
 class _Seats:
-    """Groups of devices inside nodes, wide ones laid first, so that narrow ones fill what is left of a node."""
+    """Groups of devices inside nodes, wide ones laid first, so that narrow ones fill what is left of a node. Raises
+    LookupError where the nodes cannot be cut so."""
 
     def __init__(self, prices: OwnPrices, split: Split) -> None:
         wanted: dict[Group, int] = {}
@@ -170,5 +174,5 @@ def _laid(nodes: list[list[int]], degree: int, count: int) -> list[tuple[int, ..
             laid.append(tuple(node[:degree]))
             del node[:degree]
     if len(laid) < count:
-        raise AssertionError(f"{count} groups of {degree} do not stand in these nodes")
+        raise LookupError(f"{count} groups of {degree} do not stand in these nodes")
     return laid

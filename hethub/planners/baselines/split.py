@@ -24,6 +24,11 @@ class Kind:
     node_size: int
     degrees: tuple[int, ...]
 
+    def groups(self, degree: int) -> int:
+        """Tensor-parallel groups of that many devices that stand in its nodes."""
+        nodes, rest = divmod(self.count, self.node_size)
+        return nodes * (self.node_size // degree) + rest // degree
+
 
 class Group(NamedTuple):
     """A tensor-parallel group: the number of its kind, and its devices."""

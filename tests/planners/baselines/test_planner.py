@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hethub.errors import InfeasibleError
@@ -11,9 +13,12 @@ from hethub.planners.baselines.metis_like import metis_like
 from hethub.planners.baselines.planner import SplitPlanner, whole_batch
 from hethub.planners.baselines.sailor_like import sailor_like
 from hethub.planners.baselines.split import Band, Group, Side, Split
+from hethub.planners.interface import Problem
 from hethub.program.check import check_plan
+from hethub.specs.constraints import Constraints
+from tests.plan_strategies import three_speeds, tiny_model
 from tests.planners.baselines.made_up import MadeUpPrices, kind
-from tests.planners.examples import one_two_four
+from tests.planners.examples import one_two_four, workload
 
 SEARCHES = [data_parallel_by_speed, pipeline_by_speed, metis_like, sailor_like]
 
@@ -70,3 +75,18 @@ def test_a_baseline_without_a_plan_is_a_row_with_its_reason():
     assert results[0].tokens_per_second == pytest.approx(best, rel=0.05)
     with pytest.raises(InfeasibleError):
         compare(one_two_four(memory_bytes=1024))
+
+
+def test_nodes_that_groups_do_not_divide_are_no_reason_to_fail():
+    """Two nodes of three, in pairs. Seen to catch: three pairs of six devices, and an AssertionError (a real bug)."""
+    group = replace(three_speeds().node_groups[0], nodes=2, devices_per_node=3)
+    types = {"fast": three_speeds().device_types["fast"]}
+    cluster = replace(three_speeds(), device_types=types, node_groups=(group,), links=())
+    problem = Problem.of(cluster, workload(tiny_model(layers=6), batch=12))
+    constrained = replace(problem, constraints=Constraints(tensor_parallel={"fast": (2,)}))
+    results = {result.name: result for result in compare(constrained)}
+    assert all((result.found is None) == (result.failure is not None) for result in results.values())
+    for name in (OURS, "Sailor-like", "rows by speed"):
+        found = results[name].found
+        assert found is not None
+        assert check_plan(found.plan) == []
