@@ -97,7 +97,7 @@ class FirstPlanner:
         return self._even(problem) if choice is None else self.complete(choice, problem)
 
     def choose(self, problem: Problem) -> Choice | None:
-        """Choose a plan; of a big one only a part is simulated. None when none fits."""
+        """Choose a plan; of a big one only a part is simulated. None when none fits, however little time there is."""
         begin, chains = self._clock(), self.chains(problem)
         pools = chains.costs.pools
         most = _FINALISTS if problem.finalists is None else problem.finalists
@@ -187,9 +187,10 @@ class FirstPlanner:
         return candidates[0].seconds, used
 
     def _any_that_fits(self, problem: Problem) -> list[Finalist]:
-        """The first of many candidates whose exact memory is within the devices'."""
+        """The first of many candidates whose exact memory is within the devices', however long it takes: the time
+        limit may have left few."""
         pools = self.chains(problem).costs.pools
-        for candidate in self._rank(problem, _WIDE).candidates:
+        for candidate in self._rank(replace(problem, seconds=math.inf), _WIDE).candidates:
             finalists = run_off([candidate], problem, pools)
             if finalists:
                 return finalists

@@ -43,7 +43,7 @@ class Best:
 
 
 class Search:
-    """The state of one search, which ends with the best so far when `late`."""
+    """The state of one search, which ends with the best so far when its `time_is_up`."""
 
     def __init__(
         self,
@@ -51,16 +51,21 @@ class Search:
         space: Space,
         batch: int,
         most: int,
-        late: Callable[[], bool],
+        time_is_up: Callable[[], bool],
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.chains, self.space, self.batch, self.late = chains, space, batch, late
+        self.chains, self.space, self.batch = chains, space, batch
+        self._time_is_up = time_is_up
         self.progress, self.lower = progress, 0.0
         self.columns = columns_of(chains, space)
         self.available = np.array(space.available, dtype=np.int64)
         self.best = Best(most)
         self.tried: set[tuple[Taken, bool]] = set()
         self._rates: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
+
+    def late(self) -> bool:
+        """Whether to end with the best so far. Never before there is one: else nothing would seem to fit."""
+        return bool(self.best.kept) and self._time_is_up()
 
     def offer(self, taken: Taken) -> None:
         """Price a choice of columns, its groups dealt out in both ways."""

@@ -149,8 +149,8 @@ def rank(
     progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Ranking:
-    """Find the `most` best distinct candidates for a batch of `batch` rows, within about `seconds`; `progress` is told
-    at every plan that is priced."""
+    """Find the `most` best distinct candidates for a batch of `batch` rows, within about `seconds`, or until
+    one is found; `progress` is told at every plan that is priced."""
     end = clock() + seconds
     search = Search(chains, space, batch, most, lambda: clock() >= end, progress)
     lower, loose = _price_alike(search), "alike pipelines"

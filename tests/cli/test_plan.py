@@ -273,3 +273,13 @@ def test_further_devices_are_planned_anew(laptop_plan: Path) -> None:
     both = ("--what-if", "type:fast=+3", "--what-if", "type:fast=0.5x")
     slower = json.loads(_run("simulate", laptop_plan, "--json", *both))
     assert slower["tokens_per_second"] < after["tokens_per_second"]
+
+
+def test_a_search_without_time_ends_with_the_first_plan_and_says_nothing_false(
+    tmp_path: Path, figures: dict[str, Any]
+) -> None:
+    """Seen to catch: "constraints.max_pipeline cannot hold", and types that cannot hold the model (a real bug)."""
+    cluster = _edited(tmp_path, "emulated:", "constraints: {max_pipeline: 4}\nemulated:")
+    found = json.loads(_run("plan", cluster, "--time-limit", "0", "--json"))
+    assert all(len(pipeline["stages"]) <= 4 for pipeline in found["plan"]["pipelines"])
+    assert found["share"]["not_a_bound"] == figures["share"]["not_a_bound"]

@@ -20,6 +20,7 @@ from hethub.program.compile import compile_program
 from hethub.program.prove import prove
 from hethub.program.updaters import own_by_strength
 from hethub.simulate.engine import simulate
+from hethub.specs.constraints import Constraints
 from hethub.specs.layout import lay_out
 from hethub.specs.plan import Plan
 from tests.plan_strategies import three_speeds, tiny_model
@@ -162,3 +163,13 @@ def test_awkward_batches_are_done_to_the_row(batch: int) -> None:
     problem = Problem.of(three_speeds(), workload(tiny_model(layers=5), batch=batch))
     found = FirstPlanner().plan(problem)
     assert sum(p.repeat * p.micro_batches * p.micro_batch_rows for p in found.plan.pipelines) == batch
+
+
+@settings(max_examples=25)
+@given(problem=problems())
+def test_without_time_a_plan_is_found_wherever_one_fits(problem: Problem) -> None:
+    """A constraint that all plans keep leaves the even split out. Seen to catch: the end before the first price (a real
+    bug: constraints were said to contradict each other)."""
+    own = replace(problem, constraints=Constraints(max_pipeline=64))
+    hurried = FirstPlanner().search(replace(own, seconds=0.0))
+    assert (hurried is None) == (FirstPlanner().search(own) is None)
