@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "explanation"]
 
+_NOT_KNOWN = "not known: the search has no plan of its own on all devices (the even split stands in)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
@@ -29,13 +31,15 @@ class Explanation:
             if share >= 5e-5:
                 yield f"{cause}\t{share:.2%}\t{CAUSES[cause]}"
         yield "# what limits each device type: the share of the step that goes with a tenth more of it"
-        yield "device_type\tlimit\tmemory\tspeed\tone more node"
+        yield "device_type\tlimit\tmemory\tspeed\tone more node" if self.content["limits"] else _NOT_KNOWN
         for entry in self.content["limits"]:
             yield (
                 f"{entry['device_type']}\t{entry['limit']}\t{entry['more_memory']:.2%}\t{entry['more_speed']:.2%}\t"
                 f"{entry['one_more_node']:.2%} ({entry['devices_of_a_node']} devices)"
             )
         yield "# links twice as fast: the share of the step that goes"
+        if not self.content["limits"]:
+            yield _NOT_KNOWN
         for entry in self.content["links"]:
             yield f"{entry['link']}\t{entry['faster']:.2%}"
         yield "# stage boundaries: a micro-batch's message each way, over an idle link"
@@ -56,7 +60,10 @@ def explanation(found: Answer, told: Planning, measured: Measured) -> Explanatio
     from hethub.planners.interface import Problem
 
     problem = Problem.of(told.cluster, told.workload, measured, constraints=told.constraints)
-    types, links = limits(problem)
+    searched = (
+        found.figures["search"]["closed_form_seconds"] is not None
+    )  # else it is the even split that stands in
+    types, links = limits(problem) if searched else ((), ())
     return Explanation(
         content={
             "waterfall": predicted_waterfall(found.modelled).total,

@@ -63,20 +63,21 @@ _Saved = Callable[[Problem], float]
 
 def limits(problem: Problem) -> tuple[tuple[TypeLimit, ...], tuple[LinkWorth, ...]]:
     """The binding limit of each device type, found by searching again with more of each resource, and what a faster
-    link of each class would bring, most first."""
-    saved = _saved(problem)
+    link of each class would bring, most first. Nothing where no plan of the search's space fits."""
+    before = FirstPlanner().estimate(problem)
+    if before is None:
+        return (), ()
+    saved = _saved(before[0])
     links = tuple(sorted(_link_worth(problem, saved), key=lambda entry: (-entry.faster, entry.link)))
     return tuple(_type_limits(problem, saved, max((entry.faster for entry in links), default=0.0))), links
 
 
-def _saved(problem: Problem) -> _Saved:
+def _saved(step_seconds: float) -> _Saved:
     """A function of a changed problem: which share of the step goes; never negative: the old plan still is one."""
-    before = FirstPlanner().estimate(problem)
-    assert before is not None
 
     def saved(changed: Problem) -> float:
         after = FirstPlanner().estimate(changed)
-        return 0.0 if after is None else max(0.0, 1.0 - after[0] / before[0])
+        return 0.0 if after is None else max(0.0, 1.0 - after[0] / step_seconds)
 
     return saved
 

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hethub.cli.explain import explanation
 from hethub.cli.main import app
+from hethub.cost.measured import NOT_MEASURED
 from hethub.errors import InputError
+from hethub.planners.answer import answer
+from hethub.specs.cluster import Planning
+from hethub.specs.constraints import FASTEST, FREE
 from hethub.specs.plan import Plan, load_plan, save_plan
 from tests.plan_strategies import NAMED_PLANS
+from tests.planners.examples import only_across_nodes
 
 LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
 
@@ -107,3 +113,14 @@ def test_plans_of_two_models_are_refused(tmp_path: Path) -> None:
     _run("plan", LAPTOP, "-o", tmp_path / "laptop.yaml")
     with pytest.raises(InputError, match="Give two plans of one model and precision"):
         _run("diff", path, tmp_path / "laptop.yaml")
+
+
+def test_of_an_even_split_that_stands_in_it_is_said_that_limits_are_not_known() -> None:
+    """Seen to catch: an AssertionError (a real bug)."""
+    problem = only_across_nodes()
+    told = Planning(cluster=problem.cluster, workload=problem.workload, constraints=FREE, objective=FASTEST)
+    found = answer(problem.cluster, problem.workload)
+    assert found.plan.name == "even"
+    why = explanation(found, told, NOT_MEASURED)
+    assert why.content["limits"] == why.content["links"] == []
+    assert sum(line.startswith("not known") for line in why.lines()) == 2

@@ -11,7 +11,7 @@ from hethub.specs.cluster import Cluster
 from hethub.specs.workload import Model, Workload
 from tests.plan_strategies import clusters, models, three_speeds, tiny_model
 
-__all__ = ["one_two_four", "problems", "with_memory", "workload"]
+__all__ = ["one_two_four", "only_across_nodes", "problems", "with_memory", "workload"]
 
 MIB = 1 << 20
 
@@ -50,3 +50,12 @@ def one_two_four(*, memory_bytes: int = 64 * MIB) -> Problem:
     }
     model = tiny_model(layers=12, heads=8)
     return Problem.of(replace(cluster, device_types=types), workload(model, batch=24))
+
+
+def only_across_nodes() -> Problem:
+    """Two nodes of one device, and a model that they hold only where each layer is divided between both: no group of
+    the search does that, the even split does."""
+    middle = three_speeds().node_groups[1]
+    types = {middle.device_type: three_speeds().device_types[middle.device_type]}
+    cluster = replace(three_speeds(), device_types=types, node_groups=(middle,), links=())
+    return Problem.of(with_memory(cluster, 60 << 10), workload(tiny_model(layers=1), batch=2))
