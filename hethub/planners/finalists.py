@@ -64,13 +64,13 @@ def _short(
     compute: ComputeModel, layout: Layout, ownership: Ownership, reserve_bytes: Mapping[str, int] | None
 ) -> set[int]:
     """The devices that lack memory."""
-    reserve = reserve_bytes or {}
-    devices = compute.graph.devices
+    reserve, graph = reserve_bytes or {}, compute.graph
+    types = [device.type for device in graph.devices]
     use = device_memory(compute, layout, *ownership.updates)
     return {
         d
         for d, memory in use.items()
-        if memory.total > usable_bytes(devices[d].type) - reserve.get(devices[d].type.name, 0)
+        if memory.total > usable_bytes(types[d]) - reserve.get(graph.as_known(types[d]).name, 0)
     }
 
 

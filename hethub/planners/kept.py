@@ -20,18 +20,19 @@ def broken_constraints(plan: Plan, graph: CostGraph, constraints: Constraints) -
         return []
     layout, found = lay_out(plan), []
     stages = [stage for pipeline in layout.pipelines for stage in pipeline.stages]
+    names = [graph.as_known(device.type).name for device in graph.devices]
     degrees: dict[str, set[int]] = {}
     for stage in stages:
         for replica in stage.replicas:
             for rank in replica.ranks:
-                degrees.setdefault(graph.devices[rank.device].type.name, set()).add(len(replica.ranks))
+                degrees.setdefault(names[rank.device], set()).add(len(replica.ranks))
     for name, allowed in constraints.tensor_parallel.items():
         if not degrees.get(name, set()) <= set(allowed):
             found.append(f"tensor_parallel.{name}")
     longest = max(len(pipeline.stages) for pipeline in layout.pipelines)
     if constraints.max_pipeline is not None and longest > constraints.max_pipeline:
         found.append("max_pipeline")
-    types = ({graph.devices[d].type.name for d in stage.devices()} for stage in stages)
+    types = ({names[d] for d in stage.devices()} for stage in stages)
     if not constraints.same_stage and any(len(own) > 1 for own in types):
         found.append("same_stage")
     if constraints.use_all and len(layout.used) < len(graph.devices):

@@ -21,6 +21,7 @@ class Pool:
 
     number: int
     type: DeviceType
+    known_name: str  # of the type that the user names, where a what-if or a pace made this one of it
     nodes: tuple[tuple[int, ...], ...]
 
     @cached_property
@@ -72,7 +73,12 @@ class Pools:
             kinds[key] = device.type
             found.setdefault(key, defaultdict(list))[device.group, device.node].append(index)
         return tuple(
-            Pool(number=number, type=kinds[key], nodes=tuple(tuple(node) for node in nodes.values()))
+            Pool(
+                number=number,
+                type=kinds[key],
+                known_name=self.graph.as_known(kinds[key]).name,
+                nodes=tuple(tuple(node) for node in nodes.values()),
+            )
             for number, (key, nodes) in enumerate(found.items())
         )
 

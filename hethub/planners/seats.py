@@ -282,7 +282,7 @@ class SeatCosts:
             decoder_kept=layer_bytes(shape, "decoder").kept,
             decoder_apart=cut_inside_elements(shape, (1, 2)) * apart_bytes(workload, width),
             ends=ends,
-            usable=usable_bytes(device_type) - self.reserve_bytes.get(device_type.name, 0),
+            usable=usable_bytes(device_type) - self.reserve_bytes.get(self.pools[pool].known_name, 0),
             width=width,
             gradient=gradient_bytes(workload.precision),
             state=state_bytes(workload.precision),

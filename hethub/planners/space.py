@@ -44,7 +44,7 @@ def degrees(pool: Pool, kv_heads: int, constraints: Constraints = FREE) -> list[
     """Tensor-parallel degrees worth trying: powers of two and the whole node, no more than key-value groups; where the
     user names degrees, those of them that the node and the model allow."""
     most = min(pool.node_size, kv_heads)
-    named = constraints.tensor_parallel.get(pool.type.name)
+    named = constraints.tensor_parallel.get(pool.known_name)
     if named is not None:
         return sorted(d for d in set(named) if d <= most)
     powers = [1 << n for n in range(most.bit_length()) if 1 << n <= most]

@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from hethub.planners.baselines.by_speed import data_parallel_by_speed
+from hethub.planners.baselines.planner import SplitPlanner
+from hethub.planners.finalists import simulate_plan
 from hethub.planners.first import FirstPlanner
+from hethub.planners.interface import Planner
 from hethub.planners.kept import broken_constraints, excess_watts
+from hethub.simulate.what_if import Change, changed_graph
 from hethub.specs.constraints import FREE, Constraints, Objective
 from tests.planners.examples import one_two_four
 
@@ -45,3 +50,26 @@ def test_power_of_a_zone_counts_the_devices_in_use() -> None:
     assert excess_watts(layout, problem.compute.graph, Objective(site_watts={zone: watts})) == {}
     over = excess_watts(layout, problem.compute.graph, Objective(site_watts={zone: watts - 1}))
     assert over == {f"site_watts.{zone}": (watts - 1, watts)}
+
+
+@pytest.mark.parametrize(
+    "planner", [FirstPlanner(), SplitPlanner("rows", data_parallel_by_speed)], ids=["ours", "a baseline"]
+)
+def test_what_is_fixed_of_a_type_holds_at_another_pace(planner: Planner) -> None:
+    """As `hethub replan` and `--explain` ask for. Seen to catch: "fast at 0.8x" free of what is fixed of "fast" (a real
+    bug)."""
+    problem = one_two_four()
+    paced = replace(
+        problem, compute=problem.compute.on(changed_graph(problem.cluster, [Change("type", "fast", 0.8)]))
+    )
+    pairs = Constraints(tensor_parallel={"fast": (2,)}, max_pipeline=1)
+    found = planner.plan(replace(paced, constraints=pairs))
+    for graph in (problem.compute.graph, paced.compute.graph):
+        assert broken_constraints(found.plan, graph, pairs) == []
+        alone = Constraints(tensor_parallel={"fast": (4,)})
+        assert broken_constraints(found.plan, graph, alone) == ["tensor_parallel.fast"]
+    nothing_free = {"fast": problem.cluster.device_types["fast"].memory_bytes}
+    assert simulate_plan(found.plan, paced.compute, reserve_bytes=nothing_free) is None
+    spared = planner.plan(replace(paced, constraints=Constraints(memory_reserve_bytes=nothing_free)))
+    devices = problem.compute.graph.devices
+    assert "fast" not in {devices[d].type.name for d in spared.modelled.layout.used}

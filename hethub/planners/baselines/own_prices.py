@@ -51,7 +51,7 @@ class OwnPrices:
         zone = next(g.zone for g in self.problem.cluster.node_groups if g.name == device.group)
         size = min(len(node) for node in pool.nodes)
         degrees = (1 << power for power in range(size.bit_length()))
-        allowed = self.problem.constraints.tensor_parallel.get(pool.type.name)
+        allowed = self.problem.constraints.tensor_parallel.get(pool.known_name)
         return Kind(
             name=pool.type.name,
             device_type=pool.type.name,
@@ -134,11 +134,10 @@ class OwnPrices:
 
     def _most_decoders(self, group: Group, rows: int, ends: tuple[bool, bool], later_stages: int) -> int:
         """Decoders that fit beside the embedding (first of `ends`) and the head; -1 where not even those do."""
-        ranks = self._ranks(group)
+        ranks, pool = self._ranks(group), self.pool(group.kind)
         device = ranks[0].device
-        device_type = self._compute.graph.devices[device].type
-        reserve = self.problem.constraints.memory_reserve_bytes.get(device_type.name, 0)
-        usable = usable_bytes(device_type) - reserve
+        reserve = self.problem.constraints.memory_reserve_bytes.get(pool.known_name, 0)
+        usable = usable_bytes(pool.type) - reserve
 
         def fit(decoders: int) -> bool:
             first = 0 if ends[0] else self.decoders + 1 - decoders
