@@ -14,9 +14,10 @@ __all__ = ["conflict"]
 
 def conflict(planner: FirstPlanner, problem: Problem) -> InputError | None:
     """The error that names the fewest constraints with which no plan fits; None where none fits without any either, or
-    where one fits with all of them. Sets are tried from the smallest on, so that the first one found has the fewest."""
+    where one fits with all of them. That is looked at first: where it is the objective that nothing keeps, no set of
+    constraints has to be tried. Sets are tried from the smallest on, so that the first one found has the fewest."""
     names = problem.constraints.names()
-    if not names or not _fits(planner, problem, ()):
+    if not names or _fits(planner, problem, names) or not _fits(planner, problem, ()):
         return None
     for count in range(1, len(names) + 1):
         for chosen in combinations(names, count):
@@ -26,7 +27,8 @@ def conflict(planner: FirstPlanner, problem: Problem) -> InputError | None:
 
 
 def _fits(planner: FirstPlanner, problem: Problem, names: tuple[str, ...]) -> bool:
-    tried = replace(problem, constraints=problem.constraints.only(names), finalists=1)
+    # without time a search ends with the first plan that fits: no better one is asked for
+    tried = replace(problem, constraints=problem.constraints.only(names), finalists=1, seconds=0.0)
     return planner.search(tried) is not None
 
 

@@ -7,13 +7,15 @@ Of these plans the best one within the limits is taken; the closed form chooses 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hethub.cost.compute import ComputeModel
 from hethub.errors import InfeasibleError
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Found, Problem
+from hethub.planners.kept import excess_watts
 from hethub.planners.pools import Pools
 from hethub.simulate.energy import job_of
 from hethub.simulate.report import joules_per_token, usd_per_million_tokens
@@ -68,52 +70,83 @@ class ObjectiveFigures:
         return max((figure / limit - 1 for limit, figure in self.job(objective).values()), default=0.0)
 
 
-def best_plan(planner: FirstPlanner, problem: Problem, objective: Objective) -> Found:
-    """The plan that is best by `objective` within its limits.
+def best_plan(
+    planner: FirstPlanner,
+    problem: Problem,
+    objective: Objective,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """The plan that is best by `objective` within its limits. All searches together have about `problem.seconds`.
 
     Raises InfeasibleError where no plan fits, or none that was found keeps the limits: which one, and the nearest.
     """
     if objective.plain:
         return planner.plan(problem)
+    end = clock() + problem.seconds
+
+    def with_time(own: Problem, searches: int) -> Problem:
+        """With an even share of what is left, of this and the later searches."""
+        return replace(own, seconds=max(0.0, end - clock()) / searches)
+
     pools = planner.chains(problem).costs.pools
+    choices = list(_choices(problem, pools, objective))
     estimated = []
-    for available in _choices(problem, pools, objective):
+    for number, available in enumerate(choices):
         own = replace(problem, available=available)
-        estimate = planner.estimate(own)
+        estimate = planner.estimate(with_time(own, len(choices) - number + _SIMULATED))
         if estimate is not None:
             seconds, used = estimate
             figures = _estimated(problem, pools, seconds, used)
             estimated.append((max(0.0, figures.excess(objective)), figures.of(objective), own))
-    if not estimated:
-        return planner.plan(problem)  # which says what is short
-    ranked = sorted(range(len(estimated)), key=lambda i: (estimated[i][:2], i))
+    ranked = sorted(range(len(estimated)), key=lambda i: (estimated[i][:2], i))[:_SIMULATED]
     found: list[tuple[float, float, int, Found, ObjectiveFigures]] = []
-    for place in ranked[:_SIMULATED]:
-        plan = planner.search(estimated[place][2])
+    for number, place in enumerate(ranked):
+        plan = planner.search(with_time(estimated[place][2], len(ranked) - number))
         if plan is not None:
             figures = objective_figures(plan, problem)
             found.append((max(0.0, figures.excess(objective)), figures.of(objective), place, plan, figures))
     if not found:
-        return planner.plan(problem)
+        return _fastest(planner, with_time(problem, 1), objective)
     excess, _, _, plan, figures = min(found, key=lambda entry: entry[:3])
     if excess > 0:
-        raise InfeasibleError(_unmet(figures, objective))
+        raise InfeasibleError(_unmet(figures.missed(objective), "nearest", objective))
     return plan
 
 
-def _unmet(figures: ObjectiveFigures, objective: Objective) -> str:
-    missed = figures.missed(objective)
+def _fastest(planner: FirstPlanner, problem: Problem, objective: Objective) -> Found:
+    """The fastest plan on all devices, where no choice of them has one. Raises InfeasibleError where there is none
+    either, which says what is short, or where it does not keep the limits."""
+    found = planner.plan(problem)
+    missed = objective_figures(found, problem).missed(objective)
+    missed |= excess_watts(found.modelled.layout, problem.compute.graph, objective)
+    if missed:
+        raise InfeasibleError(_unmet(missed, "fastest", objective))
+    return found
+
+
+def _unmet(missed: Mapping[str, tuple[float, float]], which: str, objective: Objective) -> str:
+    """What is said of the limits that the nearest plan, or the fastest, misses."""
     limits = " and ".join(f"objective.{name}: {limit:,.6g}" for name, (limit, _) in missed.items())
-    nearest = " and ".join(f"{figure:,.6g} {name.split('_')[1]}" for name, (_, figure) in missed.items())
-    return (
-        f"{limits}: no plan that was found keeps to that for {objective.tokens:.6g} tokens; the nearest takes {nearest}"
-        ". Raise the limit, lower tokens, or give more devices."
-    )
+    taken = " and ".join(f"{figure:,.6g} {_unit(name)}" for name, (_, figure) in missed.items())
+    job = "" if objective.tokens is None else f" for {objective.tokens:.6g} tokens"
+    less = "Raise the limit, lower tokens, or give more devices."
+    if any(name.startswith("site_watts") for name in missed):
+        less = "Raise the limit, or give devices that need less power or hold more."
+    return f"{limits}: no plan that was found keeps to that{job}; the {which} takes {taken}. {less}"
+
+
+def _unit(limit: str) -> str:
+    """Such as `hours`, or `watts in hall-1`."""
+    name, _, zone = limit.partition(".")
+    unit = name.partition("_")[2]
+    return f"{unit} in {zone}" if zone else unit
 
 
 def _choices(problem: Problem, pools: Pools, objective: Objective) -> Iterator[dict[int, int]]:
-    """Devices of each pool that may work."""
+    """Devices of each pool that may work; where all must, no fewer."""
     numbers = pools.of_types(problem.types)
+    least = sum(pools[n].count for n in numbers) if problem.constraints.use_all else 1
     by_price = sorted(numbers, key=lambda n: (_row_price(problem.compute, pools[n].type, objective), n))
     seen = set()
     cheap = objective.best != "throughput" or objective.budget_usd is not None
@@ -122,7 +155,7 @@ def _choices(problem: Problem, pools: Pools, objective: Objective) -> Iterator[d
             wanted = {n: max(1, pools[n].count // part) for n in by_price[:count]}
             available = _within_sites(problem, pools, by_price, wanted, objective)
             key = tuple(sorted(available.items()))
-            if available and key not in seen:
+            if sum(available.values()) >= least and key not in seen:
                 seen.add(key)
                 yield available
 

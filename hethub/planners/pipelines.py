@@ -212,8 +212,7 @@ def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made
     slot_usage = np.zeros((len(space.slots), len(space.pools)), dtype=np.int64)
     for number, slot in enumerate(space.slots):
         for seat in slot:
-            pool = chains.costs.pools[seat.pool]
-            devices = pool.count // max(1, pool.unit_count(seat.degree))  # those that a group takes or spoils
+            devices = chains.costs.pools[seat.pool].unit_devices(seat.degree)
             slot_usage[number, space.pools.index(seat.pool)] += devices * seat.replicas
     usage = np.zeros((len(runs), len(space.pools)), dtype=np.int64)
     for j in range(runs.shape[1]):

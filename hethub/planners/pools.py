@@ -47,6 +47,10 @@ class Pool:
         """How many groups `units` gives."""
         return sum(len(node) // degree for node in self.nodes)
 
+    def unit_devices(self, degree: int) -> int:
+        """Devices that each of these groups takes or spoils, so that no more of them are counted than there are."""
+        return self.count // max(1, self.unit_count(degree))
+
 
 class Pools:
     """The pools of a cluster and the paths between them, a pair of devices standing for the rest."""

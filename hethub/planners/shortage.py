@@ -159,7 +159,8 @@ def _more_devices(
 def _found_with(problem: Problem, search: Callable[[Problem], Found | None], number: int, nodes: int) -> bool:
     cluster = _enlarged(problem.cluster, number, nodes)
     compute = problem.compute.on(CostGraph(cluster))
-    return search(replace(problem, cluster=cluster, compute=compute, finalists=1)) is not None
+    # without time a search ends with the first plan that fits: no better one is asked for
+    return search(replace(problem, cluster=cluster, compute=compute, finalists=1, seconds=0.0)) is not None
 
 
 def _fewest_nodes(problem: Problem, number: int) -> int | None:

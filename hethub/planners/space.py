@@ -42,7 +42,13 @@ class Space:
 
 def degrees(pool: Pool, kv_heads: int, constraints: Constraints = FREE) -> list[int]:
     """Tensor-parallel degrees worth trying: powers of two and the whole node, no more than key-value groups; where the
-    user names degrees, those of them that the node and the model allow."""
+    user names degrees, those of them that the node and the model allow. Where every device must work, none whose groups
+    spoil others, which count as taken."""
+    found = _degrees(pool, kv_heads, constraints)
+    return [d for d in found if not constraints.use_all or pool.unit_devices(d) == d]
+
+
+def _degrees(pool: Pool, kv_heads: int, constraints: Constraints) -> list[int]:
     most = min(pool.node_size, kv_heads)
     named = constraints.tensor_parallel.get(pool.known_name)
     if named is not None:

@@ -12,13 +12,13 @@ from hethub.errors import InfeasibleError, InputError
 from hethub.planners.conflicts import conflict
 from hethub.planners.diff import diff_plans
 from hethub.planners.first import FirstPlanner
-from hethub.planners.interface import Problem
+from hethub.planners.interface import Found, Problem
 from hethub.planners.objective import best_plan
 from hethub.specs.cluster import load_planning
 from hethub.specs.constraints import Constraints, Objective
 from hethub.specs.plan import Plan
-from tests.plan_strategies import six_plans
-from tests.planners.examples import one_two_four
+from tests.plan_strategies import six_plans, three_speeds, tiny_model
+from tests.planners.examples import one_two_four, only_across_nodes, workload
 
 LAPTOP = Path(__file__).parents[2] / "cluster_specs" / "laptop.yaml"
 
@@ -149,3 +149,103 @@ def _on(plan: Plan, device: str) -> Plan:
     replica = replica.model_copy(update={"ranks": [rank.model_copy(update={"device": device})]})
     stage = stage.model_copy(update={"replicas": [replica]})
     return plan.model_copy(update={"pipelines": [pipeline.model_copy(update={"stages": [stage]})]})
+
+
+def test_power_that_is_too_little_for_any_choice_is_told_with_what_the_fastest_plan_takes() -> None:
+    """No device of the laptop holds the model alone, and the zones have power for one. Seen to catch: the plan of all
+    devices as the answer, without a word of the limits (a real bug)."""
+    told = load_planning(LAPTOP)
+    types = {name: replace(t, power_watts=100.0) for name, t in told.cluster.device_types.items()}
+    problem = Problem.of(replace(told.cluster, device_types=types), told.workload)
+    objective = Objective(site_watts={"desk": 100.0, "shelf": 50.0})
+    with pytest.raises(
+        InfeasibleError, match=r"site_watts.desk: 100 .*the fastest takes [2-4]00 watts in desk"
+    ):
+        best_plan(FirstPlanner(), problem, objective)
+
+
+def test_limits_are_held_against_the_even_split_that_stands_in() -> None:
+    """Seen to catch: an answer that misses its deadline (a real bug)."""
+    problem = only_across_nodes()
+    tokens = problem.workload.global_batch * problem.workload.sequence_length
+    hours = FirstPlanner().plan(problem).step_seconds / 3600
+    assert best_plan(
+        FirstPlanner(), problem, Objective(tokens=tokens, deadline_hours=1.01 * hours)
+    ).step_seconds
+    with pytest.raises(InfeasibleError, match=r"deadline_hours: .* the fastest takes [\d.e-]+ hours"):
+        best_plan(FirstPlanner(), problem, Objective(tokens=tokens, deadline_hours=0.99 * hours))
+
+
+def test_where_all_must_work_the_cheapest_plan_leaves_none_out() -> None:
+    """Seen to catch: all devices of the cheapest choice, not of the cluster (a real bug)."""
+    problem = _priced({"fast": 100.0, "middle": 1.0, "slow": 100.0})
+    constrained = replace(problem, constraints=Constraints(use_all=True))
+    found = best_plan(FirstPlanner(), constrained, Objective(best="usd_per_million_tokens"))
+    assert len(found.modelled.layout.used) == len(problem.compute.graph.devices)
+
+
+def _node_of_six(degrees: tuple[int, ...]) -> Problem:
+    """Of which all must work, in groups of these degrees."""
+    group = replace(three_speeds().node_groups[0], devices_per_node=6)
+    cluster = replace(
+        three_speeds(),
+        device_types={"fast": three_speeds().device_types["fast"]},
+        node_groups=(group,),
+        links=(),
+    )
+    constraints = Constraints(use_all=True, tensor_parallel={"fast": degrees})
+    return Problem.of(cluster, workload(tiny_model(layers=6), batch=12), constraints=constraints)
+
+
+def test_devices_that_a_group_leaves_over_do_not_work() -> None:
+    """Groups of four on a node of six. Seen to catch: all six counted as in use (a real bug)."""
+    problem = _node_of_six((4,))
+    assert FirstPlanner().search(problem) is None
+    error = conflict(FirstPlanner(), problem)
+    assert error is not None
+    assert "constraints.use_all" in error.message
+    assert "constraints.tensor_parallel.fast" in error.message
+
+
+def test_where_all_must_work_groups_that_leave_some_over_do_not_stand_in_the_way_of_others() -> None:
+    found = FirstPlanner().search(_node_of_six((2, 4)))
+    assert found is not None
+    assert len(found.modelled.layout.used) == 6
+
+
+class _Patient(FirstPlanner):
+    """Our planner, by whose clock every search takes all the time that it may."""
+
+    now = 0.0
+    searches = 0
+
+    def estimate(self, problem: Problem) -> tuple[float, dict[int, int]] | None:
+        self.now += problem.seconds
+        return super().estimate(problem)
+
+    def search(self, problem: Problem) -> Found | None:
+        self.now += problem.seconds
+        self.searches += 1
+        return super().search(problem)
+
+
+def test_all_searches_for_an_objective_share_the_time_limit() -> None:
+    """Seen to catch: the whole limit for each of a dozen searches (a real bug)."""
+    problem = _priced({"fast": 3.0, "middle": 2.0, "slow": 1.0})
+    planner, limit = _Patient(), 1e6
+    best_plan(
+        planner,
+        replace(problem, seconds=limit),
+        Objective(best="usd_per_million_tokens"),
+        clock=lambda: planner.now,
+    )
+    assert planner.searches > 1
+    assert planner.now == pytest.approx(limit)
+
+
+def test_constraints_are_not_doubted_where_only_the_objective_is_not_met() -> None:
+    """Seen to catch: a search for each of all their subsets (a real bug)."""
+    constraints = Constraints(max_pipeline=2, same_stage=False, tensor_parallel={"fast": (1, 2)})
+    planner = _Patient()
+    assert conflict(planner, replace(one_two_four(), constraints=constraints)) is None
+    assert planner.searches == 1
