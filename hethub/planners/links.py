@@ -140,7 +140,9 @@ class LinkCosts:
             groups = self.costs.pools[seat.pool].node_size // seat.degree
             found = [
                 self._tail_rate(seat.pool, seat.degree, _Holders(number, min(groups, number)), setting, mates)
-                for setting, number in self._surroundings(seat.pool, groups, copies, holders, pools, alike, must)
+                for setting, number in self._surroundings(
+                    seat.pool, groups, copies, holders, pools, alike, must
+                )
             ]
             update, gradients = min(r.update for r in found), min(r.gradients for r in found)
             worst = (max(worst[0], elements * update), max(worst[1], elements * gradients))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from hethub.cost.compute import ComputeModel
 from hethub.cost.graph import CostGraph
@@ -23,8 +22,6 @@ from hethub.timeline.record import Timeline
 from hethub.timeline.summary import step_numbers
 
 __all__ = ["Replanned", "pace_of_run", "replan"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,22 +49,6 @@ def _candidates(problem: Problem, objective: Objective) -> list[Plan]:
         return [best_plan(planner, problem, objective).plan]
     choice = planner.choose(problem)
     return [planner.plan(problem).plan] if choice is None else [one.plan for one in choice.finalists]
-
-
-def _of_changed_types(constraints: Constraints, graph: CostGraph) -> Constraints:
-    """What is fixed of a device type holds for its devices that are slower by now too, which are a type of their own
-    to a planner."""
-
-    made = {name: own.name for name, own in graph.changed_from.items()}
-
-    def of_all(fixed: Mapping[str, T]) -> dict[str, T]:
-        return {**fixed, **{name: fixed[own] for name, own in made.items() if own in fixed}}
-
-    return replace(
-        constraints,
-        tensor_parallel=of_all(constraints.tensor_parallel),
-        memory_reserve_bytes=of_all(constraints.memory_reserve_bytes),
-    )
 
 
 def _with_room(plan: Plan, problem: Problem) -> Plan | None:
@@ -120,7 +101,7 @@ def replan(
         cluster=plan.cluster,
         workload=plan.workload,
         compute=ComputeModel(graph, plan.workload),
-        constraints=_of_changed_types(constraints, graph),
+        constraints=constraints,
     )
     old_seconds = paced_step_seconds(plan, pace)
     new, new_seconds = plan, old_seconds

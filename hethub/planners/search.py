@@ -118,7 +118,7 @@ def _price_alike(search: Search) -> float:
         copies = np.minimum(most[able], last)
         bounds = _alike(search, able, least, copies)
         kept = np.argsort(bounds, kind="stable")
-        others = min(others, *bounds[kept[_ALIKE : _ALIKE + 1]].tolist(), math.inf)  # of those that are cut off
+        others = min([others, *bounds[kept[_ALIKE : _ALIKE + 1]].tolist()])  # of those that are cut off
         kept = kept[:_ALIKE]
         kept = kept[np.isfinite(bounds[kept])]
         queue += zip(bounds[kept].tolist(), able[kept].tolist(), repeat(least), copies[kept].tolist())
