@@ -149,7 +149,8 @@ def _search_lines(found: Answer) -> list[str]:
     """Why this plan: the size of the search, the gap proven, and why the runner-up lost."""
     search = found.figures["search"]
     effort = f"{search['considered']} splits considered in {search['seconds']:.2g} s"
-    gap = f"no plan's step can be more than {search['proven_gap']:.1%} shorter ({search['proven_by']})"
+    loose = f"; least is known of {search['loose']}" if search["loose"] else ""
+    gap = f"no plan's step can be more than {search['proven_gap']:.1%} shorter ({search['proven_by']}{loose})"
     lines = [f"search\t{effort}; {gap}"]
     if search["runners_up"]:
         loser = search["runners_up"][0]

@@ -101,6 +101,7 @@ def answer(
                 "considered": found.considered,
                 "proven_gap": gap,
                 "proven_by": by,
+                "loose": found.loose,
                 "closed_form_seconds": found.closed_form_seconds,
                 "lower_bound_seconds": found.lower_bound_seconds,
                 "worth": dict(found.worth),

@@ -238,6 +238,7 @@ def _found(done: Sequence[tuple[Finalist, Modelled]], others: Sequence[Finalist]
         runners_up=tuple(lost.values()) or _second(winner, modelled, choice.ranking.candidates, pools),
         closed_form_seconds=winner.candidate.seconds,
         lower_bound_seconds=choice.ranking.lower_bound_seconds,
+        loose=choice.ranking.loose,
         worth=_by_type(choice.ranking.worth, pools),
     )
 

@@ -86,7 +86,8 @@ class Found:
     lost, best first. The simulation has a timeline where the planner had reason to keep one.
 
     `closed_form_seconds` is the step by the closed form that ranked the plan, and `lower_bound_seconds` what no plan of
-    the planner's space can have by it (None: the planner proves nothing). `worth` is what one more device of a type
+    the planner's space can have by it (None: the planner proves nothing); `loose` names the plans that the bound is of
+    (None: of the best candidate itself). `worth` is what one more device of a type
     would take off that bound, as a share of it.
     """
 
@@ -96,6 +97,7 @@ class Found:
     runners_up: tuple[RunnerUp, ...]
     closed_form_seconds: float | None = None
     lower_bound_seconds: float | None = None
+    loose: str | None = None
     worth: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -50,13 +50,14 @@ _SHORT = 1e-9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
     """The best candidates by closed form, ascending; `considered` counts pipelines bounded and plans priced. No plan
-    of the space has a closed form below `lower_bound_seconds`; `loose` says which plans the bound is of. `worth[pool]`
-    is by how much of the step one more device of a pool would shorten the bound of unlike plans."""
+    of the space has a closed form below `lower_bound_seconds`; `loose` says which plans the bound is of (None: it is
+    the best candidate's own time). `worth[pool]` is by how much of the step one more device of a pool would shorten the
+    bound of unlike plans."""
 
     candidates: tuple[Candidate, ...]
     considered: int
     lower_bound_seconds: float
-    loose: str
+    loose: str | None
     worth: dict[int, float]
 
 
@@ -153,7 +154,8 @@ def rank(
     one is found; `progress` is told at every plan that is priced."""
     end = clock() + seconds
     search = Search(chains, space, batch, most, lambda: clock() >= end, progress)
-    lower, loose = _price_alike(search), "alike pipelines"
+    lower = _price_alike(search)
+    loose: str | None = "alike pipelines"
     branches = []
     for branch in roots(search):
         branch.find_bound(0.0, search.best.seconds if search.best.kept else _ever(search))
@@ -167,7 +169,7 @@ def rank(
         if branch.bound < lower:
             lower, loose = branch.bound, branch.name
     if search.best.seconds <= lower:
-        lower, loose = search.best.seconds, "none"
+        lower, loose = search.best.seconds, None
     return Ranking(
         candidates=search.best.ascending(),
         considered=search.considered,
