@@ -48,7 +48,7 @@ def measure(
 
     Example: hethub profile measure cluster.yaml profiles/here --device-type fast
     """
-    from hethub.errors import InputError
+    from hethub.errors import InputError, MachineError
     from hethub.specs.cluster import load_problem
 
     loaded, workload = load_problem(cluster)
@@ -56,7 +56,12 @@ def measure(
         known = ", ".join(loaded.device_types)
         raise InputError(f"--device-type {device_type}: {cluster} has {known}. Name one of them.")
     counts = _counts(rows)
-    from hethub.launch.measuring import measure_device
+    try:
+        from hethub.launch.measuring import measure_device
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            f"{error.name}: not installed, measuring needs it. Install the extra: pip install 'hethub[launch]'."
+        ) from None
 
     measure_device(loaded.device_types[device_type], workload, counts, output, seconds, link, typer.echo)
 

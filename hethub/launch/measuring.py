@@ -12,7 +12,7 @@ import torch
 from hethub import catalog
 from hethub.cost.profiles.profile import Profile, TransferRow, host_class, load_profile, save_profile
 from hethub.cost.shapes import layer_kind
-from hethub.errors import MachineError
+from hethub.errors import InputError, MachineError
 from hethub.launch.link_profiler import Exchange, measure_exchanges
 from hethub.launch.profiler import (
     LayerProfiler,
@@ -48,15 +48,17 @@ def measure_device(
     say: Callable[[str], None],
 ) -> None:
     """Measure this machine as a device of `device_type` for a workload: layers at these rows, what a product and a copy
-    reach, and messages as `link_class` where one is named. Raises MachineError where torch has no such device."""
-    torch_device = torch.device(catalog.vendor(device_type.vendor).torch_device)
-    module = getattr(torch, torch_device.type, None)
-    if torch_device.type != "cpu" and not (module and module.is_available()):
-        raise MachineError(
-            f"torch finds no {torch_device.type} device here. Measure on a machine that has one."
-        )
+    reach, and messages as `link_class` where one is named. Raises MachineError where torch has no such device and
+    InputError for a precision that nothing runs in yet, or a folder that cannot be written."""
     precision = device_type.dtype_for(workload.precision)
-    dtype = DTYPES[precision]
+    dtype = DTYPES.get(precision)
+    if dtype is None:
+        raise InputError(
+            f"device type {device_type.name}: would be measured in {precision}, which is planned but not run yet. "
+            f"Set the workload's precision, or its substitute_dtype, to one of {', '.join(DTYPES)}."
+        )
+
+    torch_device = _torch_device(catalog.vendor(device_type.vendor))
 
     def tell(measured: Measured) -> None:
         spread = measured.spread
@@ -75,6 +77,21 @@ def measure_device(
     traffic = copy_bytes_per_second(torch_device, budget_seconds)
     say(f"a product reaches {flops / 1e9:.4g} Gflop/s ({precision}), a copy moves {traffic / 1e9:.4g} GB/s")
     say(f"{new} new rows in {folder}")
+
+
+def _torch_device(vendor: catalog.Vendor) -> torch.device:
+    missing = MachineError(
+        f"torch finds no {vendor.torch_device} device here (vendor {vendor.name}, plug-in: {vendor.plugin}). "
+        "Measure on a machine that has one."
+    )
+    try:
+        found = torch.device(vendor.torch_device)
+    except RuntimeError:  # a name that only a vendor's plug-in brings
+        raise missing from None
+    module = getattr(torch, found.type, None)
+    if found.type != "cpu" and not (module and module.is_available()):
+        raise missing
+    return found
 
 
 def open_profile(folder: Path) -> Profile:

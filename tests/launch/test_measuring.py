@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hethub.launch.measuring import Measured, measure_layers, measure_links
 from hethub.launch.profiler import LayerProfiler, Spread, repeated
 from hethub.specs.layout import Share
 from hethub.timeline.record import Kind
+from tests.launch.small_job import edit, hethub, write_job
 from tests.plan_strategies import NAMED_PLANS, SEQUENCE, tiny_model
 
 
@@ -99,3 +102,54 @@ def test_a_profile_sets_what_a_whole_layer_takes(tmp_path: Path) -> None:
     for other in types.keys() - {name}:
         args = (types[other], "decoder", whole, 2, Work(Kind.FORWARD))
         assert measured.segment_seconds(*args) == plain.segment_seconds(*args)
+
+
+MEASURE = (
+    "profile",
+    "measure",
+    "cluster.yaml",
+    "profile",
+    "--device-type",
+    "fast",
+    "--rows",
+    "1",
+    "--seconds",
+    "0",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (("precision: fp32", "precision: fp16"), 2, "device type fast: would be measured in fp16"),
+        (
+            ("fast: {vendor: cpu", "fast: {substitute_dtype: {fp32: fp16}, vendor: cpu"),
+            2,
+            "device type fast: would be measured in fp16",
+        ),
+        (("fast: {vendor: cpu", "fast: {vendor: huawei"), 4, "torch finds no npu device here"),
+        (("name: two-speeds", "name: two-speeds"), 2, "profile: cannot be written (File exists)"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: tuple[str, str], code: int, words: str
+) -> None:
+    """Seeded bugs: each of these was a traceback."""
+    write_job(tmp_path)
+    edit(tmp_path / "cluster.yaml", ("peak_gflops: {fp32: ", "peak_gflops: {fp16: 1.0, fp32: "), change)
+    (tmp_path / "profile").touch()  # where a folder should be
+    result = hethub(capsys, tmp_path, *MEASURE)
+    assert result.exit_code == code
+    assert result.err.startswith(f"hethub: {words}") and len(result.err.splitlines()) == 1
+
+
+def test_measuring_without_torch_names_the_extra(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    code = "import sys; sys.modules['torch'] = None; from hethub.cli.main import run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == (
+        "hethub: torch: not installed, measuring needs it. Install the extra: pip install 'hethub[launch]'.\n"
+    )
