@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hethub.checkpoints.manifest import Manifest
 from hethub.checkpoints.reshard import Need, Reader
 from hethub.checkpoints.store import open_checkpoint
-from hethub.errors import InputError
+from hethub.errors import InputError, MachineError
 from hethub.files import whole_file
 from hethub.specs.llama_config import config_of
 from hethub.specs.workload import Model
@@ -46,8 +46,14 @@ def hugging_face_config(model: Model, sequence_length: int, dtype: str) -> dict[
 
 
 def export_checkpoint(folder: Path, output: Path) -> Manifest:
-    """Write a checkpoint's weights to a new or empty folder. Raises CheckpointError, or InputError for the output."""
-    from safetensors.numpy import save_file
+    """Write a checkpoint's weights to a new or empty folder. Raises CheckpointError, InputError for the output, or
+    MachineError without the package safetensors."""
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise MachineError(
+            "safetensors: not installed, the export needs it. Install the extra: pip install 'hethub[launch]'."
+        ) from None
 
     manifest = open_checkpoint(folder)
     model = manifest.model()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +60,7 @@ def launch(
     loaded = load_job(_job_file(job, resume), cluster_file=_absolute(cluster), plan_file=_absolute(plan))
     if resume is not None:
         loaded = replace(loaded, output=resume.absolute())
-    _require_packages()
+    _require_packages(_PACKAGES if loaded.telemetry_listen is None else (*_PACKAGES, "prometheus_client"))
     goes_on = resume is not None
     opened: list[Callable[[Path], None]] = []
     if detached:
@@ -102,9 +102,9 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def _require_packages() -> None:
+def _require_packages(wanted: Sequence[str]) -> None:
     """Training's packages are extras. Looked for, not imported: that takes seconds, and bad input is told first."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    missing = [name for name in wanted if find_spec(name) is None]
     if missing:
         raise MachineError(f"not installed: {', '.join(missing)}. Run: pip install 'hethub[launch,plots]'")
 

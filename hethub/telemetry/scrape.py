@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hethub.errors import InputError
+from hethub.errors import InputError, MachineError
 
 __all__ = ["Look", "Samples", "look_at", "rates", "targets_of"]
 
@@ -82,7 +82,7 @@ def targets_of(file: Path) -> list[str]:
 
 
 def look_at(targets: Iterable[str], now: float) -> Look:
-    """Scrape all targets at once."""
+    """Scrape all targets at once. Raises MachineError without the package prometheus_client."""
     listed = list(targets)
     with ThreadPoolExecutor(_AT_ONCE) as readers:
         answers = list(readers.map(_scrape, listed))
@@ -91,7 +91,12 @@ def look_at(targets: Iterable[str], now: float) -> Look:
 
 
 def _scrape(target: str) -> list[tuple[str, dict[str, str], float]] | None:
-    from prometheus_client.parser import text_string_to_metric_families
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError:
+        raise MachineError(
+            "prometheus_client: not installed, the view needs it. Install the extra: pip install 'hethub[launch]'."
+        ) from None
 
     try:
         # A plain http address from the run's own file; nothing is sent but the request.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,14 @@ def test_resume_wants_the_folder_of_an_unfinished_run(capsys, tmp_path):
         "hethub: nothing: is no folder of a run. Give one that `hethub launch` made.\n",
     )
     assert hethub(capsys, tmp_path, "launch").exit_code == 2
+
+
+def test_export_without_its_package_names_the_extra(capsys, run, monkeypatch):
+    """Seeded bug: a traceback."""
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    result = hethub(capsys, run.parent, "checkpoint", "export", "run", "--output", "llama")
+    assert result.exit_code == 4
+    assert result.err == (
+        "hethub: safetensors: not installed, the export needs it. Install the extra: pip install 'hethub[launch]'.\n"
+    )
+    assert not (run.parent / "llama").exists()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socketserver
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 from prometheus_client import start_http_server
 
-from hethub.errors import InputError
+from hethub.errors import InputError, MachineError
 from hethub.telemetry.families import Series, registry_of
 from hethub.telemetry.scrape import Look, Samples, look_at, rates, targets_of
 from hethub.telemetry.view import view_of
@@ -113,3 +114,10 @@ def test_a_target_that_does_not_speak_http_is_silent() -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_without_the_package_that_reads_metrics_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded bug: a traceback."""
+    monkeypatch.setitem(sys.modules, "prometheus_client.parser", None)
+    with pytest.raises(MachineError, match=r"prometheus_client: not installed.*hethub\[launch\]"):
+        look_at(["127.0.0.1:1"], 0.0)
