@@ -3,6 +3,8 @@ each starts quickly."""
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import traceback
 from importlib import import_module
@@ -58,6 +60,23 @@ class _Commands(TyperGroup):
             if name not in self.commands:
                 self.add_command(_load(name), name)
         return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Who reads the output has had enough. Typer would make it a failure, which it is only where it ends a run.
+            if ctx.invoked_subcommand == "launch" or not _unread(sys.stdout.fileno()):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+            sys.exit(0)
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether nobody reads a pipe any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))
 
 
 def _load(name: str) -> Any:
@@ -122,5 +141,3 @@ def run(*, launcher: bool = False) -> None:
             raise
         sys.stderr.write("hethub: stopped by SIGTERM\n" if terminated() else "hethub: interrupted\n")
         sys.exit(_PREEMPTED if terminated() else _INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(0)
