@@ -248,6 +248,7 @@ class Attempts:
         )
 
     def _drop_faults(self) -> None:
+        self.session.steps = None  # they are of the plan that is replaced now
         """Faults that have had their chance do not come again, or the run would never get past them: by where their
         devices had come to."""
         where = self.session.beacon.get

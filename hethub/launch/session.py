@@ -113,7 +113,8 @@ class Session:
         self.beacon = Beacon(self.beacon_file, count)
 
     def clean(self) -> None:
-        """Remove what only a running job needs; of an attempt that did not come to its end its last steps are kept."""
+        """Remove what only a running job needs; of an attempt that did not come to its end its last steps are kept,
+        where they can be written."""
         if self.steps is not None:
             self.steps.write()
         self.beacon_file.unlink(missing_ok=True)
@@ -356,7 +357,7 @@ class Session:
             attempt.done = first_step
             attempt.begins(first_step)
             keeper = attempt.keeper_from(first_step)
-            self.steps = StepWatch(compiled, scale, self.folder, links=self.one_clock)
+            self.steps = StepWatch(compiled, scale, self.folder, self.say, links=self.one_clock)
         workload = compiled.plan.workload
         tokens = workload.global_batch * workload.sequence_length
         progress = Progress(title, steps, tokens, compiled.predicted_step_seconds, scale, self.emulated)

@@ -29,13 +29,16 @@ class StepWatch:
     """The last steps that all devices of an attempt have done. With `links` the pace of links is judged too: when a
     message was sent must be told by the clock of when it came."""
 
-    def __init__(self, compiled: Compiled, scale: float, folder: Path, *, links: bool) -> None:
+    def __init__(
+        self, compiled: Compiled, scale: float, folder: Path, say: Callable[[str], None], *, links: bool
+    ) -> None:
         self._compiled, self._scale, self._links = compiled, scale, links
         self._file = folder / f"{MEASURED}.npz"
         self._expected = Expected(compiled.predicted, compiled.graph)
         self._drift = DriftWatch()
         self._next_look = self._next_write = time.monotonic()
         self._unwritten: Records | None = None
+        self._say, self._told = say, False
 
     def look(
         self, done: int, ask: Callable[[Collection[int]], Mapping[int, Records]]
@@ -68,8 +71,15 @@ class StepWatch:
             self._next_write = now + max(_WRITE_SECONDS, _LOOK_SHARE * (now - begin))
 
     def write(self) -> None:
-        """Write what was seen last as the run's measured steps, unless that stands there."""
+        """Write what was seen last as the run's measured steps, unless that stands there. Where it cannot be written,
+        that is told once, and nothing ends for want of it."""
         if self._unwritten is None:
             return
-        self._compiled.measured(self._unwritten, self._scale).save(self._file)
-        self._unwritten = None
+        try:
+            self._compiled.measured(self._unwritten, self._scale).save(self._file)
+        except OSError as error:
+            if not self._told:
+                self._say(f"warning: {self._file}: the last steps cannot be written ({error.strerror})")
+            self._told = True
+        else:
+            self._unwritten = None

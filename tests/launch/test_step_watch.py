@@ -43,7 +43,7 @@ def look(watch: StepWatch, records: Mapping[int, Records], done: int = PAST_WARM
 
 
 def test_the_steps_that_all_devices_have_done_are_written(compiled: Compiled, tmp_path: Path) -> None:
-    watch = StepWatch(compiled, 1.0, tmp_path, links=True)
+    watch = StepWatch(compiled, 1.0, tmp_path, print, links=True)
     assert look(watch, seen(compiled, 7, ahead=1)) == 9
     written = Timeline.load(tmp_path / "measured.npz")
     assert step_numbers(written).tolist() == [8, 9] and written.info.origin == "measured"
@@ -53,7 +53,7 @@ def test_the_steps_that_all_devices_have_done_are_written(compiled: Compiled, tm
 def test_nothing_is_written_of_the_warm_up_or_while_a_device_does_not_answer(
     compiled: Compiled, tmp_path: Path
 ) -> None:
-    watch = StepWatch(compiled, 1.0, tmp_path, links=True)
+    watch = StepWatch(compiled, 1.0, tmp_path, print, links=True)
     look(watch, seen(compiled, 0), done=PAST_WARM_UP - 1)
     most = dict(seen(compiled, 7))
     most.pop(compiled.program.layout.used[-1])
@@ -66,8 +66,22 @@ def test_many_records_wait_for_the_end(
     compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_watch, "_MOST_RECORDS", 10)
-    watch = StepWatch(compiled, 1.0, tmp_path, links=True)
+    watch = StepWatch(compiled, 1.0, tmp_path, print, links=True)
     look(watch, seen(compiled, 7))
     assert list(tmp_path.iterdir()) == []
     watch.write()
     assert step_numbers(Timeline.load(tmp_path / "measured.npz")).tolist() == [7, 8, 9]
+
+
+def test_a_full_disk_is_told_once_and_ends_nothing(compiled: Compiled, tmp_path: Path) -> None:
+    """Seeded bug: the error of the disk takes the place of the failure that ended the run."""
+    file = tmp_path / "measured.npz"
+    file.symlink_to("/dev/full")
+    told: list[str] = []
+    watch = StepWatch(compiled, 1.0, tmp_path, told.append, links=True)
+    look(watch, seen(compiled, 7))
+    watch.write()
+    assert told == [f"warning: {file}: the last steps cannot be written (No space left on device)"]
+    file.unlink()
+    watch.write()
+    assert step_numbers(Timeline.load(file)).tolist() == [7, 8, 9]
