@@ -55,6 +55,7 @@ class Attempts:
     faults: tuple[Fault, ...] = ()
     _reached: int = 0
     _failed_at: float | None = None
+    _stepped_at: float | None = None  # when a step ended that was new
     _cause: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -171,10 +172,11 @@ class Attempts:
         )
 
     def _passed(self, attempt: Attempt) -> None:
-        """A step that no earlier attempt had done: what the failure cost until then is known."""
+        """A step that no earlier attempt had done: what the failures before it cost is known."""
+        self._stepped_at = now = time.monotonic()
         if self._failed_at is None:
             return
-        total = time.monotonic() - self._failed_at
+        total = now - self._failed_at
         self._failed_at = None
         seconds = {**self._seconds, **attempt.seconds, "total_seconds": total}
         self.journal.add(Event(event="recovered", attempt=self.number, step=attempt.done, seconds=seconds))
@@ -211,7 +213,9 @@ class Attempts:
         self.say(f"attempt {self.number} failed ({cause.value}): {failure.message}")
         self.say(f"going on, {decision.why}")
         self.restarts_at.append(now)
-        self._failed_at, self._seconds = now, {}
+        if self._failed_at is None:  # else no attempt since has come further: the time since then is lost too
+            self._failed_at = now if self._stepped_at is None else self._stepped_at
+        self._seconds = {}
         self._drop_faults()
         if lost:
             self._lap("plan_seconds", lambda: self._replan(lost))

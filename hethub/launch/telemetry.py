@@ -211,7 +211,7 @@ class Telemetry:
             self._metrics.failed(cause, restarts=restarts)
 
     def recovered(self, cause: str, seconds: float) -> None:
-        """A step is done that no attempt before had done, so long after the failure."""
+        """A step is done that no attempt before had done, so long after the last such one."""
         if self._metrics is not None:
             self._metrics.recovered(cause, seconds)
 

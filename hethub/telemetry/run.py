@@ -233,9 +233,11 @@ class RunMetrics:
         self.state("recovering" if restarts else "failed")
 
     def recovered(self, cause: str, seconds: float) -> None:
-        """A step that no attempt before had done has ended, so long after the failure."""
+        """A step that no attempt before had done has ended, so long after the last such one. Before the first step of
+        all, that time counts as the start's."""
         with self._lock:
-            self._add("hethub_lost_seconds_total", seconds, cause=cause)
+            if self._first_step_at is not None:
+                self._add("hethub_lost_seconds_total", seconds, cause=cause)
 
     # -- scrapes -----------------------------------------------------------------------------------------------------
 

@@ -339,3 +339,24 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path)
     assert again.result.exit_code == 1
     before = [e for e in again.history() if e.attempt == 2]
     assert {e.step for e in before} == {step, step + 1}
+
+
+def test_what_two_failures_cost_is_counted_from_before_the_first(tmp_path: Path) -> None:
+    """The second attempt dies before it has done a step that the first had not. Seeded bug: the time until then is
+    forgotten."""
+    faults = [
+        fault("b/0/1", 2, "kill", action="backward stage 1 micro-batch 0"),
+        fault("a/0/0", 2, "kill", action="backward stage 0 micro-batch 1"),
+    ]
+    write_job(
+        tmp_path, steps=4, fault=faults, on_failure={"restart": "same", "max_restarts": 5}, checkpoint=None
+    )
+    text = (tmp_path / "cluster.yaml").read_text()
+    (tmp_path / "cluster.yaml").write_text(text.replace("time_scale: 5", "time_scale: 50"))
+    ran = launch(tmp_path)
+    assert ran.result.exit_code == 0, ran.result.err
+    events = ran.journal()
+    kinds = [event.event for event in events]
+    assert kinds.count("failed") == 2
+    first, back = events[kinds.index("failed")], events[kinds.index("recovered")]
+    assert back.seconds["total_seconds"] > back.at_unix_seconds - first.at_unix_seconds

@@ -126,6 +126,20 @@ def test_a_loss_that_is_no_number_is_served_as_none(metrics: RunMetrics) -> None
     assert found["hethub_gradient_norm",] == math.inf
 
 
+def test_a_failure_before_the_first_step_is_time_of_the_start(metrics: RunMetrics, clock: Clock) -> None:
+    """Seeded bug: it is counted twice."""
+    metrics.plan(PLAN, time_scale=1.0, attempt=1)
+    clock.now += 20
+    metrics.failed("worker", restarts=True)
+    clock.now += 10
+    metrics.plan(PLAN, time_scale=1.0, attempt=2)
+    metrics.recovered("worker", 10.0)
+    metrics.steps([(0, 5.0, 2.0)], None, times(1, 2.0))
+    found = served(metrics)
+    assert found["hethub_lost_seconds_total", "start"] == 30
+    assert found["hethub_lost_seconds_total", "worker"] == 0
+
+
 def test_lost_time_by_cause_and_goodput(metrics: RunMetrics, clock: Clock) -> None:
     metrics.plan(PLAN, time_scale=1.0, attempt=1)
     assert served(metrics)["hethub_goodput_ratio",] == 0.0
