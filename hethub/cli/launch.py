@@ -113,7 +113,7 @@ def _report(finished: Finished) -> list[str]:
     s = finished.summary
     mark = " (emulated, modelled time)" if s["emulated"] else ""
     return [
-        f"loss {s['loss_first']:.4f} -> {s['loss_last']:.4f} in {s['steps']} steps",
+        f"loss {_figure(s['loss_first'], '.4f')} -> {_figure(s['loss_last'], '.4f')} in {s['steps']} steps",
         *_held_out(s),
         f"speed {s['tokens_per_second']:,.0f} tokens/s{mark}, {s['share_of_prediction']:.1%} of its prediction",
         *_bounds(s),
@@ -122,6 +122,11 @@ def _report(finished: Finished) -> list[str]:
         *_comparison(finished),
         f"run folder {finished.folder}: summary.json, timeline.html, trace.json, model.safetensors, logs/",
     ]
+
+
+def _figure(number: float | None, form: str) -> str:
+    """A figure that the summary may lack: a skipped step's loss is no number."""
+    return "none" if number is None else format(number, form)
 
 
 def _held_out(s: dict[str, Any]) -> list[str]:
@@ -173,7 +178,8 @@ def _comparison(finished: Finished) -> list[str]:
     if even is None:
         return []
     ratio = s["tokens_per_second"] / even["tokens_per_second"]
+    differ = _figure(finished.losses_differ, ".1e")
     return [
         f"best even split, same devices: {even['tokens_per_second']:,.0f} tokens/s; uneven is {ratio:.2f} x as fast",
-        f"losses of the two over {even['steps']} steps differ by at most {finished.losses_differ:.1e} (relative)",
+        f"losses of the two over {even['steps']} steps differ by at most {differ} (relative)",
     ]

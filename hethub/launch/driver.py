@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import threading
@@ -325,12 +326,23 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
             even_outcome = None
             if run.even is not None and attempts.compiled is compiled:
                 assert attempts.scale is not None
-                even_outcome = session.train(
-                    run.even, min(job.compare_even_steps, job.steps), attempts.scale, "even"
-                )
+                even_outcome = _compared(session, run.even, attempts.scale, say)
         finally:
             session.clean()
     return _finish(run, attempts, outcome, even_outcome, unigram)
+
+
+def _compared(
+    session: Session, even: Compiled, scale: float, say: Callable[[str], None]
+) -> RunOutcome | None:
+    """The even split's run; None where it fails, which takes nothing from the training that has come to its end."""
+    try:
+        return session.train(even, min(session.job.compare_even_steps, session.job.steps), scale, "even")
+    except RunError as error:
+        if not session.lease.held():  # the folder is another driver's now
+            raise
+        say(f"warning: no comparison with the even split: {error.message}")
+        return None
 
 
 def _finish(
@@ -352,7 +364,14 @@ def _finish(
     if run.even is not None and even is not None:
         even_summary = summary_of(even, run.even, scale, None)
         summary["even_split_tokens_per_second"] = even_summary["tokens_per_second"]
-        differ = max(abs(a - b) / abs(a) for a, b in zip(outcome.losses, even.losses, strict=False))
+        differ = max(
+            (
+                abs(a - b) / abs(a)
+                for a, b in zip(outcome.losses, even.losses, strict=False)
+                if math.isfinite(a) and math.isfinite(b)
+            ),
+            default=None,
+        )
         summary["even_losses_differ"] = differ
         save_plan(run.even.plan, folder / "even-plan.yaml")
         write_json(folder / "even.json", even_summary)

@@ -277,7 +277,7 @@ class Session:
             faults=() if attempt is None else plan_faults(attempt.faults, compiled.program, compiled.seconds),
             checkpoint=checkpoint,
             initial_weights=job.initial_weights,
-            skips=attempt is not None and job.on_failure.not_a_number == "skip",
+            skips=job.on_failure.not_a_number == "skip",
             meter=meter,
         )
 

@@ -170,3 +170,41 @@ def test_the_history_of_a_run_is_whole(emulated: Run, real: Run) -> None:
 
 def test_a_run_that_ends_leaves_no_process_and_no_file(emulated: Run, real: Run) -> None:
     assert emulated.left == [] and real.left == []
+
+
+def test_losses_that_are_no_numbers_are_told_as_none(tmp_path: Path) -> None:
+    """Every step after the first, in both runs. Seeded bugs: the figure of a loss that is none ends a finished run with
+    a traceback; the even run does not skip, so its failure does."""
+    write_job(tmp_path)
+    edit(
+        tmp_path / "job.yaml",
+        ("learning_rate: 3e-3", "learning_rate: 1e39"),
+        ("output: run", "output: run\non_failure: {not_a_number: skip}\ncompare: {even_steps: 2}"),
+    )
+    with launched(tmp_path) as launch:
+        result = launch.end()
+        assert launch.left() == []
+    assert result.exit_code == 0, result.err
+    assert " -> none in 3 steps" in result.out and "best even split" in result.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["loss_last"] is None and summary["even_losses_differ"] is not None
+
+
+def test_a_comparison_that_fails_takes_nothing_from_the_run(tmp_path: Path) -> None:
+    """The tokens are gone when the even split loads them. Seeded bug: the run has failed, and has no summary."""
+    write_job(tmp_path)
+    edit(
+        tmp_path / "job.yaml",
+        ("steps: 3", "steps: 60"),
+        ("every: 3", "every: 60"),
+        ("output: run", "output: run\ncompare: {even_steps: 2}"),
+    )
+    with launched(tmp_path) as launch:
+        launch.training()
+        next((tmp_path / "run").glob("*.tokens")).unlink()
+        result = launch.end()
+        assert launch.left() == []
+    assert result.exit_code == 0, result.err
+    assert "warning: no comparison with the even split: rank " in result.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 60
+    assert not (tmp_path / "run" / "even.json").exists()
