@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from hethub.interruption import listen, patient, stop_if_asked, terminated
+from hethub.interruption import listen, patient, seconds_left, stop_if_asked, terminated
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_swallowed_interruption_is_raised_again(number: signal.Signals) -> Non
 
 @pytest.mark.usefixtures("listening")
 def test_who_ends_in_good_time_is_told_of_one_sigterm_and_interrupted_by_a_second() -> None:
-    with patient():
+    with patient(60.0):
         os.kill(os.getpid(), signal.SIGTERM)
         stop_if_asked()
         assert terminated()
@@ -48,5 +49,39 @@ def test_who_ends_in_good_time_is_told_of_one_sigterm_and_interrupted_by_a_secon
 
 @pytest.mark.usefixtures("listening")
 def test_who_ends_in_good_time_is_interrupted_by_ctrl_c_at_once() -> None:
-    with patient(), pytest.raises(KeyboardInterrupt):
+    with patient(60.0), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("listening")
+def test_where_there_is_no_patience_sigterm_interrupts_at_once() -> None:
+    with patient(0.0), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("listening")
+def test_patience_ends_with_the_notice_for_whoever_waits() -> None:
+    """Seeded bug: only who trains looks at the notice, and a long evaluation overruns it."""
+    with patient(60.0):
+        assert seconds_left() == math.inf
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop_if_asked()
+        assert 0 < seconds_left() < 60.0
+        with patient(0.0), pytest.raises(KeyboardInterrupt):  # a notice that has passed
+            stop_if_asked()
+        stop_if_asked()
+    with pytest.raises(KeyboardInterrupt):
+        stop_if_asked()
+
+
+@pytest.mark.usefixtures("listening")
+def test_who_cleans_up_is_not_cut_off_by_a_second_sigterm_but_by_ctrl_c() -> None:
+    """`hethub stop --now` sends two. Seeded bug: the second is raised in the middle of what the first began."""
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminated()
+    with pytest.raises(KeyboardInterrupt):
+        stop_if_asked()
+    with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

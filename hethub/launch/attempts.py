@@ -13,6 +13,7 @@ from hethub.checkpoints.manifest import TrainingSpec
 from hethub.checkpoints.restarts import Cause, decide, told_cause
 from hethub.checkpoints.store import CHECKPOINTS, Store
 from hethub.errors import RunError
+from hethub.interruption import stop_if_asked
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan
 from hethub.launch.crew import WorkerFailedError
 from hethub.launch.drift import Moved
@@ -54,8 +55,8 @@ class Attempts:
     restarts_at: list[float] = field(default_factory=list)
     faults: tuple[Fault, ...] = ()
     _reached: int = 0
-    _failed_at: float | None = None
     _stepped_at: float | None = None  # when a step ended that was new
+    _failed_at: float | None = None
     _cause: str = ""
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -211,6 +212,7 @@ class Attempts:
             words = "" if self.job.on_failure.restart == "none" else f" Not restarted: {decision.why}."
             raise RunError(failure.message + words) from failure
         self.say(f"attempt {self.number} failed ({cause.value}): {failure.message}")
+        stop_if_asked()  # in the patience of the attempt, whose steps are lost now
         self.say(f"going on, {decision.why}")
         self.restarts_at.append(now)
         if self._failed_at is None:  # else no attempt since has come further: the time since then is lost too
@@ -246,13 +248,13 @@ class Attempts:
         self.job = replace(self.job, plan=None, cluster=replace(cluster, exclude=cluster.exclude | set(lost)))
         plan, _ = choose_plans(replace(self.job, compare_even_steps=0))
         self.compiled = compile_plan(plan)
+        self.session.steps = None  # they are of the plan that is replaced now
         self.compiled.save(self.folder)
         self.faults = faults_left(
             self.faults, cluster, self.job.cluster, self.compiled.program, self.compiled.seconds
         )
 
     def _drop_faults(self) -> None:
-        self.session.steps = None  # they are of the plan that is replaced now
         """Faults that have had their chance do not come again, or the run would never get past them: by where their
         devices had come to."""
         where = self.session.beacon.get

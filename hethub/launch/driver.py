@@ -22,7 +22,7 @@ from hethub.data.tokenizers import load_tokenizer
 from hethub.data.unigram import unigram_loss
 from hethub.errors import HeadLostError, HetHubError, InputError, RunError
 from hethub.files import write_json
-from hethub.interruption import patient
+from hethub.interruption import patient, terminated
 from hethub.launch.attempts import Attempts, next_attempt
 from hethub.launch.compiled import Compiled, choose_plans, compile_plan, read_plan
 from hethub.launch.crew import Crew
@@ -289,7 +289,6 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
         _importing_ahead(),
         Telemetry(job, folder, say) as telemetry,
         Crew(job.cluster, devices, folder / "logs", job.ray_address) as crew,
-        patient(),
     ):
         if job.telemetry_listen is not None:
             crew.serve(telemetry.folder, job.telemetry_listen)
@@ -322,9 +321,10 @@ def _run(run: _Prepared, say: Callable[[str], None]) -> Finished:
             outcome.timeline.save(folder / f"{MEASURED}.npz")
             if outcome.stopped:
                 raise KeyboardInterrupt
-            session.save_weights(attempts.compiled, folder / "model.safetensors")
+            with patient(session.notice_seconds):
+                session.save_weights(attempts.compiled, folder / "model.safetensors")
             even_outcome = None
-            if run.even is not None and attempts.compiled is compiled:
+            if run.even is not None and attempts.compiled is compiled and not terminated():
                 assert attempts.scale is not None
                 even_outcome = _compared(session, run.even, attempts.scale, say)
         finally:

@@ -17,7 +17,7 @@ from hethub.cost.graph import CostGraph
 from hethub.data.token_file import TokenFile
 from hethub.errors import RunError
 from hethub.files import whole_file
-from hethub.interruption import terminated
+from hethub.interruption import patient, seconds_left, terminated
 from hethub.launch.beacon import Beacon
 from hethub.launch.compiled import Compiled
 from hethub.launch.crew import Crew
@@ -119,6 +119,11 @@ class Session:
             self.steps.write()
         self.beacon_file.unlink(missing_ok=True)
         self.links_file.unlink(missing_ok=True)
+
+    @property
+    def notice_seconds(self) -> float:
+        """After SIGTERM, how long what is trained may take to be kept; 0 where the job keeps nothing on the way."""
+        return 0.0 if self.job.checkpoint is None else self.job.checkpoint.notice_seconds
 
     def regroup(self, job: Job, compiled: Compiled, ended: Collection[str]) -> None:
         """Go on with a job that may have fewer devices, on those that `compiled` uses."""
@@ -363,29 +368,32 @@ class Session:
         progress = Progress(title, steps, tokens, compiled.predicted_step_seconds, scale, self.emulated)
         segments = _Segments(self, compiled, scale, progress, attempt, keeper)
         held_out: list[tuple[int, float]] = []
-        for first, last in _segments(first_step, steps, job.evaluate_every if attempt is not None else 0):
-            segments.train(first, last)
-            if segments.stopped:
-                break
-            if job.evaluate_rows and attempt is not None:
-                self.telemetry.evaluating()
-                held_out.append((last, self._evaluate(compiled, scale)))
-                attempt.evaluated(*held_out[-1])
-                self.telemetry.evaluated(held_out[-1][1])
-        if keeper is not None:
-            keeper.take(self.crew.call("all_saved"))
-            self.telemetry.saved(keeper.counts, keeper.made_step)
-        timeline = self._timeline(compiled, scale)
-        self.steps = None
-        return RunOutcome(
-            tuple(loss for _, loss, _ in segments.reports),
-            tuple(norm for _, _, norm in segments.reports),
-            timeline,
-            tuple(held_out),
-            median_step_seconds(timeline, held_out),
-            self.crew.call("peak_bytes"),
-            segments.stopped,
-        )
+        with patient(0.0 if keeper is None else self.notice_seconds):
+            for first, last in _segments(first_step, steps, job.evaluate_every if attempt is not None else 0):
+                segments.train(first, last)
+                if segments.stopped:
+                    break
+                if terminated() and last < steps:
+                    continue  # the checkpoint after the next step comes first
+                if job.evaluate_rows and attempt is not None:
+                    self.telemetry.evaluating()
+                    held_out.append((last, self._evaluate(compiled, scale)))
+                    attempt.evaluated(*held_out[-1])
+                    self.telemetry.evaluated(held_out[-1][1])
+            if keeper is not None:
+                keeper.take(self.crew.call("all_saved"))
+                self.telemetry.saved(keeper.counts, keeper.made_step)
+            timeline = self._timeline(compiled, scale)
+            self.steps = None
+            return RunOutcome(
+                tuple(loss for _, loss, _ in segments.reports),
+                tuple(norm for _, _, norm in segments.reports),
+                timeline,
+                tuple(held_out),
+                median_step_seconds(timeline, held_out),
+                self.crew.call("peak_bytes"),
+                segments.stopped,
+            )
 
     def _evaluate(self, compiled: Compiled, scale: float) -> float:
         stall = self._stall_watch(compiled.evaluation, compiled.longest_seconds, scale)
@@ -425,7 +433,7 @@ class _Segments:
         self._root = compiled.program.layout.used[0]
         self._modelled = 0.0
         self._begin = time.monotonic()
-        self._asked_to_stop_at: float | None = None
+        self._stop_asked = False
         self.reports: list[tuple[int, float, float]] = []
         self.stopped = False
 
@@ -447,7 +455,7 @@ class _Segments:
         ends = crew.call("train", (first, last), watch=watch)
         self._look(before, _SILENT_SECONDS)
         self._modelled = float(max(ends.values()))
-        self.stopped = bool(self.reports) and self.reports[-1][0] + 1 < last
+        self.stopped = self._stopped_early()
 
     def _look(self, before: int, timeout_seconds: float) -> None:
         """Hear what the root has done since the last look, and what has been saved."""
@@ -479,19 +487,22 @@ class _Segments:
                 attempt.moved(step, who)
 
     def _end_in_good_time(self) -> None:
-        """After SIGTERM: a checkpoint at the next step where the notice suffices, else the end at once."""
-        policy = self._session.job.checkpoint
-        if not terminated():
+        """After SIGTERM: a checkpoint at the next step where what is left of the notice suffices, else the end at once.
+        Without a keeper there is no patience: the signal has ended the run by itself."""
+        if self._keeper is None or self._stop_asked or not terminated():
             return
-        now = time.monotonic()
-        if self._asked_to_stop_at is None:
-            wanted = 2 * self._step_seconds() + (self._keeper.last_seconds or 0.0 if self._keeper else 0.0)
-            if self._keeper is None or policy is None or wanted > policy.notice_seconds:
-                raise KeyboardInterrupt
-            self._asked_to_stop_at = now
-            self._session.crew.ask("stop", [self._root], _PING_SECONDS)
-        elif policy is None or now - self._asked_to_stop_at > policy.notice_seconds:
+        if 2 * self._step_seconds() + (self._keeper.last_seconds or 0.0) > seconds_left():
             raise KeyboardInterrupt
+        self._stop_asked = True
+        self._session.crew.ask("stop", [self._root], _PING_SECONDS)
+
+    def _stopped_early(self) -> bool:
+        """Whether all have stopped after the step that the root chose. After the very last step there is nothing to go
+        on with, so that is no stop."""
+        from hethub.launch.worker import STOP
+
+        store = self._session.store
+        return self._stop_asked and store.check([STOP]) and int(store.get(STOP)) + 1 < self._session.job.steps
 
     def _step_seconds(self) -> float:
         """Wall seconds of a step: as predicted, or as they were."""

@@ -69,7 +69,7 @@ from hethub.timeline.record import Kind
 __all__ = ["DTYPES", "Fetched", "Task", "Worker", "WorkerSetup", "assemble", "make_batches"]
 
 HERE = "hethub/here/{}"  # key of the job's store that a rank sets when it begins to join
-_STOP = "hethub/stop"  # key that the root sets to the step after which all stop
+STOP = "hethub/stop"  # key that the root sets to the step after which all stop
 _LEASE_LOOK_SECONDS = 2.0
 _TIMED_KINDS = (Kind.FORWARD, Kind.BACKWARD)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -537,10 +537,10 @@ class Worker:
     def _tell_stop(self, step: int) -> None:
         """On the root, before the totals of `step` leave it: so everyone who has them sees the key."""
         if self._stopping and self.training is not None and self.training.lane.is_root:
-            self._store.set(_STOP, str(step))
+            self._store.set(STOP, str(step))
 
     def _told_to_stop(self, step: int) -> bool:
-        return self.saver is not None and self._store.check([_STOP]) and int(self._store.get(_STOP)) <= step
+        return self.saver is not None and self._store.check([STOP]) and int(self._store.get(STOP)) <= step
 
     def saved(self) -> Sequence[Saved]:
         """Reports of the newest checkpoints; may be asked while training."""

@@ -341,6 +341,24 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path)
     assert {e.step for e in before} == {step, step + 1}
 
 
+def test_after_sigterm_no_evaluation_comes_before_the_checkpoint(tmp_path: Path) -> None:
+    """Each step ends a segment. Seeded bug: a stop at the last step of a segment is none, and the run goes on with an
+    evaluation and another step until the notice has passed."""
+    write_job(tmp_path, steps=LONG, evaluate={"every": 1, "rows": 16}, checkpoint={"every": LONG, "keep": 2})
+    started = Launch(tmp_path)
+    try:
+        started.training()
+        started.process.send_signal(signal.SIGTERM)
+    finally:
+        stopped = ended(started)
+    assert stopped.result.exit_code == 75, stopped.result.err
+    (step,) = stopped.steps_saved()
+    events = stopped.journal()
+    assert (events[-1].event, events[-1].step) == ("stopped", step)
+    assert all(event.step < step for event in events if event.event == "evaluated")
+    assert check_history(stopped.history(), step) == []
+
+
 def test_what_two_failures_cost_is_counted_from_before_the_first(tmp_path: Path) -> None:
     """The second attempt dies before it has done a step that the first had not. Seeded bug: the time until then is
     forgotten."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.small_job import Result, edit, fix_plan, launched, write_job
+from tests.telemetry.prometheus import until
 
 END_SECONDS = 10.0  # after a fault, everywhere
 SLACK_SECONDS = 20.0  # for a machine that others use at the same time
@@ -72,6 +73,20 @@ def test_a_signal_ends_the_job_and_all_its_processes(folder: Path, number: int, 
         assert launch.left() == []
     assert result.exit_code == code, result.err
     assert result.err.splitlines()[-1] == f"hethub: {word}"
+    assert "Traceback" not in result.err
+
+
+def test_sigterm_ends_a_job_without_checkpoints_outside_training_too(folder: Path) -> None:
+    """In a join that never ends. Seeded bug: only who trains looks at the signal, and the run ends with 1, of the
+    join."""
+    edit(folder / "job.yaml", ("output: run", "output: run\nfault: {device: b/0/0, action: join, do: hang}"))
+    with launched(folder) as launch:
+        until((folder / "run" / "logs" / "b-0-0.log").exists, END_SECONDS + SLACK_SECONDS, "a worker's log")
+        launch.process.send_signal(signal.SIGTERM)
+        result = launch.end()
+        assert launch.left() == []
+    assert result.exit_code == 75, result.err
+    assert result.err.splitlines()[-1] == "hethub: stopped by SIGTERM"
     assert "Traceback" not in result.err
 
 
