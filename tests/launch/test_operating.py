@@ -158,11 +158,15 @@ def test_a_detached_run_whose_driver_is_killed_goes_on_and_its_log_says_so(opera
     assert marked(operator.temporary) == []  # but for files of the killed driver's Ray nothing is left
 
 
-def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(operator: Operator) -> None:
+@pytest.mark.parametrize("how", [(), ("--now",)])
+def test_a_run_without_checkpoints_is_stopped_by_a_clean_end(
+    operator: Operator, how: tuple[str, ...]
+) -> None:
+    """Seeded bug: the second signal of `--now` cuts the cleaning up off, and Ray's files stay."""
     edit(operator.folder / "job.yaml", ("checkpoint: {every: 5}\n", ""))
     assert operator.do("launch", "job.yaml", "--detach").exit_code == 0
     operator.there("measured.npz")
-    stopped = operator.do("stop", "run")
+    stopped = operator.do("stop", "run", *how)
     assert "there is no checkpoint to go on from" in stopped.out
     assert operator.left() == []
 
