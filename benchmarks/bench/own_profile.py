@@ -184,8 +184,8 @@ def _line(rows: Sequence[LayerRow], name: str) -> tuple[float, float]:
 
 class Measurers:
     """Workers that measure themselves under the quotas of those that train, whose threads take CPU time also while
-    nothing is sent: 2 % of the slowest quota. One measures when all do, so that each is busy until the slowest has what
-    it measures. As a context it ends them."""
+    nothing is sent: 2 % of the slowest quota. All measure at once, as all work at once in a run. As a context it ends
+    them."""
 
     def __init__(self, quotas: CpuQuotas) -> None:
         self._names = [name for name, _, count in CORES for _ in range(count)]
