@@ -103,10 +103,8 @@ def write_targets(file: Path, run: str, addresses: Mapping[str, str]) -> None:
     ]
     try:
         _write_in_folder(file, entries)
-    except (
-        FileNotFoundError,
-        FileExistsError,
-    ):  # another run has just ended, and removed the folder that both use
+    except (FileNotFoundError, FileExistsError):
+        # another run has just ended, and removed the folder that both use
         _write_in_folder(file, entries)
 
 

@@ -23,7 +23,7 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     held = RunFolder(tmp_path / "run")
     held.open({"steps": 9})
     targets = held.path / TELEMETRY / TARGETS
-    write_targets([targets], "run", {"driver": "127.0.0.1:9"})
+    write_targets(targets, "run", {"driver": "127.0.0.1:9"})
 
     def end() -> None:
         write_json(held.path / SUMMARY, {})
