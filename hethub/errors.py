@@ -19,6 +19,7 @@ __all__ = [
     "InputError",
     "MachineError",
     "RunError",
+    "not_installed",
     "printable",
 ]
 
@@ -64,6 +65,13 @@ class HeadLostError(RunError):
     """The head of the Ray cluster is gone; the launcher decides what comes next."""
 
     exit_code = 70
+
+
+def not_installed(package: str, user: str, extra: str) -> MachineError:
+    """The error of whoever needs a package of an extra that is not there."""
+    return MachineError(
+        f"{package}: not installed, {user} needs it. Install the extra: pip install 'hethub[{extra}]'."
+    )
 
 
 def printable(text: str) -> str:

@@ -6,9 +6,9 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ __all__ = [
     "Pace",
     "Paces",
     "Window",
+    "measuring",
     "profile_of",
     "straight",
 ]
@@ -183,22 +184,10 @@ def _line(rows: Sequence[LayerRow], name: str) -> tuple[float, float]:
 
 
 class Measurers:
-    """Workers that measure themselves under the quotas of those that train, whose threads take CPU time also while
-    nothing is sent: 2 % of the slowest quota. All measure at once, as all work at once in a run. As a context it ends
-    them."""
+    """Workers that measure themselves, all at once, as all work at once in a run."""
 
-    def __init__(self, quotas: CpuQuotas) -> None:
-        self._names = [name for name, _, count in CORES for _ in range(count)]
-        self._crew = Crew([_Measurer] * len(self._names))
-        quotas.place(self._crew, range(len(self._names)))
-
-    def __enter__(self) -> Measurers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._crew.close()
+    def __init__(self, crew: Crew, names: Sequence[str]) -> None:
+        self._crew, self._names = crew, names
 
     def layer(self, cell: Cell) -> Measured:
         """A layer with some rows."""
@@ -234,6 +223,16 @@ class Measurers:
     def _firsts(self, values: Sequence[_V]) -> tuple[_V, ...]:
         """Those of the first worker of each type."""
         return tuple(values[self._names.index(name)] for name in _TYPES)
+
+
+@contextmanager
+def measuring(quotas: CpuQuotas) -> Iterator[Measurers]:
+    """Under the quotas of the workers that train, whose threads take CPU time also while nothing is sent: 2 % of the
+    slowest quota."""
+    names = [name for name, _, count in CORES for _ in range(count)]
+    with Crew([_Measurer] * len(names)) as crew:
+        quotas.place(crew, range(len(names)))
+        yield Measurers(crew, names)
 
 
 def _with_reach(cluster: Cluster, copies: Mapping[str, float], link: LinkFit) -> Cluster:

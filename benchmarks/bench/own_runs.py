@@ -40,6 +40,7 @@ from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.program.compile import compile_program
 from hethub.program.schedules import SCHEDULES
+from hethub.simulate.comparison import predicted_step_seconds
 from hethub.simulate.engine import simulate
 from hethub.simulate.validation import OwnRun, RunCheck, check_own_run
 from hethub.specs.cluster import Cluster
@@ -58,10 +59,10 @@ from .own_profile import (
     SEQUENCE,
     Cell,
     Measured,
-    Measurers,
     Pace,
     Paces,
     Window,
+    measuring,
     profile_of,
 )
 from .plans import rank_of
@@ -200,7 +201,7 @@ def own_runs(plans: int = PLANS, rounds: int = ROUNDS) -> tuple[dict[str, float]
         quotas = stack.enter_context(CpuQuotas(shares))
         quota_checks = [settled_quotas(quotas, shares)]
         pace = stack.enter_context(Crew([Pace]))
-        measurers = stack.enter_context(Measurers(quotas))
+        measurers = stack.enter_context(measuring(quotas))
         cluster, works = measurers.cluster()
         drawn = [random_plan(cluster, seed) for seed in range(plans)]
         engine = stack.enter_context(Ours(drawn[0], Training(workload=drawn[0].workload, tokens_file=text)))
@@ -250,7 +251,7 @@ def _paced_errors(
     errors = []
     for plan, own in zip(plans, steps, strict=True):
         predicted = _predicted(plan, profile)
-        seconds = float(step_seconds(predicted)[step_numbers(predicted) == 0][0])
+        seconds = predicted_step_seconds(predicted)
         errors.append(seconds / statistics.median(s.seconds / paces.within(s.window) for s in own) - 1)
     return errors
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hethub.checkpoints.manifest import Manifest
 from hethub.checkpoints.reshard import Need, Reader
 from hethub.checkpoints.store import open_checkpoint
-from hethub.errors import InputError, MachineError
+from hethub.errors import InputError, not_installed
 from hethub.files import whole_file
 from hethub.specs.llama_config import config_of
 from hethub.specs.workload import Model
@@ -51,9 +51,7 @@ def export_checkpoint(folder: Path, output: Path) -> Manifest:
     try:
         from safetensors.numpy import save_file
     except ImportError:
-        raise MachineError(
-            "safetensors: not installed, the export needs it. Install the extra: pip install 'hethub[launch]'."
-        ) from None
+        raise not_installed("safetensors", "the export", "launch") from None
 
     manifest = open_checkpoint(folder)
     model = manifest.model()

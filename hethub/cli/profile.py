@@ -48,7 +48,7 @@ def measure(
 
     Example: hethub profile measure cluster.yaml profiles/here --device-type fast
     """
-    from hethub.errors import InputError, MachineError
+    from hethub.errors import InputError, not_installed
     from hethub.specs.cluster import load_problem
 
     loaded, workload = load_problem(cluster)
@@ -59,9 +59,7 @@ def measure(
     try:
         from hethub.launch.measuring import measure_device
     except ModuleNotFoundError as error:
-        raise MachineError(
-            f"{error.name}: not installed, measuring needs it. Install the extra: pip install 'hethub[launch]'."
-        ) from None
+        raise not_installed(str(error.name), "measuring", "launch") from None
 
     measure_device(loaded.device_types[device_type], workload, counts, output, seconds, link, typer.echo)
 

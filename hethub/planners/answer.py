@@ -72,9 +72,8 @@ def answer(
     problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     physical = physical_bound(problem.compute)
     planner = FirstPlanner()
-    several = sum(map(bool, cluster.counts().values())) > 1
-    # else the plan is the only type's own, where the user fixes nothing of it
-    apart = several or not _is_free(problem, objective)
+    only_type = sum(map(bool, cluster.counts().values())) == 1
+    apart = not (only_type and _is_free(problem, objective))  # else the plan is the only type's own
     held_against = partial(_held_against, planner, problem, physical, whole_batches=whole_batches)
     with beside(held_against, allowed=may_fork and apart) as against:
         found = _planned(planner, replace(problem, progress=progress, recorded=True), objective)

@@ -17,9 +17,10 @@ from hethub.program.updaters import own_by_strength
 from hethub.simulate.engine import Simulation, simulate
 from hethub.specs.layout import Layout, lay_out
 from hethub.specs.plan import Plan
+from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, summarize
 
-__all__ = ["DETAILED_ACTIONS", "Modelled", "model", "steady_step_seconds"]
+__all__ = ["DETAILED_ACTIONS", "Modelled", "model", "steady_step_seconds", "steady_timeline"]
 
 DETAILED_ACTIONS = 100_000  # about; up to here every rank is simulated, and every collective can be recorded
 _STEADY_ACTIONS = 500_000  # up to here three steps are simulated where one between others is asked for
@@ -104,6 +105,14 @@ def model(
 def steady_step_seconds(plan: Plan, compute: ComputeModel) -> float:
     """A step between two others, every rank simulated."""
     return simulate(compile_program(lay_out(plan), compute), compute, record=False, steps=3).step_seconds
+
+
+def steady_timeline(plan: Plan, compute: ComputeModel) -> Timeline:
+    """The same as a timeline, without what stands inside actions."""
+    program = compile_program(lay_out(plan), compute)
+    found = simulate(program, compute, steps=3, sub_events=False).timeline
+    assert found is not None  # recorded
+    return found
 
 
 def _simulate(

@@ -15,13 +15,10 @@ from hethub.cost.engine_prices import Coefficients
 from hethub.cost.graph import CostGraph
 from hethub.cost.profiles.profile import Profile
 from hethub.errors import InputError
-from hethub.program.compile import compile_program
 from hethub.simulate.comparison import load_timelines, predicted_step_seconds
-from hethub.simulate.engine import simulate
 from hethub.simulate.engine_run import predict_engine_run
 from hethub.simulate.imported_runs import MeasuredRun
-from hethub.simulate.modelled import steady_step_seconds
-from hethub.specs.layout import lay_out
+from hethub.simulate.modelled import steady_step_seconds, steady_timeline
 from hethub.specs.plan import Plan, load_plan
 from hethub.timeline.record import Timeline
 from hethub.timeline.summary import DeviceSummary, step_numbers, step_seconds, summarize
@@ -130,14 +127,6 @@ def _compute(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None
     return ComputeModel(CostGraph(plan.cluster), plan.workload, profile, slow_down=slow_down)
 
 
-def _predicted(plan: Plan, slow_down: Mapping[str, float], profile: Profile | None) -> Timeline:
-    """The timeline of the step of `own_step_seconds`."""
-    compute = _compute(plan, slow_down, profile)
-    found = simulate(compile_program(lay_out(plan), compute), compute, steps=3, sub_events=False).timeline
-    assert found is not None  # recorded
-    return found
-
-
 def check_own_run(
     run: OwnRun, coefficients: Coefficients | None = None, profile: Profile | None = None
 ) -> RunCheck:
@@ -145,7 +134,8 @@ def check_own_run(
     causes."""
     predicted = run.predicted
     if coefficients is not None or profile is not None:
-        predicted = _predicted(run.plan, coefficients.slow_down if coefficients else {}, profile)
+        slow_down = coefficients.slow_down if coefficients else {}
+        predicted = steady_timeline(run.plan, _compute(run.plan, slow_down, profile))
     before = _terms(summarize(predicted, 0, 0), 1)
     after = _terms(summarize(run.measured, run.first_step, run.last_step), run.last_step - run.first_step + 1)
     # of the device furthest off, which tells most

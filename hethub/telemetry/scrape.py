@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hethub.errors import InputError, MachineError
+from hethub.errors import InputError, not_installed
 
 __all__ = ["Look", "Samples", "look_at", "rates", "targets_of"]
 
@@ -94,9 +94,7 @@ def _scrape(target: str) -> list[tuple[str, dict[str, str], float]] | None:
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError:
-        raise MachineError(
-            "prometheus_client: not installed, the view needs it. Install the extra: pip install 'hethub[launch]'."
-        ) from None
+        raise not_installed("prometheus_client", "the view", "launch") from None
 
     try:
         # A plain http address from the run's own file; nothing is sent but the request.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hethub.errors import InputError, MachineError
+from hethub.errors import InputError, not_installed
 from hethub.files import write_whole
 
 __all__ = ["graph_objects", "write_page"]
@@ -16,9 +16,7 @@ def graph_objects() -> Any:
     try:
         import plotly.graph_objects as go
     except ImportError:
-        raise MachineError(
-            "plotly: not installed, the plot needs it. Install the extra: pip install 'hethub[plots]'."
-        ) from None
+        raise not_installed("plotly", "the plot", "plots") from None
     return go
 
 

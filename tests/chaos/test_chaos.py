@@ -57,7 +57,7 @@ def test_two_hundred_killed_workers_over_every_kind_of_action_and_phase(tmp_path
 
 @pytest.mark.timeout(600)
 def test_a_thousand_damaged_checkpoints_are_never_read_and_the_one_before_is(tmp_path: Path) -> None:
-    """Row 13: silent loads."""
+    """None is loaded without a word."""
     seed = new_seed()
     print(f"seed {seed}")  # noqa: T201
     chosen = random.Random(seed)
@@ -90,7 +90,7 @@ def test_a_thousand_damaged_checkpoints_are_never_read_and_the_one_before_is(tmp
 def test_a_hundred_thousand_files_that_are_nearly_right_are_read_or_refused(
     tmp_path: Path, name: str
 ) -> None:
-    """Rows 16 and 17, with tests/specs/test_mutated.py."""
+    """With tests/specs/test_mutated.py."""
     write_good_files(tmp_path)
     seed = new_seed()
     print(f"seed {seed}")  # noqa: T201

@@ -36,7 +36,7 @@ def fault(device: str, step: int, do: str, action: str | int = 0, phase: str = "
 def test_workers_killed_at_seeded_points_of_any_kind_cost_steps_and_nothing_else(
     unbroken: Ran, tmp_path: Path
 ) -> None:
-    """Rows 1, 2 and 27 of the matrix, in small; `make chaos` has 200 points."""
+    """In small; `make chaos` has 200 points."""
     write_job(tmp_path)
     points = kill_points(tmp_path / "plan.yaml", seed=3, count=5, steps=STEPS, every=3)
     assert len(kinds_of(points, tmp_path / "plan.yaml")) == 5
@@ -51,7 +51,6 @@ def test_workers_killed_at_seeded_points_of_any_kind_cost_steps_and_nothing_else
 
 
 def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:
-    """Row 5."""
     stopped = fault("b/0/1", 4, "stop", phase="during")
     write_job(tmp_path, fault=stopped, on_failure={"restart": "same"})
     ran = launch(tmp_path)
@@ -63,7 +62,7 @@ def test_a_stopped_worker_is_replaced(unbroken: Ran, tmp_path: Path) -> None:
 def test_another_worker_that_dies_while_the_first_is_replaced_is_replaced_too(
     unbroken: Ran, tmp_path: Path
 ) -> None:
-    """Row 2: the second fault comes during the recovery from the first."""
+    """The second fault comes during the recovery from the first."""
     write_job(tmp_path, fault=fault("b/0/1", 4, "kill"), on_failure={"restart": "same", "max_restarts": 5})
     started = Launch(tmp_path)
     try:
@@ -77,7 +76,7 @@ def test_another_worker_that_dies_while_the_first_is_replaced_is_replaced_too(
 
 
 def test_without_the_lost_device_the_rest_is_planned_anew(unbroken: Ran, tmp_path: Path) -> None:
-    """Row 3 and 15: another split, the same samples, the same losses within 1e-6."""
+    """Another split, the same samples, the same losses within 1e-6."""
     write_job(tmp_path, fault=fault("b/0/0", 7, "kill"), on_failure={"restart": "replan"})
     ran = launch(tmp_path)
     check_invariants(ran, unbroken, STEPS, relative=1e-5)
@@ -122,7 +121,7 @@ def test_the_simulator_predicts_what_a_fault_costs(
 
 @pytest.mark.chaos
 def test_a_node_whose_workers_all_die_is_told_as_one(unbroken: Ran, tmp_path: Path) -> None:
-    """Row 3: both devices of node c."""
+    """Both devices of node c."""
     both = [fault("c/0/0", 5, "kill"), fault("c/0/1", 5, "kill")]
     write_job(tmp_path, fault=both, on_failure={"restart": "replan"})
     ran = launch(tmp_path)
@@ -146,7 +145,7 @@ def test_a_policy_that_is_used_up_ends_the_run_and_says_so(tmp_path: Path) -> No
 def test_a_gradient_that_is_no_number_is_dealt_with_before_the_update(
     unbroken: Ran, tmp_path: Path, policy: str
 ) -> None:
-    """Row 22. A transient one: rolled back, it does not come again, and the run is the unbroken one."""
+    """A transient one: rolled back, it does not come again, and the run is the unbroken one."""
     bad = fault("b/0/1", 7, "nan", action="backward stage 1 micro-batch 0", phase="during")
     write_job(tmp_path, fault=bad, on_failure={"not_a_number": policy})
     ran = launch(tmp_path)
@@ -208,7 +207,6 @@ def check_history_of_resumed(ran: Ran, unbroken: Ran, starts: list[int], relativ
 def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
     unbroken: Ran, cut_off: Ran, tmp_path: Path
 ) -> None:
-    """Row 13, whole."""
     broken = copied(cut_off, tmp_path / "job")
     file = broken.run / CHECKPOINTS / "step-00000006" / "c-0-1.state"
     content = bytearray(file.read_bytes())
@@ -243,7 +241,7 @@ def test_a_run_goes_on_on_another_cluster(unbroken: Ran, cut_off: Ran, tmp_path:
 def test_a_checkpoint_of_another_training_is_refused(
     capsys: pytest.CaptureFixture[str], cut_off: Ran, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
-    """Rows 24 and 25, before any worker starts."""
+    """Before any worker starts."""
     broken = copied(cut_off, tmp_path / "job")
     (broken.folder / "other.txt").write_text("another text\n" * 2000)
     write_job(broken.folder, **changes)
@@ -317,16 +315,22 @@ def test_the_launcher_outlives_the_driver_and_the_ray_head_and_goes_on_where_the
     assert marked(started.temporary) == []
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
-    """Row 20: a checkpoint within the notice, exit code 75, the same bits when resumed."""
-    write_job(tmp_path, steps=300, checkpoint={"every": 1000, "keep": 2})
-    started = Launch(tmp_path)
+def terminated(folder: Path) -> Ran:
+    """Launch, and send SIGTERM while it trains."""
+    started = Launch(folder)
     try:
         started.training()
         started.process.send_signal(signal.SIGTERM)
     finally:
         stopped = ended(started)
     assert stopped.result.exit_code == 75, stopped.result.err
+    return stopped
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    """A checkpoint within the notice, exit code 75, the same bits when resumed."""
+    write_job(tmp_path, steps=300, checkpoint={"every": 1000, "keep": 2})
+    stopped = terminated(tmp_path)
     assert stopped.result.err.splitlines()[-1] == "hethub: stopped by SIGTERM"
     assert stopped.left == []
     (step,) = stopped.steps_saved()
@@ -345,13 +349,7 @@ def test_after_sigterm_no_evaluation_comes_before_the_checkpoint(tmp_path: Path)
     """Each step ends a segment. Seeded bug: a stop at the last step of a segment is none, and the run goes on with an
     evaluation and another step until the notice has passed."""
     write_job(tmp_path, steps=LONG, evaluate={"every": 1, "rows": 16}, checkpoint={"every": LONG, "keep": 2})
-    started = Launch(tmp_path)
-    try:
-        started.training()
-        started.process.send_signal(signal.SIGTERM)
-    finally:
-        stopped = ended(started)
-    assert stopped.result.exit_code == 75, stopped.result.err
+    stopped = terminated(tmp_path)
     (step,) = stopped.steps_saved()
     events = stopped.journal()
     assert (events[-1].event, events[-1].step) == ("stopped", step)
