@@ -118,21 +118,23 @@ class Columns:
     def _updates(self, some: slice, each: Floats) -> Floats:
         """Seconds [segments, columns] of the longest update of some columns, `each` of a decoder on every run. Of very
         many columns as if stages could hold any number."""
-        counts, layers = self.counts[some], self.layers
-        speeds = counts / each
+        counts, layers = self.counts[some].T, self.layers
+        speeds = counts / each.T
         if len(self) > MANY:
-            spread: Floats = layers / np.maximum(speeds.sum(axis=1), 1e-300)
+            spread: Floats = layers / np.maximum(speeds.sum(axis=0), 1e-300)
             return spread[None]
-        room = _room(self.table, self.places[some], counts, self.period[some])  # [segments, columns, runs]
-        full = np.zeros(room.shape, dtype=bool)
-        found = np.empty(room.shape[:2])
+        # [runs, segments, columns]: sums over a few runs are of whole rows
+        room = _room(self.table, self.places[some], self.counts[some], self.period[some])
+        counts, each, speeds = counts[:, None], each.T[:, None], speeds[:, None]
+        none, full = counts == 0, np.zeros(room.shape, dtype=bool)
+        found = np.empty(room.shape[1:])
         # runs with all that they can hold before the others have as long to do
-        for _ in range(each.shape[1]):
-            held = np.where(full, counts * room, 0.0).sum(axis=2)
-            speed = np.where(full, 0.0, speeds).sum(axis=2)
+        for _ in range(len(room)):
+            held = np.where(full, counts * room, 0.0).sum(axis=0)
+            speed = np.where(full, 0.0, speeds).sum(axis=0)
             found = np.maximum(0.0, layers - held) / np.maximum(speed, 1e-300)
-            more = (room * each < found[:, :, None]) & (counts > 0) & ~full
-            more &= ~(more | full | (counts == 0)).all(axis=2)[:, :, None]  # some run takes what is left
+            more = (room * each < found) & ~none & ~full
+            more &= ~(more | full | none).all(axis=0)  # some run takes what is left
             if not more.any():
                 break
             full |= more
@@ -193,11 +195,12 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _room(table: Floats, places: Ints, counts: Ints, period: Floats) -> Floats:
-    """Decoders that a stage of each run has at most [segments, columns, runs]: by its memory, and within the segment's
+    """Decoders that a stage of each run has at most [runs, segments, columns]: by its memory, and within the segment's
     longest period."""
-    decoder = np.where(counts > 0, table[places, DECODER], 1.0)
-    by_time = np.minimum(np.floor((_ENDS * period)[:, :, None] / decoder + EPS), _MOST)
-    return np.where(counts > 0, np.minimum(table[places, MOST], by_time), 0.0)
+    used = counts.T > 0
+    decoder = np.where(used, table[places.T, DECODER], 1.0)
+    by_time = np.minimum(np.floor(_ENDS * period / decoder[:, None] + EPS), _MOST)
+    return np.where(used[:, None], np.minimum(table[places.T, MOST][:, None], by_time), 0.0)
 
 
 def least_firsts(table: Floats, places: Ints, counts: Ints, layers: int, period: Floats) -> Floats:
@@ -215,16 +218,17 @@ def least_fills(table: Floats, places: Ints, counts: Ints, layers: int, period: 
     """Seconds [segments, columns] of every decoder once, on the quickest run as far as it goes, then on the next."""
     found = np.empty((_COUNT, len(places)))
     for some in _blocks(len(places)):
-        own, number = places[some], counts[some]
-        decoder = table[own, DECODER]
-        order = np.argsort(np.where(number > 0, decoder, _NEVER), axis=1, kind="stable")
-        room = np.take_along_axis(_room(table, own, number, period[some]) * number, order[None], axis=2)
+        own, number = places[some], counts[some].T
+        decoder = table[own.T, DECODER]
+        order = np.argsort(np.where(number > 0, decoder, _NEVER), axis=0, kind="stable")
+        room = _room(table, own, counts[some], period[some]) * number[:, None]
+        room = np.take_along_axis(room, order[:, None], axis=0)
         # where there is no run nothing is done
-        decoder = np.take_along_axis(np.where(number > 0, decoder, 0.0), order, axis=1)
-        left, total = np.full(room.shape[:2], float(layers)), np.zeros(room.shape[:2])
-        for run in range(own.shape[1]):
-            done = np.minimum(left, room[:, :, run])
-            total += done * decoder[:, run]
+        decoder = np.take_along_axis(np.where(number > 0, decoder, 0.0), order, axis=0)
+        left, total = np.full(room.shape[1:], float(layers)), np.zeros(room.shape[1:])
+        for run in range(len(room)):
+            done = np.minimum(left, room[run])
+            total += done * decoder[run]
             left -= done
         found[:, some] = total + table[own[:, 0], HEAD]
     return found

@@ -30,6 +30,7 @@ ROOM, OWN, EXCHANGE_ROOM = range(10, 13)  # bytes, of an inner stage; of the las
 LAST = 3
 
 _NEAR = 5e-4  # how near a period's bisection comes
+_PARTS = 16  # of its range, looked at together: few pipelines cost little more than one
 _STEP = 1.05  # the first step beyond the period by time alone
 EPS = 1e-9
 
@@ -127,21 +128,35 @@ def least_periods(
     most = own.max(axis=1).tolist()
     used = own > 0
     quick = np.where(used, lines[:, DECODER], np.inf).min(axis=0)
-    slow = (lines[:, DECODER] + lines[:, AGAIN]) * layers + lines[:, HEAD] + lines[:, HEAD_AGAIN]
-    high = np.where(used, slow, 0.0).max(axis=0) * (1 + EPS)
+    period = low.copy()
+    # most need no longer than by time alone
+    longer = np.flatnonzero(held(lines, own, most, total, quick, period * (1 + _NEAR)) < layers)
+    if len(longer):
+        given = (lines[:, :, longer], own[:, longer], most, total[longer], quick[longer])
+        period[longer] = _bisected(*given, low[longer], layers)
+    fits = np.isfinite(period)
+    known = np.where(fits, period, 1.0)
+    others = np.array([held(lines, own, most, total - 1, quick, known * end) for end in ends])
+    return period, np.where(fits, others, 0.0)
 
-    def enough(period: Floats) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = held(lines, own, most, total, quick, period) >= layers
+
+def _bisected(
+    lines: Floats, own: Ints, most: list[int], total: Ints, quick: Floats, low: Floats, layers: int
+) -> Floats:
+    """Least periods of pipelines that need longer than `low`, infinite where the model does not fit; see `held`."""
+    slow = (lines[:, DECODER] + lines[:, AGAIN]) * layers + lines[:, HEAD] + lines[:, HEAD_AGAIN]
+    high, near = np.where(own > 0, slow, 0.0).max(axis=0) * (1 + EPS), low
+
+    def enough(periods: Floats) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = held(lines, own, most, total, quick, periods) >= layers
         return found
 
-    fits, near = enough(high), low.copy()
-    high = np.where(enough(near * (1 + EPS)), near, high)
+    fits = enough(high)
     while (fits & (high > near * (1 + _NEAR))).any():
-        middle = np.sqrt(near * high)
-        good = enough(middle)
-        high, near = np.where(good, middle, high), np.where(good, near, middle)
-    others = np.array([held(lines, own, most, total - 1, quick, near * end) for end in ends])
-    return np.where(fits, near, np.inf), np.where(fits, others, 0.0)
+        edges = near * (high / near) ** np.linspace(0.0, 1.0, _PARTS + 1)[:, None]
+        short = (~enough(edges[1:-1])).sum(axis=0)
+        near, high = (np.take_along_axis(edges, (short + end)[None], axis=0)[0] for end in (0, 1))
+    return np.where(fits, near, np.inf)
 
 
 @cache

@@ -52,8 +52,9 @@ class _Lines:
     def __init__(self, chains: Chains, space: Space) -> None:
         self.width = len(space.rows)
         self.table = np.full((len(space.slots) * self.width, FIELDS), _NEVER)
-        self.able = np.zeros(len(self.table), dtype=bool)
-        self.worth = np.zeros(len(self.table), dtype=bool)
+        # of every slot, the rows that it can have, and those with which it is quicker for each row
+        self.able = np.zeros((len(space.slots), self.width), dtype=bool)
+        self.worth = np.zeros((len(space.slots), self.width), dtype=bool)
         self._holders = max(2, sum(space.available))
         self._memory: dict[tuple[int, int, int], tuple[int, Floats]] = {}  # (pool, degree, rows)
         for number, slot in enumerate(space.slots):
@@ -62,11 +63,10 @@ class _Lines:
                 staff = chains.staff(slot, rows)
                 if staff is None:
                     continue
-                line = number * self.width + at
-                self.able[line] = True
-                self._fill(self.table[line], staff.costs)
-                each = self.table[line, DECODER] / rows
-                self.worth[line] = space.small or each < WORTH * best
+                line = self.table[number * self.width + at]
+                self._fill(line, staff.costs)
+                each = line[DECODER] / rows
+                self.able[number, at], self.worth[number, at] = True, space.small or each < WORTH * best
                 best = min(best, each)
 
     def _fill(self, line: Floats, members: Sequence[SeatCost]) -> None:
@@ -200,11 +200,10 @@ def _enumerated(
 
 def _with_rows(space: Space, lines: _Lines, numbers: tuple[int, ...], grid: Ints) -> Iterator[_Made]:
     grid = grid[grid.sum(axis=1) <= space.most_stages]
-    places = [np.arange(n * lines.width, (n + 1) * lines.width) for n in numbers]
-    able = np.logical_and.reduce([lines.able[place] for place in places])
-    worth = np.logical_or.reduce([lines.worth[place] for place in places])
-    for rows in np.array(space.rows)[able & worth] if len(grid) else ():
-        yield numbers, grid, np.full(len(grid), rows)
+    slots = list(numbers)
+    rows = np.array(space.rows)[lines.able[slots].all(axis=0) & lines.worth[slots].any(axis=0)]
+    if len(grid) and len(rows):
+        yield numbers, np.tile(grid, (len(rows), 1)), np.repeat(rows, len(grid))
 
 
 def _evaluated(chains: Chains, space: Space, lines: _Lines, made: Iterator[_Made]) -> Columns:

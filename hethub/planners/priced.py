@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hethub.planners.candidate import Candidate, Part, price
 from hethub.planners.chain import Chains
+from hethub.planners.columns import Columns
 from hethub.planners.interface import Progress
 from hethub.planners.master import Taken
 from hethub.planners.pipelines import columns_of
@@ -61,7 +62,7 @@ class Search:
         self.available = np.array(space.available, dtype=np.int64)
         self.best = Best(most)
         self.tried: set[tuple[Taken, bool]] = set()
-        self._rates: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
+        self._rates: dict[tuple[object, ...], Floats] = {}
 
     def late(self) -> bool:
         """Whether to end with the best so far. Never before there is one: else nothing would seem to fit."""
@@ -101,18 +102,15 @@ class Search:
         return [Part(columns.crew(c), int(columns.rows[c]), number) for c, number in taken]
 
     def rates(
-        self, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
-    ) -> tuple[Floats, Floats]:
-        """(Update, gradients) seconds of a decoder on every slot of these pools, at least; see
-        `LinkCosts.least_rates`."""
-        key = (copies, tuple(pools), alike, frozenset(must))
-        if key not in self._rates:
-            least = self.chains.links.least_rates
-            found = [
-                least(slot, copies, pools, alike=alike, must=must)
-                if all(seat.pool in pools for seat in slot)
-                else (0.0, 0.0)
-                for slot in self.space.slots
-            ]
-            self._rates[key] = np.array([f[0] for f in found]), np.array([f[1] for f in found])
-        return self._rates[key]
+        self, columns: Columns, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
+    ) -> Floats:
+        """(Update, gradients) seconds [2, slots] of a decoder, at least, on every slot of some columns, which are on
+        these pools; see `LinkCosts.least_rates`."""
+        slots, key = self.space.slots, (copies, tuple(pools), alike, frozenset(must))
+        known = self._rates.setdefault(key, np.full((2, len(slots)), np.nan))
+        used = np.bincount(columns.runs[columns.counts > 0], minlength=len(slots)) > 0
+        for number in np.flatnonzero(used & np.isnan(known[0])).tolist():
+            known[:, number] = self.chains.links.least_rates(
+                slots[number], copies, pools, alike=alike, must=must
+            )
+        return known

@@ -78,8 +78,9 @@ def _alike(search: Search, able: Ints, least: int, most: Ints) -> Floats:
     if not len(able):
         return np.zeros(0)
     own, batch = search.columns.taken(able), search.batch
-    ends = [search.rates(n, search.space.pools, alike=True) for n in sorted({least, int(most.max())})]
-    update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
+    ends = sorted({least, int(most.max())})
+    rates = [search.rates(own, n, search.space.pools, alike=True) for n in ends]
+    update, gradients = np.minimum.reduce(rates)
     micro_batches = np.ceil(batch / (own.rows * most) - _SHORT)
     seconds = own.seconds(micro_batches, own.tails(update, gradients))
     even = (batch % own.rows == 0) & (batch // own.rows >= least)

@@ -87,10 +87,11 @@ class Branch:
         """Of columns among at least so many pipelines."""
         if pipelines not in self._tails:
             limits, most = self.limits, max(pipelines, int(self.search.available.sum()))
-            ends = [
-                self.search.rates(n, limits.may, alike=False, must=limits.must) for n in (pipelines, most)
+            rates = [
+                self.search.rates(self.columns, n, limits.may, alike=False, must=limits.must)
+                for n in (pipelines, most)
             ]
-            update, gradients = (np.minimum.reduce([end[k] for end in ends]) for k in (0, 1))
+            update, gradients = np.minimum(*rates)
             self._tails[pipelines] = self.columns.tails(update, gradients)
         return self._tails[pipelines]
 
