@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from hethub.errors import InfeasibleError
 from hethub.planners.beside import beside
 from hethub.planners.even import EvenPlanner
 from hethub.planners.first import FirstPlanner
-from hethub.planners.homogeneous import HomogeneousBound, homogeneous_bound
+from hethub.planners.homogeneous import HomogeneousBound, only_type, type_alone
 from hethub.planners.interface import Found, Problem, Progress
 from hethub.program.check import check_plan
 from hethub.simulate.modelled import Modelled
@@ -72,16 +72,17 @@ def answer(
     problem = Problem.of(cluster, workload, measured, constraints=constraints, seconds=time_limit_seconds)
     physical = physical_bound(problem.compute)
     planner = FirstPlanner()
-    only_type = sum(map(bool, cluster.counts().values())) == 1
-    apart = not (only_type and _is_free(problem, objective))  # else the plan is the only type's own
-    held_against = partial(_held_against, planner, problem, physical, whole_batches=whole_batches)
-    with beside(held_against, allowed=may_fork and apart) as against:
+    names = list(dict.fromkeys(device.type.name for device in problem.compute.graph.devices))
+    is_own = len(names) == 1 and _is_free(problem, objective)  # the plan is the only type's own
+    tasks = _held_against(planner, problem, physical, [] if is_own else names, whole_batches)
+    with beside(tasks, allowed=may_fork) as held_against:
         found = _planned(planner, replace(problem, progress=progress, recorded=True), objective)
         seconds = clock() - begin
         wrong = check_plan(found.plan)
         if wrong:
             raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
-        homogeneous, even = against() if apart else held_against(found)
+        *types, even = held_against()
+    homogeneous = HomogeneousBound(types=(only_type(problem, found),) if is_own else tuple(types))
     tokens = workload.global_batch * workload.sequence_length
     gap, by = found.proven_gap, "the closed form over the plan space"
     if gap is None:
@@ -123,16 +124,19 @@ def _held_against(
     planner: FirstPlanner,
     problem: Problem,
     physical: PhysicalBound,
-    found: Found | None = None,
-    *,
+    types: Sequence[str],
     whole_batches: bool,
-) -> tuple[HomogeneousBound, EvenSplit | None]:
-    """The homogeneous bound and the best even split: of the cluster, whatever the user fixes of the plan. `found` is
-    the plan for all devices, where nothing is fixed."""
+) -> list[Callable[[], Any]]:
+    """Tasks that find what a plan is held against, whatever the user fixes of it: each of these types alone, and last
+    the best even split."""
     free = replace(problem, constraints=FREE)
-    homogeneous = homogeneous_bound(planner, free, physical, whole=found, whole_batches=whole_batches)
-    even = EvenPlanner().search(free)
-    return homogeneous, None if even is None else EvenSplit(even.plan, even.step_seconds)
+    alone = [partial(type_alone, planner, free, physical, name, whole_batch=whole_batches) for name in types]
+    return [*alone, partial(_even_split, free)]
+
+
+def _even_split(problem: Problem) -> EvenSplit | None:
+    even = EvenPlanner().search(problem)
+    return None if even is None else EvenSplit(even.plan, even.step_seconds)
 
 
 def _is_free(problem: Problem, objective: Objective) -> bool:

@@ -12,7 +12,7 @@ from hethub.planners.chain import Chain, Chains
 from hethub.planners.seats import Crew
 from hethub.planners.stage import Setting
 
-__all__ = ["Candidate", "Entry", "Part", "chains_of", "divisors", "price"]
+__all__ = ["Candidate", "Entry", "Part", "chains_of", "divisors", "price", "ways"]
 
 
 class Part(NamedTuple):
@@ -21,6 +21,11 @@ class Part(NamedTuple):
     crew: Crew
     rows: int
     copies: int
+
+
+def ways(parts: Sequence[Part]) -> tuple[bool, ...]:
+    """The ways to deal out groups that differ (`stage_major`): of pipelines that are all single ones there is one."""
+    return (False, True) if any(part.copies > 1 for part in parts) else (False,)
 
 
 class Entry(NamedTuple):

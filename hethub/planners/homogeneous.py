@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from hethub.cost.bounds import PhysicalBound
 from hethub.planners.first import FirstPlanner
 from hethub.planners.interface import Found, Problem
 
-__all__ = ["HomogeneousBound", "TypeBound", "homogeneous_bound"]
+__all__ = ["HomogeneousBound", "TypeBound", "only_type", "type_alone"]
 
 _FINALISTS = (
     2  # of each type: the closed form ranks splits of alike devices well; one for the figure beside it
@@ -32,46 +31,25 @@ class TypeBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HomogeneousBound:
-    """The sum over `types`, and the types that cannot hold the model alone: with any, the share is no
-    bound."""
+    """The sum over `types`."""
 
-    tokens_per_second: float
     types: tuple[TypeBound, ...]
-    not_a_bound: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all types together."""
+        return sum(entry.tokens_per_second for entry in self.types)
+
+    @property
+    def not_a_bound(self) -> tuple[str, ...]:
+        """The types that cannot hold the model alone: with any, the share is no bound."""
+        return tuple(entry.device_type for entry in self.types if entry.tokens_per_second == 0.0)
 
 
-def homogeneous_bound(
-    planner: FirstPlanner,
-    problem: Problem,
-    physical: PhysicalBound,
-    *,
-    whole: Found | None = None,
-    whole_batches: bool = False,
-) -> HomogeneousBound:
-    """Plan every device type by itself; with its share of the batch, and if asked with the `whole_batches`.
-
-    Only the batch and the devices in use differ from `problem`, so its prices are used again. `whole`, the
-    plan for all devices that nothing but speed decides, is taken for the only type of a homogeneous cluster.
-    """
-    counts = Counter(device.type.name for device in problem.compute.graph.devices)
-    if whole is not None and len(counts) == 1:
-        types: tuple[TypeBound, ...] = (_only_type(problem, whole),)
-    else:
-        types = tuple(
-            _type_bound(planner, problem, name, physical.shares[name], whole_batches=whole_batches)
-            for name in counts
-        )
-    return HomogeneousBound(
-        tokens_per_second=sum(entry.tokens_per_second for entry in types),
-        types=types,
-        not_a_bound=tuple(entry.device_type for entry in types if entry.tokens_per_second == 0.0),
-    )
-
-
-def _only_type(problem: Problem, whole: Found) -> TypeBound:
-    """The plan for all devices is the only type's own."""
+def only_type(problem: Problem, found: Found) -> TypeBound:
+    """Of a cluster of one type: the plan for all devices that nothing but speed decides is the type's own."""
     devices, batch = problem.compute.graph.devices, problem.workload.global_batch
-    speed = _tokens_per_second(problem, batch, whole)
+    speed = _tokens_per_second(problem, batch, found)
     return TypeBound(
         device_type=devices[0].type.name,
         count=len(devices),
@@ -82,14 +60,16 @@ def _only_type(problem: Problem, whole: Found) -> TypeBound:
     )
 
 
-def _type_bound(
-    planner: FirstPlanner, problem: Problem, name: str, share: float, *, whole_batches: bool
+def type_alone(
+    planner: FirstPlanner, problem: Problem, physical: PhysicalBound, name: str, *, whole_batch: bool = False
 ) -> TypeBound:
+    """Plan a device type by itself: with its share of the batch, and if asked with the `whole_batch`. Only the batch
+    and the devices in use differ from `problem`, so its prices are used again."""
     batch = problem.workload.global_batch
-    exact_batch = share * batch
+    exact_batch = physical.shares[name] * batch
     own = max(1, round(exact_batch))
     speed = _alone(planner, problem, name, own, _FINALISTS)
-    whole = (_alone(planner, problem, name, batch, 1) if speed else 0.0) if whole_batches else None
+    whole = (_alone(planner, problem, name, batch, 1) if speed else 0.0) if whole_batch else None
     return TypeBound(
         device_type=name,
         count=sum(device.type.name == name for device in problem.compute.graph.devices),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hethub.planners.candidate import Candidate, Part, price
+from hethub.planners.candidate import Candidate, Part, price, ways
 from hethub.planners.chain import Chains
 from hethub.planners.columns import Columns
 from hethub.planners.interface import Progress
@@ -61,7 +61,8 @@ class Search:
         self.columns = columns_of(chains, space)
         self.available = np.array(space.available, dtype=np.int64)
         self.best = Best(most)
-        self.tried: set[tuple[Taken, bool]] = set()
+        self.tried: set[Taken] = set()
+        self._priced = 0
         self._rates: dict[tuple[object, ...], Floats] = {}
 
     def late(self) -> bool:
@@ -69,14 +70,16 @@ class Search:
         return bool(self.best.kept) and self._time_is_up()
 
     def offer(self, taken: Taken) -> None:
-        """Price a choice of columns, its groups dealt out in both ways."""
+        """Price a choice of columns, its groups dealt out in all ways."""
+        if taken in self.tried:
+            return
         parts = self.parts(taken)
-        for stage_major in (False, True):
-            if (taken, stage_major) not in self.tried:
-                self.tried.add((taken, stage_major))
-                candidate = price(self.chains, parts, self.batch, stage_major=stage_major)
-                if candidate is not None and (not self.space.use_all or self._uses_all(taken)):
-                    self.best.offer(candidate)
+        for stage_major in ways(parts):
+            self._priced += 1
+            candidate = price(self.chains, parts, self.batch, stage_major=stage_major)
+            if candidate is not None and (not self.space.use_all or self._uses_all(taken)):
+                self.best.offer(candidate)
+        self.tried.add(taken)
         self.tell()
 
     def tell(self) -> None:
@@ -90,7 +93,7 @@ class Search:
     @property
     def considered(self) -> int:
         """Pipelines bounded and plans priced."""
-        return len(self.columns) + len(self.tried)
+        return len(self.columns) + self._priced
 
     def _uses_all(self, taken: Taken) -> bool:
         used = sum(self.columns.usage[c] * n for c, n in taken)

@@ -17,7 +17,7 @@ from operator import sub
 import numpy as np
 import numpy.typing as npt
 
-from hethub.planners.candidate import chains_of
+from hethub.planners.candidate import chains_of, ways
 from hethub.planners.columns import MANY, Columns, Tails
 from hethub.planners.master import Counted, Taken, most_rows, relax
 from hethub.planners.priced import Search
@@ -271,13 +271,13 @@ class Branch:
         search = self.search
         fresh = [(place, c) for place, (c, _) in enumerate(taken) if not exact[c]]
         parts = search.parts(tuple((int(self.numbers[c]), n) for c, n in taken))
-        ways = [
+        found = [
             chains_of(search.chains, parts, search.batch, stage_major=stage_major, reach=1)
-            for stage_major in (False, True)
+            for stage_major in ways(parts)
         ]
         for place, c in fresh:
             exact[c] = True
-            fitting = [chain for chain in (way[place] for way in ways) if chain is not None]
+            fitting = [chain for chain in (way[place] for way in found) if chain is not None]
             if not fitting:
                 refined.fill[:, c] = np.inf
                 continue
@@ -302,7 +302,7 @@ class Branch:
             for taken in choices:
                 if taken is None:
                     return False
-                if all((taken, way) in search.tried for way in (False, True)):
+                if taken in search.tried:
                     continue
                 priced += 1
                 if priced > _LAST_CHOICES or search.late():

@@ -60,7 +60,8 @@ def best_of_all(chains: Chains, space: Space, batch: int, *, unlike: bool = Fals
     def further(start: int, left: dict[int, int], parts: tuple[Part, ...]) -> None:
         nonlocal best
         if len(parts) > unlike:
-            for stage_major in (False, True):
+            # pipelines that are all single ones are dealt out alike in both ways
+            for stage_major in {False, any(part.copies > 1 for part in parts)}:
                 candidate = price(chains, parts, batch, stage_major=stage_major)
                 if candidate is not None:
                     best = min(best, candidate.seconds)

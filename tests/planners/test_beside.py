@@ -25,16 +25,38 @@ def run(code: str, **options) -> str:
 
 
 @forking
-def test_the_answer_comes_from_another_process():
-    code = "with beside(os.getpid, allowed=True) as result:\n    print(result() != os.getpid())"
-    assert run(code) == "True"
+def test_the_answer_comes_from_another_process(tmp_path):
+    code = (
+        "def task():\n    open('begun', 'w').close()\n    return os.getpid()\n"
+        "with beside([task], allowed=True) as results:\n"
+        "    while not os.path.exists('begun'): time.sleep(0.01)\n"
+        "    print(results() != [os.getpid()])"
+    )
+    assert run(code, cwd=tmp_path) == "True"
+
+
+@forking
+def test_this_process_does_what_the_fork_has_not_begun(tmp_path):
+    """Each task once. Seen to catch: a fork that takes all turns at its start."""
+    code = (
+        "def first():\n"
+        "    open('begun', 'w').close()\n"
+        "    while not os.path.exists('second'): time.sleep(0.01)\n"
+        "    return os.getpid()\n"
+        "def second():\n    open('second', 'x').close()\n    return os.getpid()\n"
+        "with beside([first, second], allowed=True) as results:\n"
+        "    while not os.path.exists('begun'): time.sleep(0.01)\n"
+        "    one, other = results()\n"
+        "    print(one != os.getpid(), other == os.getpid())"
+    )
+    assert run(code, cwd=tmp_path) == "True True"
 
 
 def test_without_leave_the_task_runs_here_and_only_when_it_is_asked_for():
     begun = []
-    with beside(lambda: begun.append(1) or os.getpid(), allowed=False) as result:
+    with beside([lambda: begun.append(1) or os.getpid()], allowed=False) as results:
         assert not begun
-        assert result() == os.getpid()
+        assert results() == [os.getpid()]
 
 
 def test_beside_other_threads_nothing_is_forked():
@@ -42,8 +64,8 @@ def test_beside_other_threads_nothing_is_forked():
     thread = threading.Thread(target=asked.wait)
     thread.start()
     try:
-        with beside(os.getpid, allowed=True) as result:
-            assert result() == os.getpid()
+        with beside([os.getpid], allowed=True) as results:
+            assert results() == [os.getpid()]
     finally:
         asked.set()
         thread.join()
@@ -52,8 +74,8 @@ def test_beside_other_threads_nothing_is_forked():
 def test_an_error_of_the_task_is_raised_here():
     code = (
         "def task(): raise ValueError('no figure')\n"
-        "with beside(task, allowed=True) as result:\n"
-        "    try: result()\n    except ValueError as error: print(error)"
+        "with beside([task], allowed=True) as results:\n"
+        "    try: results()\n    except ValueError as error: print(error)"
     )
     assert run(code) == "no figure"
 
@@ -62,7 +84,7 @@ def test_an_error_of_the_task_is_raised_here():
 def test_leaving_without_the_answer_ends_the_fork(tmp_path):
     code = (
         "def task():\n    open('pid', 'w').write(str(os.getpid()))\n    os.rename('pid', 'told')\n    time.sleep(600)\n"
-        "with beside(task, allowed=True):\n"
+        "with beside([task], allowed=True):\n"
         "    while not os.path.exists('told'): time.sleep(0.01)"
     )
     run(code, cwd=tmp_path)
@@ -74,7 +96,9 @@ def test_leaving_without_the_answer_ends_the_fork(tmp_path):
 def test_the_fork_does_not_outlive_a_killed_parent(tmp_path):
     code = (
         "def task():\n    open('pid', 'w').write(str(os.getpid()))\n    os.rename('pid', 'told')\n    time.sleep(600)\n"
-        "with beside(task, allowed=True) as result: result()"
+        "with beside([task], allowed=True) as results:\n"
+        "    while not os.path.exists('told'): time.sleep(0.01)\n"
+        "    results()"
     )
     parent = subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=tmp_path)
     try:

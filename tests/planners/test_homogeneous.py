@@ -10,16 +10,23 @@ import pytest
 from hethub.cost.bounds import physical_bound
 from hethub.planners.answer import answer
 from hethub.planners.first import FirstPlanner
-from hethub.planners.homogeneous import homogeneous_bound
+from hethub.planners.homogeneous import HomogeneousBound, only_type, type_alone
 from hethub.planners.interface import Problem
 from hethub.specs.constraints import Constraints, Objective
 from hethub.specs.layout import lay_out
 from tests.planners.examples import one_two_four, with_memory
 
 
+def homogeneous_bound(problem: Problem) -> HomogeneousBound:
+    """Every type of the cluster by itself."""
+    planner, physical = FirstPlanner(), physical_bound(problem.compute)
+    names = problem.cluster.counts()
+    return HomogeneousBound(types=tuple(type_alone(planner, problem, physical, name) for name in names))
+
+
 def test_it_is_the_sum_of_the_types_own_best_plans() -> None:
     problem = one_two_four()
-    bound = homogeneous_bound(FirstPlanner(), problem, physical_bound(problem.compute))
+    bound = homogeneous_bound(problem)
     assert [entry.device_type for entry in bound.types] == ["fast", "middle", "slow"]
     assert bound.tokens_per_second == pytest.approx(sum(entry.tokens_per_second for entry in bound.types))
     assert bound.not_a_bound == ()
@@ -37,7 +44,7 @@ def test_it_is_the_sum_of_the_types_own_best_plans() -> None:
 def test_batches_are_the_shares_rounded_and_at_least_one_row() -> None:
     problem = one_two_four()
     small = replace(problem, workload=replace(problem.workload, global_batch=2))
-    bound = homogeneous_bound(FirstPlanner(), small, physical_bound(small.compute))
+    bound = homogeneous_bound(small)
     assert [entry.global_batch for entry in bound.types] == [1, 1, 1]
     assert sum(entry.exact_batch for entry in bound.types) == pytest.approx(2.0)
 
@@ -47,7 +54,7 @@ def test_a_type_that_cannot_hold_the_model_counts_nothing_and_is_named() -> None
     types = dict(problem.cluster.device_types)
     types["slow"] = replace(types["slow"], memory_bytes=100 * 1024)
     tight = Problem.of(replace(problem.cluster, device_types=types), problem.workload)
-    bound = homogeneous_bound(FirstPlanner(), tight, physical_bound(tight.compute))
+    bound = homogeneous_bound(tight)
     assert bound.not_a_bound == ("slow",)
     assert bound.types[2].tokens_per_second == 0.0
 
@@ -56,9 +63,8 @@ def test_one_type_alone_is_its_own_bound() -> None:
     problem = one_two_four()
     only = replace(problem.cluster, node_groups=problem.cluster.node_groups[:1], links=())
     single = Problem.of(with_memory(only, 64 << 20), problem.workload)
-    planner = FirstPlanner()
-    found = planner.plan(single)
-    bound = homogeneous_bound(planner, single, physical_bound(single.compute), whole=found)
+    found = FirstPlanner().plan(single)
+    bound = HomogeneousBound(types=(only_type(single, found),))
     tokens = single.workload.global_batch * single.workload.sequence_length
     assert bound.tokens_per_second == pytest.approx(tokens / found.step_seconds)
     assert len(lay_out(found.plan).used) == 2

@@ -43,10 +43,8 @@ def _best_pair(search: Search) -> float:
     for number, (one, other) in enumerate(fitting):
         if number == PAIRS:
             break
-        for stage_major in (False, True):
-            parts = search.parts(((one, 1), (other, 1)))
-            candidate = price(search.chains, parts, search.batch, stage_major=stage_major)
-            best = best if candidate is None else min(best, candidate.seconds)
+        candidate = price(search.chains, search.parts(((one, 1), (other, 1))), search.batch)
+        best = best if candidate is None else min(best, candidate.seconds)
     return best
 
 
