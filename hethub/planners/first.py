@@ -40,6 +40,7 @@ _COMPLETED = 2  # finalists whose steady step is simulated, at most
 _DEEP = 2  # the reach that is tried first
 _SMALL_ACTIONS = 10_000  # about; of programs up to here one depth is simulated
 _LISTED = 2  # finalists that are tried under the list schedule
+_UNLIKE_RATIOS = 0.03  # about the most that it was seen to shorten one's step more than another's
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
 
@@ -142,10 +143,15 @@ class FirstPlanner:
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
         """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
         chains, few = self.chains(problem), 1 if problem.finalists is not None else _LISTED
-        best, found = finalists[0].step_seconds, list[Finalist]()
+        best, ratio = finalists[0].step_seconds, 0.0  # of a step under the list schedule to that under split 1F1B
+        found = list[Finalist]()
         for finalist in finalists[:few]:
-            if finalist.candidate.least_seconds < min((f.step_seconds for f in found), default=best):
-                found += _deepest(chains, finalist.candidate, problem, "list")
+            least = max(finalist.candidate.least_seconds, finalist.step_seconds * (ratio - _UNLIKE_RATIOS))
+            if least < best:
+                done = _deepest(chains, finalist.candidate, problem, "list")
+                found += done
+                best = min([best, *(f.step_seconds for f in done)])
+                ratio = max([ratio, *(f.step_seconds / finalist.step_seconds for f in done)])
         return found
 
     @staticmethod
