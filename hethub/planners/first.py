@@ -39,6 +39,7 @@ _PART_ACTIONS = 120_000  # of a candidate that is simulated in part, as it count
 _COMPLETED = 2  # finalists whose steady step is simulated, at most
 _DEEP = 2  # the reach that is tried first
 _SMALL_ACTIONS = 10_000  # about; of programs up to here one depth is simulated
+_FAR = 1.2  # times the best step: candidates that are not said to come so near were hardly ever quicker
 _LISTED = 2  # finalists that are tried under the list schedule
 _UNLIKE_RATIOS = 0.03  # about the most that it was seen to shorten one's step more than another's
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
@@ -132,7 +133,9 @@ class FirstPlanner:
         for one, other in zip(near, deep, strict=True):
             reaches = [_DEEP] if small or one.key == other.key else [_DEEP, one.reach]
             for reach in reaches:
-                if one.least_seconds >= min((f.step_seconds for f in found), default=math.inf):
+                best = min((f.step_seconds for f in found), default=math.inf)
+                about = min(one.unblocked_seconds, one.split_backward_seconds)
+                if max(one.least_seconds, about / _FAR) >= best:
                     break
                 done = _deepest(chains, one, problem, FIRST_SCHEDULE, reach)
                 found += done
