@@ -154,7 +154,9 @@ class FirstPlanner:
                 done = _deepest(chains, finalist.candidate, problem, "list")
                 found += done
                 best = min([best, *(f.step_seconds for f in done)])
-                ratio = max([ratio, *(f.step_seconds / finalist.step_seconds for f in done)])
+                # with less in flight than links ask for it says nothing of others
+                ratios = [f.step_seconds / finalist.step_seconds for f in done if f.candidate.reach]
+                ratio = max([ratio, *ratios])
         return found
 
     @staticmethod

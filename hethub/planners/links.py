@@ -172,7 +172,7 @@ class LinkCosts:
         found = []
         for used in others:
             apart = Setting(1, copies - 1, used, 1)
-            close = apart._replace(near=(pool,))
+            close = Setting(1, copies - 1, used, 1, near=(pool,))
             most = self.costs.pools[pool].node_size
             found.append((apart, holders))
             if len(used) > 1:
