@@ -55,6 +55,7 @@ __all__ = [
     "layer_bytes",
     "on_host",
     "rank_shape",
+    "rank_use",
     "rank_uses",
     "stage_bytes",
     "usable_bytes",
@@ -338,7 +339,7 @@ class RankUse(NamedTuple):
         )
 
 
-def _rank_use(
+def rank_use(
     compute: ComputeModel,
     pipeline: PipelinePlace,
     stage: StagePlace,
@@ -442,7 +443,7 @@ def rank_uses(compute: ComputeModel, layout: Layout) -> dict[int, RankUse]:
                         *(shape.largest_vocab, on_host(compute, rank.device)),
                     )
                     if key not in known:
-                        known[key] = _rank_use(compute, pipeline, stage, rank, shape, ahead)
+                        known[key] = rank_use(compute, pipeline, stage, rank, shape, ahead)
                     one = known[key]
                     other = found.get(rank.device)
                     found[rank.device] = one if other is None else other + one

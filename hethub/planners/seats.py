@@ -19,13 +19,13 @@ from hethub.cost.memory import (
     layer_bytes,
     on_host,
     rank_shape,
-    rank_uses,
+    rank_use,
     usable_bytes,
 )
 from hethub.cost.shapes import BYTES
 from hethub.planners.pools import Pools
 from hethub.planners.shares import even_shares
-from hethub.specs.layout import Layout, PipelinePlace, RankPlace, ReplicaPlace, StagePlace
+from hethub.specs.layout import PipelinePlace, RankPlace, ReplicaPlace, StagePlace
 from hethub.timeline.record import Kind
 
 __all__ = ["Crew", "Ends", "LeastLines", "Seat", "SeatCost", "SeatCosts", "Slot", "crew_size", "crew_slots"]
@@ -212,7 +212,7 @@ class _LazyEnds(dict[tuple[bool, bool], Ends]):
         def use_of(held: int, recompute: str) -> MemoryUse:
             stage = StagePlace(0, layers, recompute, held, (replica,))
             pipeline = PipelinePlace(0, "1f1b", held, replica.rows[1], 0, (stage,))
-            return rank_uses(compute, Layout(workload.model, (pipeline,)))[rank.device].use
+            return rank_use(compute, pipeline, stage, rank, shape, 0).use
 
         use = use_of(1, "none")
         found = self[place] = Ends(
