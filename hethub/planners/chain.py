@@ -132,7 +132,8 @@ class Chains:
     def chain(self, crew: Crew, rows: int, setting: Setting) -> Chain | None:
         """The best division of the layers over the crew, or None when it does not fit."""
         # Deeper than this a stage never runs ahead, so that more micro-batches price alike.
-        setting = setting._replace(micro_batches=min(setting.micro_batches, 4 * crew_size(crew)))
+        most = 4 * crew_size(crew)
+        setting = setting if setting.micro_batches <= most else setting._replace(micro_batches=most)
         key = (crew, rows, setting)
         if key not in self._chains:
             self._chains[key] = self._price(crew, rows, setting)
