@@ -146,17 +146,19 @@ class FirstPlanner:
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
         """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
         chains, few = self.chains(problem), 1 if problem.finalists is not None else _LISTED
-        best, ratio = finalists[0].step_seconds, 0.0  # of a step under the list schedule to that under split 1F1B
+        best, ratio = (
+            finalists[0].step_seconds,
+            0.0,
+        )  # of a step under the list schedule to that under split 1F1B
         found = list[Finalist]()
         for finalist in finalists[:few]:
             least = max(finalist.candidate.least_seconds, finalist.step_seconds * (ratio - _UNLIKE_RATIOS))
             if least < best:
-                done = _deepest(chains, finalist.candidate, problem, "list")
+                # where it has memory for less in flight only, it was never seen to be quicker
+                done = _deepest(chains, finalist.candidate, problem, "list", least=finalist.candidate.reach)
                 found += done
                 best = min([best, *(f.step_seconds for f in done)])
-                # with less in flight than links ask for it says nothing of others
-                ratios = [f.step_seconds / finalist.step_seconds for f in done if f.candidate.reach]
-                ratio = max([ratio, *ratios])
+                ratio = max([ratio, *(f.step_seconds / finalist.step_seconds for f in done)])
         return found
 
     @staticmethod
@@ -280,12 +282,12 @@ def _second(
 
 
 def _deepest(
-    chains: Chains, candidate: Candidate, problem: Problem, schedule: str, most: int = _DEEP
+    chains: Chains, candidate: Candidate, problem: Problem, schedule: str, most: int = _DEEP, least: int = 0
 ) -> list[Finalist]:
-    """The candidate with stages that run as far ahead as fits, with a reach of at most `most`, simulated under the
-    schedule; none where it does not fit."""
+    """The candidate with stages that run as far ahead as fits, with a reach of at most `most` and at least `least`,
+    simulated under the schedule; none where it does not fit."""
     tried = set()
-    for reach in range(most, -1, -1):
+    for reach in range(most, least - 1, -1):
         varied = _with(chains, candidate, problem.workload.global_batch, reach, schedule)
         if varied.key in tried:  # that reach changes nothing
             continue

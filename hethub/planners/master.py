@@ -206,10 +206,8 @@ def _fill(exact: Ints, usage: Ints, rows: Ints) -> None:
     """Raise `exact[counts]` to the most rows that any number of these do with so many devices."""
     ends = exact.shape
     for need, gain in zip(map(tuple, usage.tolist()), rows.tolist(), strict=True):
-        if exact[need] >= gain:  # others do as much
-            continue
-        # 1, 2, 4, ... of it: every number is a sum of those
-        while all(map(lt, need, ends)):
+        # 1, 2, 4, ... of it: every number is a sum of those; until others do as much
+        while all(map(lt, need, ends)) and exact[need] < gain:
             into = exact[tuple([slice(n, None) for n in need])]
             source = exact[tuple([slice(end - n) for end, n in zip(ends, need, strict=True)])]
             np.maximum(into, source + gain, out=into)
