@@ -8,7 +8,8 @@ and the five-zone problems, and `mixes_bound_median` the median of what no plan 
 They say little unless the implementations reach what the papers report: `sailor_like_error` and `metis_like_error` are
 their largest relative differences from that line.
 *Ours*: the clusters of OWN, our planner and all baselines, judged by our simulator (`hethub compare`); the shares
-of the bounds and the proven gaps of `bench/planner_shares.py`.
+of the bounds and the proven gaps of `bench/planner_shares.py`; and what simulating few candidates costs, of
+`bench/planner_finalists.py`.
 
 The cheapest cheats, and what makes them fail:
 - a plan of more devices than there are, too few rows, or stages that do not fit: `problems` counts again;
@@ -34,6 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.planner_finalists import finalist_losses
 from bench.planner_shares import planner_shares
 from bench.results import ROOT, print_figures, write_result
 from hethub.cost.engines import DEEPSPEED, EngineRun, ReplicaGroup, RunStage
@@ -97,8 +99,9 @@ def main() -> int:
     if not options.small:
         raw["ours"] = {name: own_mode(name) for name in OWN}
         shares, raw["shares"], unproven = planner_shares()
-        figures |= shares
-        wrong += unproven
+        losses, raw["finalists"], few = finalist_losses()
+        figures |= shares | losses
+        wrong += unproven + few
     print_figures(figures)
     for text in wrong:
         print(f"NOT VALID {text}", file=sys.stderr)

@@ -3,24 +3,27 @@ each starts quickly."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
 import traceback
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from hethub import __version__
-from hethub.errors import HetHubError, printable
+from hethub.errors import HetHubError, MachineError, printable
 from hethub.interruption import listen, terminated
 
 __all__ = ["app", "main", "run"]
 
 _PREEMPTED = 75  # exit code: asked to stop by SIGTERM
 _INTERRUPTED = 130  # the shell's convention for Ctrl-C
+# disk full, quota, read-only, a device that fails, too many open files: wherever they come up, not a bug of ours
+_MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 # name: module of `hethub.cli`, and what the command is there; in the order of `hethub --help`
 _COMMANDS = {
@@ -130,14 +133,24 @@ def run(*, launcher: bool = False) -> None:
     try:
         app(obj=launcher)
     except HetHubError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        for line in error.message.splitlines():  # one line per problem
-            sys.stderr.write(f"hethub: {printable(line)}\n")
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        if error.errno not in _MACHINE_FAULTS:
+            raise
+        what = error.filename or "the output, or a file,"
+        _fail(MachineError(f"{what} cannot be read or written ({error.strerror}). Mend that, and run it again."))
     except (KeyboardInterrupt, SystemExit) as end:
         # Typer turns a KeyboardInterrupt into an exit.
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
             raise
         sys.stderr.write("hethub: stopped by SIGTERM\n" if terminated() else "hethub: interrupted\n")
         sys.exit(_PREEMPTED if terminated() else _INTERRUPTED)
+
+
+def _fail(error: HetHubError) -> NoReturn:
+    """Tell of an error, one line per problem, and end."""
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    for line in error.message.splitlines():
+        sys.stderr.write(f"hethub: {printable(line)}\n")
+    sys.exit(error.exit_code)

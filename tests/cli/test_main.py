@@ -83,3 +83,19 @@ def test_a_reader_who_has_had_enough_is_no_failure():
     finally:
         os.close(ours)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["schema", "cluster"]])
+def test_a_full_disk_is_one_line(arguments):
+    """Seen to catch: a traceback."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hethub", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 4
+    assert len(done.stderr.splitlines()) == 1 and "No space left on device" in done.stderr

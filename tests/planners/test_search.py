@@ -30,7 +30,8 @@ def _ranked(problem: Problem, constraints: Constraints = FREE) -> Ranking:
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(problem=tiny_problems())
 def test_the_best_candidate_is_brute_forces(problem: Problem) -> None:
-    """Seen to catch: a pipeline without micro-batches counted among those that share the updates (a real bug)."""
+    """Seen to catch: a pipeline without micro-batches counted among those that share the updates (a real bug); single
+    pipelines priced as if their stages stood apart and side by side (another)."""
     chains, space = set_up(problem)
     ranking = rank(chains, space, problem.workload.global_batch, 4)
     best = best_of_all(chains, space, problem.workload.global_batch)
