@@ -138,7 +138,9 @@ def run(*, launcher: bool = False) -> None:
         if error.errno not in _MACHINE_FAULTS:
             raise
         what = error.filename or "the output, or a file,"
-        _fail(MachineError(f"{what} cannot be read or written ({error.strerror}). Mend that, and run it again."))
+        _fail(
+            MachineError(f"{what} cannot be read or written ({error.strerror}). Mend that, and run it again.")
+        )
     except (KeyboardInterrupt, SystemExit) as end:
         # Typer turns a KeyboardInterrupt into an exit.
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:

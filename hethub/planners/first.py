@@ -41,6 +41,7 @@ _DEEP = 2  # the reach that is tried first
 _SMALL_ACTIONS = 10_000  # about; of programs up to here one depth is simulated
 _FAR = 1.2  # times the best step: candidates that are not said to come so near were hardly ever quicker
 _LISTED = 2  # finalists that are tried under the list schedule
+_WAITS = 1.045  # of the unblocked seconds: steps below have too little to gain under a schedule with less in flight
 _UNLIKE_RATIOS = 0.03  # about the most that it was seen to shorten one's step more than another's
 _WIDE = 64  # candidates tried when the best few turn out not to fit by the exact count of updates
 
@@ -105,8 +106,12 @@ class FirstPlanner:
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
-        chosen = _affordable(_in_turn(ranking.candidates)[:most])
-        finalists = self._simulated(chosen, problem)
+        turn, finalists = _in_turn(ranking.candidates), list[Finalist]()
+        # those that the closed form likes best may lack the memory after all
+        while turn and all(finalist.candidate.schedule != FIRST_SCHEDULE for finalist in finalists):
+            chosen = _affordable(turn[:most])
+            finalists, turn = finalists + self._simulated(chosen, problem), turn[len(chosen) :]
+        finalists.sort(key=lambda finalist: finalist.step_seconds)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
         if not finalists:
@@ -138,6 +143,7 @@ class FirstPlanner:
                 if max(one.least_seconds, about / _FAR) >= best:
                     break
                 done = _deepest(chains, one, problem, FIRST_SCHEDULE, reach)
+                done = done or _deepest(chains, one, problem, "1f1b", reach)  # which takes less memory
                 found += done
                 if not done or done[0].candidate.key != other.key:  # less deep ones have been tried
                     break
@@ -146,19 +152,21 @@ class FirstPlanner:
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
         """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
         chains, few = self.chains(problem), 1 if problem.finalists is not None else _LISTED
-        best, ratio = (
-            finalists[0].step_seconds,
-            0.0,
-        )  # of a step under the list schedule to that under split 1F1B
+        best = finalists[0].step_seconds
+        ratio = 0.0  # of a step under the list schedule to that under split 1F1B
         found = list[Finalist]()
         for finalist in finalists[:few]:
-            least = max(finalist.candidate.least_seconds, finalist.step_seconds * (ratio - _UNLIKE_RATIOS))
-            if least < best:
-                # where it has memory for less in flight only, it was never seen to be quicker
-                done = _deepest(chains, finalist.candidate, problem, "list", least=finalist.candidate.reach)
-                found += done
-                best = min([best, *(f.step_seconds for f in done)])
-                ratio = max([ratio, *(f.step_seconds / finalist.step_seconds for f in done)])
+            step, candidate = finalist.step_seconds, finalist.candidate
+            if max(candidate.least_seconds, step * (ratio - _UNLIKE_RATIOS)) >= best:
+                continue
+            least = 0 if step > _WAITS * candidate.unblocked_seconds else candidate.reach
+            done = _deepest(chains, candidate, problem, "list", least=least)
+            found += done
+            best = min([best, *(f.step_seconds for f in done)])
+            # with less in flight it says nothing of the next one
+            ratio = max(
+                [ratio, *(f.step_seconds / step for f in done if f.candidate.reach >= candidate.reach)]
+            )
         return found
 
     @staticmethod

@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from hethub.cost.compute import ComputeModel
-from hethub.cost.shapes import BYTES
 from hethub.program.actions import Action, Price, Program, What
 from hethub.program.exchange import GRADIENT_KINDS, plan_exchange
+from hethub.program.hops import hop_seconds, rectangles
 from hethub.program.islands import Islands, native_islands
 from hethub.program.orders import Shape, Task, margins
 from hethub.program.ownership import Ownership
@@ -18,17 +18,12 @@ from hethub.program.parameters import ParameterLists
 from hethub.program.parts import Parts, cut_stages
 from hethub.program.schedules import SCHEDULES, forward_only
 from hethub.program.updaters import own_by_strength
-from hethub.specs.layout import Layout, PipelinePlace, ReplicaPlace, Span, StagePlace, sequence_span
+from hethub.specs.layout import Layout, PipelinePlace, ReplicaPlace, StagePlace
 from hethub.timeline.record import Kind
 
 __all__ = ["compile_program", "pipeline_shape"]
 
 _STAGE_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.RECOMPUTE)
-
-
-def _overlap(one: Span, other: Span) -> Span | None:
-    start, stop = max(one[0], other[0]), min(one[1], other[1])
-    return (start, stop) if start < stop else None
 
 
 class _Order(NamedTuple):
@@ -42,8 +37,8 @@ def _orders(layout: Layout, compute: ComputeModel, training: bool) -> list[_Orde
     """Every pipeline's; alike pipelines share one."""
     known: dict[tuple[str, Shape], _Order] = {}
     found = []
-    for pipeline in layout.pipelines:
-        key = (pipeline.schedule, pipeline_shape(compute, pipeline))
+    for pipeline, hops in zip(layout.pipelines, hop_seconds(layout, compute), strict=True):
+        key = (pipeline.schedule, pipeline_shape(compute, pipeline, hops))
         if key not in known:
             tasks = (SCHEDULES[key[0]] if training else forward_only)(key[1])
             known[key] = _Order(tuple(tasks), margins(tasks, key[1]))
@@ -73,40 +68,14 @@ class _Builder(ParameterLists):
     # -- between stages ---------------------------------------------------------------------------------------
 
     def join_stages(self, sender: StagePlace, receiver: StagePlace, what: What) -> None:
-        """Every rank gets the rows and tokens that it holds between blocks, each once, from the rank that has them.
-
-        So a byte crosses the link between the stages once; the receiving group's all-gather fans it out."""
-        length = self.compute.workload.sequence_length
-        for target in receiver.replicas:
-            for source in sender.replicas:
-                rows = _overlap(source.rows, target.rows)
-                if rows is None:
-                    continue
-                for to, taker in enumerate(target.ranks):
-                    wanted = sequence_span(length, len(target.ranks), to)
-                    for at, giver in enumerate(source.ranks):
-                        tokens = _overlap(sequence_span(length, len(source.ranks), at), wanted)
-                        if tokens is not None:
-                            self.join_ranks(
-                                what,
-                                (giver.device, sender.index),
-                                (taker.device, receiver.index),
-                                rows,
-                                tokens,
-                            )
-
-    def join_ranks(
-        self, what: What, source: tuple[int, int], target: tuple[int, int], rows: Span, tokens: Span
-    ) -> None:
-        """A rectangle of rows and tokens from (device, stage) to (device, stage)."""
-        workload = self.compute.workload
-        dtype = self.compute.graph.devices[source[0]].type.dtype_for(workload.precision)
-        elements = (rows[1] - rows[0]) * (tokens[1] - tokens[0]) * workload.model.hidden_size
-        index = self.add_transfer(
-            what, source[0], target[0], elements * BYTES[dtype], stage=target[1], rows=rows, tokens=tokens
-        )
-        self.inbound[(*target, what)].append(index)
-        self.outbound[(*source, what)].append(index)
+        """A transfer for every rectangle that passes from one stage to the other."""
+        for giver, taker, rows, tokens, size in rectangles(self.compute, sender, receiver):
+            source, target = (giver.device, sender.index), (taker.device, receiver.index)
+            index = self.add_transfer(
+                what, giver.device, taker.device, size, stage=receiver.index, rows=rows, tokens=tokens
+            )
+            self.inbound[(*target, what)].append(index)
+            self.outbound[(*source, what)].append(index)
 
     # -- the pipelines ---------------------------------------------------------------------------------------
 
@@ -213,8 +182,8 @@ class _Builder(ParameterLists):
         return sorted(transfers, key=lambda t: (self.transfers[t].rows, self.transfers[t].tokens))
 
 
-def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
-    """What the schedule may know: the slowest replica's times, the slowest hop, limits, shared devices."""
+def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace, hops: tuple[float, ...]) -> Shape:
+    """What the schedule may know: the slowest replica's times, seconds of the hops, limits, shared devices."""
 
     def slowest(stage: StagePlace, work: Kind) -> float:
         return max(
@@ -232,7 +201,7 @@ def pipeline_shape(compute: ComputeModel, pipeline: PipelinePlace) -> Shape:
         backward_seconds=tuple(slowest(s, Kind.BACKWARD) + a for s, a in zip(stages, again, strict=True)),
         input_seconds=tuple(slowest(s, Kind.BACKWARD_INPUT) + a for s, a in zip(stages, again, strict=True)),
         weight_seconds=tuple(slowest(s, Kind.BACKWARD_WEIGHT) for s in stages),
-        hop_seconds=tuple(_hop_seconds(compute, one, other) for one, other in pairwise(stages)),
+        hop_seconds=hops,
         in_flight=tuple(min(s.in_flight, pipeline.micro_batches) for s in stages),
         resources=_resources(stages),
     )
@@ -249,25 +218,6 @@ def _resources(stages: Sequence[StagePlace]) -> tuple[int, ...]:
         numbers.append(number)
         last.update(dict.fromkeys(stage.devices(), stage.index))
     return tuple(numbers)
-
-
-def _hop_seconds(compute: ComputeModel, one: StagePlace, other: StagePlace) -> float:
-    """The slowest message between two stages."""
-    workload = compute.workload
-    worst = 0.0
-    for source in one.replicas:
-        for target in other.replicas:
-            rows = _overlap(source.rows, target.rows)
-            giver, taker = source.ranks[0].device, target.ranks[0].device
-            if rows is None or giver == taker:
-                continue
-            tokens = min(
-                sequence_span(workload.sequence_length, len(r.ranks), 0)[1] for r in (source, target)
-            )
-            size = BYTES[compute.graph.devices[giver].type.dtype_for(workload.precision)]
-            elements = (rows[1] - rows[0]) * tokens * workload.model.hidden_size
-            worst = max(worst, compute.graph.path(giver, taker).seconds(elements * size))
-    return worst
 
 
 def compile_program(

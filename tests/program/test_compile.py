@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hethub.cost.compute import ComputeModel, gradient_bytes
 from hethub.program.actions import Program, What
 from hethub.program.compile import compile_program, pipeline_shape
+from hethub.program.hops import hop_seconds
 from hethub.specs.layout import RankPlace, ReplicaPlace, StagePlace, lay_out, sequence_span
 from hethub.specs.plan import Plan
 from hethub.timeline.record import Kind, Lane
@@ -122,12 +123,14 @@ def test_a_stage_that_recomputes_does_so_before_each_backward() -> None:
 def test_stages_that_share_devices_are_one_resource() -> None:
     plan = NAMED_PLANS["chunks: one device in stages 0 and 2"]("fp32")
     layout = lay_out(plan)
-    assert pipeline_shape(compute_model(plan), layout.pipelines[0]).resources == (0, 1, 0)
+    compute = compute_model(plan)
+    hops = hop_seconds(layout, compute)[0]
+    assert pipeline_shape(compute, layout.pipelines[0], hops).resources == (0, 1, 0)
     # Stage 2 on both devices joins all three.
     first, second, third = layout.pipelines[0].stages
     both = replace(third, replicas=(first.replicas[0], second.replicas[0]))
     joined = replace(layout.pipelines[0], stages=(first, second, both))
-    assert pipeline_shape(compute_model(plan), joined).resources == (0, 0, 0)
+    assert pipeline_shape(compute, joined, hops).resources == (0, 0, 0)
 
 
 def test_the_same_plan_compiles_to_the_same_program() -> None:

@@ -21,7 +21,7 @@ from tests.plan_strategies import NAMED_PLANS, compute_model, tiny_model
 _LAYERS = 12
 
 
-def _cluster(degree: int) -> Cluster:
+def folding_cluster(degree: int) -> Cluster:
     """Two groups of nodes that hold two groups of `degree` devices each."""
     kind = DeviceType(
         name="chip",
@@ -84,7 +84,7 @@ def _plan(degree: int, heads: list[int]) -> Plan:
         for number, (start, stop) in enumerate(pairwise(cuts))
     ]
     pipeline = Pipeline(repeat=2, micro_batches=8, micro_batch_rows=1, stages=stages)
-    return Plan(name="groups", pipelines=[pipeline], cluster=_cluster(degree), workload=workload)
+    return Plan(name="groups", pipelines=[pipeline], cluster=folding_cluster(degree), workload=workload)
 
 
 def _seconds(plan: Plan, layout: Layout) -> tuple[float, float, int, int]:
