@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["whole_file", "write_json", "write_whole"]
+from hethub.errors import InputError
+
+__all__ = ["whole_file", "write_json", "write_whole", "writing"]
 
 
 @contextmanager
@@ -40,3 +42,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all. Raises ValueError for a number that JSON lacks, and OSError."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Around what writes `path`: where that cannot be, an InputError says so, and gives the `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). {advice}") from error

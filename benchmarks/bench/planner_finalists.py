@@ -1,5 +1,5 @@
-"""What it costs that few candidates are simulated: on random small clusters, our plan's step over the shortest that any
-of the ranked candidates has under any schedule, at any depth.
+"""What it costs that few candidates are simulated: on random small clusters, the step of the planner's first finalist
+over the shortest that any of the ranked candidates has under any schedule, at any depth.
 
 The cheapest cheats, and what makes them fail: a referee that looks at what the planner looked at (at least LEAST
 variants must be simulated for each that the planner simulated); clusters without a choice (of one type, or of few

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hethub.checkpoints.manifest import Manifest
 from hethub.checkpoints.reshard import Need, Reader
 from hethub.checkpoints.store import open_checkpoint
 from hethub.errors import InputError, not_installed
-from hethub.files import whole_file
+from hethub.files import whole_file, write_json, writing
 from hethub.specs.llama_config import config_of
 from hethub.specs.workload import Model
 
@@ -58,12 +57,10 @@ def export_checkpoint(folder: Path, output: Path) -> Manifest:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: is there already. Name a folder that does not exist yet.")
     weights = whole_weights(folder, manifest)
-    try:
+    with writing(output, "Name another folder."):
         output.mkdir(parents=True, exist_ok=True)
         with whole_file(output / "model.safetensors") as temporary:
             save_file(weights, str(temporary), metadata={"format": "pt"})
         config = hugging_face_config(model, manifest.training.sequence_length, manifest.dtype)
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}). Name another folder.") from error
+        write_json(output / "config.json", config)
     return manifest

@@ -33,6 +33,7 @@ def calibrate(
     """
     from hethub.cli.run_sources import load_sources
     from hethub.errors import InputError
+    from hethub.files import write_json, writing
     from hethub.simulate.engine_calibration import calibrate_overhead, calibrate_time
     from hethub.simulate.own_calibration import calibrate_own_runs
 
@@ -50,10 +51,8 @@ def calibrate(
         memory = calibrate_overhead(sources.imported)
         names = [run.run.name for run in sources.imported]
     content = _content(found, memory, names, profiled=sources.profile is not None)
-    try:
-        output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}). Give another --output.") from error
+    with writing(output, "Give another --output."):
+        write_json(output, content)
     typer.echo(json.dumps(content, indent=2) if as_json else _text(content))
     if not as_json:
         typer.echo(f"wrote {output}", err=True)

@@ -42,11 +42,8 @@ def dashboards(
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises InputError where it cannot be written."""
-    from hethub.errors import InputError
-    from hethub.files import write_whole
+    from hethub.files import write_whole, writing
 
-    try:
+    with writing(path, "Give another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another folder.") from error

@@ -22,7 +22,7 @@ __all__ = ["app", "main", "run"]
 
 _PREEMPTED = 75  # exit code: asked to stop by SIGTERM
 _INTERRUPTED = 130  # the shell's convention for Ctrl-C
-# disk full, quota, read-only, a device that fails, too many open files: wherever they come up, not a bug of ours
+# disk full, quota, read-only, a device that fails, too many open files: no bugs of ours where no command says better
 _MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 # name: module of `hethub.cli`, and what the command is there; in the order of `hethub --help`

@@ -57,13 +57,11 @@ def plan(
 
 def write_plan(found: Plan, target: Path) -> None:
     """Write a plan file. Raises InputError where that cannot be."""
-    from hethub.errors import InputError
+    from hethub.files import writing
     from hethub.specs.plan import save_plan
 
-    try:
+    with writing(target, "Give another --output."):
         save_plan(found, target)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror}). Give another --output.") from error
 
 
 def _plan(

@@ -27,6 +27,7 @@ def report(
 
     Example: hethub report runs/demo
     """
+    from hethub.files import writing
     from hethub.report.data import load_run_data
     from hethub.report.page import write_report
 
@@ -34,8 +35,6 @@ def report(
         raise InputError(f"report: {len(runs)} runs are given. Give one, or two to compare.")
     target = output or runs[0] / "report.html"
     data = [load_run_data(run, step) for run in runs]
-    try:
+    with writing(target, "Give another --output."):
         write_report(target, data)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror}). Give another --output.") from error
     typer.echo(f"wrote {target}")

@@ -135,15 +135,13 @@ def _planned_anew(plan: Plan, additions: Sequence[Addition], measured: Measured)
 
 
 def _write_trace(path: Path | None, simulation: Simulation) -> None:
-    from hethub.errors import InputError
+    from hethub.files import writing
     from hethub.timeline.trace import write_chrome_trace
 
     if path is None or simulation.timeline is None:
         return
-    try:
+    with writing(path, "Give another --trace."):
         write_chrome_trace(path, [simulation.timeline], range(1))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another --trace.") from error
 
 
 def _job_text(job: dict[str, Any]) -> str:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hethub.errors import InputError
-
 if TYPE_CHECKING:  # numpy is loaded when the command runs, not when `hethub --help` lists it
     from hethub.simulate.comparison import Comparison
     from hethub.timeline.summary import DeviceSummary, TypeSummary
@@ -66,20 +64,19 @@ def timeline(
 
 
 def _write_pictures(comparison: Comparison, run: Path, html: Path | None, trace: Path | None) -> None:
-    try:
-        if html is not None:
-            from hethub.timeline.gantt import write_gantt
+    from hethub.files import writing
 
+    if html is not None:
+        from hethub.timeline.gantt import write_gantt
+
+        with writing(html, "Give another --html."):
             write_gantt(html, comparison.predicted, comparison.measured, comparison.typical_step, run.name)
-        if trace is not None:
-            from hethub.timeline.trace import write_chrome_trace
+    if trace is not None:
+        from hethub.timeline.trace import write_chrome_trace
 
-            steps = range(comparison.first, comparison.last + 1)
+        steps = range(comparison.first, comparison.last + 1)
+        with writing(trace, "Give another --trace."):
             write_chrome_trace(trace, [comparison.predicted, comparison.measured], steps)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename}: cannot be written ({error.strerror}). Give another path."
-        ) from error
 
 
 # --- ways to print ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hethub.data.tokenizers import Tokenizer
 from hethub.errors import InputError, printable
-from hethub.files import whole_file
+from hethub.files import whole_file, writing
 
 __all__ = [
     "Source",
@@ -167,13 +167,14 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 @contextmanager
 def _written_whole(output: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `output` that takes its name when all went well, else is deleted."""
-    try:
-        if output.is_dir():
-            raise InputError(f"{output}: is a folder. Give the path of a file.")
-        with whole_file(output) as temporary, temporary.open("w+b") as stream:
-            yield stream
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}). Give another path.") from error
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder. Give the path of a file.")
+    with (
+        writing(output, "Give another path."),
+        whole_file(output) as temporary,
+        temporary.open("w+b") as stream,
+    ):
+        yield stream
 
 
 def _write(stream: BinaryIO, sources: Sequence[Path], tokenizer: Tokenizer) -> None:

@@ -82,7 +82,7 @@ def answer(
         if wrong:
             raise AssertionError(f"the planner's plan is not valid: {wrong[0].text}")
         *types, even = held_against()
-    homogeneous = HomogeneousBound(types=(only_type(problem, found),) if is_own else tuple(types))
+    homogeneous = HomogeneousBound.of([only_type(problem, found)] if is_own else types)
     tokens = workload.global_batch * workload.sequence_length
     gap, by = found.proven_gap, "the closed form over the plan space"
     if gap is None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 __all__ = ["beside"]
 
 T = TypeVar("T")
+_MOST = 256  # tasks that a byte tells apart
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def beside(tasks: Sequence[Callable[[], T]], *, allowed: bool) -> Iterator[Calla
     Where a fork is not `allowed`, has no core, or might find a lock that another thread has taken for ever, all is done
     here; so it is where the fork does not answer, so that an error of a task is raised here.
     """
-    if not allowed or not _has_room():
+    if not allowed or not _has_room() or len(tasks) > _MOST:
         yield lambda: [task() for task in tasks]
         return
     parent, turns = os.getpid(), _turns(len(tasks))

@@ -103,7 +103,8 @@ def chains_of(
     for part in parts:
         # The number is not settled yet: an even deal decides how deep stages may run ahead.
         deal = max(1, batch // (part.rows * pipelines))
-        setting = Setting(part.copies, pipelines - part.copies, pools, deal, stage_major, reach, near)
+        several = stage_major and part.copies > 1  # one pipeline is dealt out alike in both ways
+        setting = Setting(part.copies, pipelines - part.copies, pools, deal, several, reach, near)
         found.append(chains.chain(part.crew, part.rows, setting))
     return found
 

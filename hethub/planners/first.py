@@ -106,12 +106,12 @@ class FirstPlanner:
         most = _FINALISTS if problem.finalists is None else problem.finalists
         ranking = self._rank(problem, _RANKED * most)
         considered = ranking.considered
-        turn, finalists = _in_turn(ranking.candidates), list[Finalist]()
-        # those that the closed form likes best may lack the memory after all
-        while turn and all(finalist.candidate.schedule != FIRST_SCHEDULE for finalist in finalists):
-            chosen = _affordable(turn[:most])
-            finalists, turn = finalists + self._simulated(chosen, problem), turn[len(chosen) :]
-        finalists.sort(key=lambda finalist: finalist.step_seconds)
+        turn = _in_turn(ranking.candidates)
+        chosen = _affordable(turn[:most])
+        finalists = self._simulated(chosen, problem)
+        if most > 1 and all(finalist.candidate.schedule != FIRST_SCHEDULE for finalist in finalists):
+            finalists += self._roomy(turn[len(chosen) :], problem, begin + problem.seconds)
+            finalists.sort(key=lambda finalist: finalist.step_seconds)
         if not finalists and ranking.candidates:
             finalists = self._any_that_fits(problem)
         if not finalists:
@@ -149,6 +149,18 @@ class FirstPlanner:
                     break
         return sorted(found, key=lambda finalist: finalist.step_seconds)
 
+    def _roomy(self, candidates: Sequence[Candidate], problem: Problem, end: float) -> list[Finalist]:
+        """The first of these that has the memory to split backwards, looked for until `end`; of those that are
+        simulated whole. The closed form likes others better, but counts no such memory."""
+        for candidate in candidates:
+            if self._clock() >= end:
+                break
+            if is_simulated_whole(candidate):
+                done = _deepest(self.chains(problem), candidate, problem, FIRST_SCHEDULE)
+                if done:
+                    return done
+        return []
+
     def _listed(self, finalists: Sequence[Finalist], problem: Problem) -> list[Finalist]:
         """The best few under the list schedule, which takes longer to make, where it may be the quickest."""
         chains, few = self.chains(problem), 1 if problem.finalists is not None else _LISTED
@@ -157,6 +169,8 @@ class FirstPlanner:
         found = list[Finalist]()
         for finalist in finalists[:few]:
             step, candidate = finalist.step_seconds, finalist.candidate
+            split = candidate.schedule == FIRST_SCHEDULE
+            ratio = ratio if split else 0.0
             if max(candidate.least_seconds, step * (ratio - _UNLIKE_RATIOS)) >= best:
                 continue
             least = 0 if step > _WAITS * candidate.unblocked_seconds else candidate.reach
@@ -164,9 +178,8 @@ class FirstPlanner:
             found += done
             best = min([best, *(f.step_seconds for f in done)])
             # with less in flight it says nothing of the next one
-            ratio = max(
-                [ratio, *(f.step_seconds / step for f in done if f.candidate.reach >= candidate.reach)]
-            )
+            alike = [f for f in done if split and f.candidate.reach >= candidate.reach]
+            ratio = max([ratio, *(f.step_seconds / step for f in alike)])
         return found
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from hethub.cost.bounds import PhysicalBound
@@ -31,19 +32,22 @@ class TypeBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HomogeneousBound:
-    """The sum over `types`."""
+    """The sum over `types`, and the types that cannot hold the model alone: with any, the share is no
+    bound."""
 
+    tokens_per_second: float
     types: tuple[TypeBound, ...]
+    not_a_bound: tuple[str, ...]
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all types together."""
-        return sum(entry.tokens_per_second for entry in self.types)
-
-    @property
-    def not_a_bound(self) -> tuple[str, ...]:
-        """The types that cannot hold the model alone: with any, the share is no bound."""
-        return tuple(entry.device_type for entry in self.types if entry.tokens_per_second == 0.0)
+    @classmethod
+    def of(cls, types: Iterable[TypeBound]) -> HomogeneousBound:
+        """These types added up."""
+        types = tuple(types)
+        return cls(
+            tokens_per_second=sum(entry.tokens_per_second for entry in types),
+            types=types,
+            not_a_bound=tuple(entry.device_type for entry in types if entry.tokens_per_second == 0.0),
+        )
 
 
 def only_type(problem: Problem, found: Found) -> TypeBound:

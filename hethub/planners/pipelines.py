@@ -291,21 +291,23 @@ def _hidden(chains: Chains, space: Space, lines: _Lines, runs: Ints, counts: Int
 def _hops(chains: Chains, space: Space, runs: Ints, counts: Ints, rows: Ints) -> tuple[Floats, Floats]:
     """(Seconds of all hops there and back, the longest time that one keeps a link busy) over idle links."""
     seconds, load = np.zeros(len(runs)), np.zeros(len(runs))
-    slots, width = len(space.slots), space.rows[-1] + 1
-    known = np.full((slots * slots * width, 2), np.nan)
+    known: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def table(one: Ints, other: Ints, times: Ints) -> None:
         mine = np.flatnonzero(times > 0)
-        keys = (one[mine] * slots + other[mine]) * width + rows[mine]
-        used = np.zeros(len(known), dtype=bool)
-        used[keys] = True
-        for key in np.flatnonzero(used & np.isnan(known[:, 0])).tolist():
-            pair, own = divmod(key, width)
-            source, target = divmod(pair, slots)
-            known[key] = chains.links.least_hop(space.slots[source], space.slots[target], own)
-        found = known[keys]
-        seconds[mine] += found[:, 0] * times[mine]
-        load[mine] = np.maximum(load[mine], found[:, 1])
+        keys = (one[mine] * (len(space.slots) + 1) + other[mine]) * (space.rows[-1] + 1) + rows[mine]
+        kinds, places = np.unique(keys, return_inverse=True)
+        found = np.zeros((len(kinds), 2))
+        for number, key in enumerate(kinds.tolist()):
+            pair, own = divmod(key, space.rows[-1] + 1)
+            source, target = divmod(pair, len(space.slots) + 1)
+            if (source, target, own) not in known:
+                known[source, target, own] = chains.links.least_hop(
+                    space.slots[source], space.slots[target], own
+                )
+            found[number] = known[source, target, own]
+        seconds[mine] += found[places, 0] * times[mine]
+        load[mine] = np.maximum(load[mine], found[places, 1])
 
     for j in range(runs.shape[1]):
         table(runs[:, j], runs[:, j], np.maximum(counts[:, j] - 1, 0))

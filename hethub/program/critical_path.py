@@ -144,8 +144,7 @@ def list_scheduling(shape: Shape) -> list[Task]:
     Rules of priority are tried on a few micro-batches, the best of them on all, and of these, of 1F1B, split or not,
     and of ZB-H1 the shortest order wins; of equally long ones that with the fewest split backwards. So it is never
     longer than those three. Weight parts fill bubbles, or come early to free the in-flight slot that a forward waits
-    for.
-    Of 500 random shapes of 3 stages and 3 micro-batches 98.6 % were optimal and the worst took 2.1 % more.
+    for. Of small random shapes nearly all are optimal, which a test holds against all orders.
     """
     found = Shortest(shape)
     found.offer(one_forward_one_backward(shape))

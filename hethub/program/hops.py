@@ -72,21 +72,27 @@ def hop_seconds(layout: Layout, compute: ComputeModel) -> list[tuple[float, ...]
     """For every pipeline, seconds from each stage to the next.
 
     Alike pipelines do the same at the same time, so that their messages over a link meet: shared fairly they all end
-    when the last one does, one after the other a message waits for half of the others."""
+    when the last one does, one after the other a message waits for half of the others. Unlike ones meet as often as
+    the one has micro-batches for each of the other's."""
     found = [
         [_load(compute, one, other) for one, other in pairwise(pipeline.stages)]
         for pipeline in layout.pipelines
     ]
-    # of all pipelines, by the number of the stage that sends, and the cell
+    # in the step, of all pipelines, by the number of the stage that sends, and the cell
     together = defaultdict[tuple[int, int], float](float)
-    for loads in found:
+    counts = [pipeline.micro_batches for pipeline in layout.pipelines]
+    for loads, count in zip(found, counts, strict=True):
         for stage, load in enumerate(loads):
             for cell, own in load.cell_seconds.items():
-                together[stage, cell] += own
+                together[stage, cell] += count * own
     share = 1.0 if compute.graph.shares_links else 0.5
 
-    def seconds(stage: int, load: _Load) -> float:
-        busy = [own + share * (together[stage, cell] - own) for cell, own in load.cell_seconds.items()]
+    def seconds(stage: int, load: _Load, count: int) -> float:
+        cells = load.cell_seconds.items()
+        busy = [own + share * (together[stage, cell] / count - own) for cell, own in cells]
         return load.latency_seconds + max(busy, default=0.0)
 
-    return [tuple(seconds(stage, load) for stage, load in enumerate(loads)) for loads in found]
+    return [
+        tuple(seconds(stage, load, count) for stage, load in enumerate(loads))
+        for loads, count in zip(found, counts, strict=True)
+    ]

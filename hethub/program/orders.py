@@ -38,7 +38,8 @@ class Shape:
     """What a schedule may know of a pipeline.
 
     `resources` names for each stage the set of stages that share a device with it, by a common number.
-    Seconds are per micro-batch; `hop_seconds[s]` is the transfer between stages s and s + 1, one way.
+    Seconds are per micro-batch; `hop_seconds[s]` is the transfer between stages s and s + 1, one way
+    (see `hops.py`).
     `backward_seconds` is the whole backward; split, it is `input_seconds` (which gives the gradient that the stage
     before waits for) and `weight_seconds`, which nobody waits for. Recomputation is inside the whole and the input's.
     `in_flight[s]` is the most micro-batches that stage s holds: from its forward to the end of its whole backward, or

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hethub.errors import InputError, not_installed
-from hethub.files import write_whole
+from hethub.errors import not_installed
+from hethub.files import write_whole, writing
 
 __all__ = ["graph_objects", "write_page"]
 
@@ -22,7 +22,5 @@ def graph_objects() -> Any:
 
 def write_page(path: Path, figure: Any) -> None:
     """Write a figure as one page that needs nothing else. Raises InputError where `path` cannot be written."""
-    try:
+    with writing(path, "Give another --html."):
         write_whole(path, figure.to_html(include_plotlyjs=True))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Give another --html.") from error

@@ -185,6 +185,8 @@ def test_bound_derives_both_bounds(figures: dict[str, Any]) -> None:
     assert found["bounds"] == figures["bounds"]
     alone = [entry["tokens_per_second"] for entry in found["homogeneous"]["types"]]
     assert sum(alone) == pytest.approx(found["bounds"]["homogeneous_tokens_per_second"])
+    assert found["homogeneous"]["tokens_per_second"] == pytest.approx(sum(alone))
+    assert found["homogeneous"]["not_a_bound"] == []
     assert sum(found["waterfall"].values()) == pytest.approx(1.0)
     text = _run("bound", LAPTOP)
     assert "physical bound\t" in text

@@ -71,13 +71,18 @@ def test_beside_other_threads_nothing_is_forked():
         thread.join()
 
 
-def test_an_error_of_the_task_is_raised_here():
+@forking
+def test_what_a_fork_that_failed_has_done_is_done_here_and_its_error_raised(tmp_path):
+    """Seen to catch: only the task that failed repeated, of two that the fork began."""
     code = (
-        "def task(): raise ValueError('no figure')\n"
-        "with beside([task], allowed=True) as results:\n"
+        "def first():\n    print('first', os.getpid() == parent, flush=True)\n"
+        "def second():\n    open('begun', 'w').close()\n    raise ValueError('no figure')\n"
+        "parent = os.getpid()\n"
+        "with beside([first, second], allowed=True) as results:\n"
+        "    while not os.path.exists('begun'): time.sleep(0.01)\n"
         "    try: results()\n    except ValueError as error: print(error)"
     )
-    assert run(code) == "no figure"
+    assert run(code, cwd=tmp_path).splitlines() == ["first False", "first True", "no figure"]
 
 
 @forking

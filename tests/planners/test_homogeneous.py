@@ -10,7 +10,7 @@ import pytest
 from hethub.cost.bounds import physical_bound
 from hethub.planners.answer import answer
 from hethub.planners.first import FirstPlanner
-from hethub.planners.homogeneous import HomogeneousBound, only_type, type_alone
+from hethub.planners.homogeneous import HomogeneousBound, type_alone
 from hethub.planners.interface import Problem
 from hethub.specs.constraints import Constraints, Objective
 from hethub.specs.layout import lay_out
@@ -21,7 +21,7 @@ def homogeneous_bound(problem: Problem) -> HomogeneousBound:
     """Every type of the cluster by itself."""
     planner, physical = FirstPlanner(), physical_bound(problem.compute)
     names = problem.cluster.counts()
-    return HomogeneousBound(types=tuple(type_alone(planner, problem, physical, name) for name in names))
+    return HomogeneousBound.of(type_alone(planner, problem, physical, name) for name in names)
 
 
 def test_it_is_the_sum_of_the_types_own_best_plans() -> None:
@@ -63,10 +63,8 @@ def test_one_type_alone_is_its_own_bound() -> None:
     problem = one_two_four()
     only = replace(problem.cluster, node_groups=problem.cluster.node_groups[:1], links=())
     single = Problem.of(with_memory(only, 64 << 20), problem.workload)
-    found = FirstPlanner().plan(single)
-    bound = HomogeneousBound(types=(only_type(single, found),))
-    tokens = single.workload.global_batch * single.workload.sequence_length
-    assert bound.tokens_per_second == pytest.approx(tokens / found.step_seconds)
+    found = answer(single.cluster, single.workload)
+    assert found.homogeneous.tokens_per_second == pytest.approx(found.figures["tokens_per_second"])
     assert len(lay_out(found.plan).used) == 2
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hethub.cost.profiles.curve import Curve, LinkFit, fit_link
 from hethub.cost.profiles.table import Column, read_table, write_table
-from hethub.errors import InputError
+from hethub.files import writing
 
 __all__ = ["LayerKey", "LayerRow", "Profile", "TransferRow", "host_class", "load_profile", "save_profile"]
 
@@ -234,12 +234,10 @@ def load_profile(folder: Path) -> Profile:
 
 def save_profile(profile: Profile, folder: Path) -> None:
     """Write both tables into `folder`, which is made where it is missing. Raises InputError where it cannot be."""
-    try:
+    with writing(folder, "Name another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / "layers.csv", LAYERS, _LAYER_COLUMNS, _rows(profile.layers))
         write_table(folder / "transfers.csv", TRANSFERS, _TRANSFER_COLUMNS, _rows(profile.transfers))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}). Name another folder.") from error
 
 
 def _rows(rows: Iterable[LayerRow] | Iterable[TransferRow]) -> list[dict[str, object]]:
