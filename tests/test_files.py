@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hethub.files import whole_file, write_whole
+from hethub.errors import InputError
+from hethub.files import whole_file, write_whole, writing
 
 
 def test_a_file_is_as_it_was_until_all_is_written(tmp_path: Path) -> None:
@@ -36,3 +37,10 @@ def test_a_folder_that_is_not_there_is_an_error_and_nothing_is_left(tmp_path: Pa
     with pytest.raises(OSError, match="No such file"):
         write_whole(tmp_path / "none" / "file", "content")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_an_input_error_with_the_advice(tmp_path: Path) -> None:
+    path = tmp_path / "no folder" / "file"
+    with pytest.raises(InputError) as raised, writing(path, "Give another."):
+        write_whole(path, "text")
+    assert raised.value.message == f"{path}: cannot be written (No such file or directory). Give another."

@@ -19,6 +19,8 @@ from hethub.specs.constraints import FREE, Constraints
 __all__ = ["WORTH", "Space", "degrees", "space_of"]
 
 _SMALL = 16  # devices; up to here stages of several replicas and of several pools are part of the space
+_SMALL_POOLS = 10  # with more there are too many pipelines to enumerate, however few devices
+_FEW_POOLS = 6  # of which any may share a stage
 _REPLICAS = 2  # of one pool in one stage; more are as good as more pipelines
 _STAGES = 64  # of a pipeline, on large clusters
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a micro-batch
@@ -70,7 +72,7 @@ def space_of(
     if available is not None:
         counts = {n: min(count, available[n]) for n, count in counts.items()}
     total = sum(counts.values())
-    small = total <= _SMALL
+    small = total <= _SMALL and len(counts) <= _SMALL_POOLS
     each = {n: degrees(costs.pools[n], model.kv_heads, constraints) for n in pools}
     slots: list[Slot] = []
     for pool in pools:
@@ -95,9 +97,11 @@ def space_of(
 
 
 def _mixed(costs: SeatCosts, pools: Sequence[int], each: dict[int, list[int]], batch: int) -> list[Slot]:
-    """Groups of several pools: all of them shared out evenly among one, two, ... stages."""
+    """Groups of several pools: all of them shared out evenly among one, two, ... stages. Of many pools any two, any
+    three, and all."""
     found: dict[Slot, None] = {}
-    for count in range(2, len(pools) + 1):
+    counts = range(2, len(pools) + 1) if len(pools) <= _FEW_POOLS else (2, 3, len(pools))
+    for count in counts:
         for chosen in combinations(pools, count):
             for pick in product(*(each[n] for n in chosen)):
                 units = [costs.pools[n].unit_count(d) for n, d in zip(chosen, pick, strict=True)]

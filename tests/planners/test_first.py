@@ -151,6 +151,33 @@ def test_a_faster_device_gets_more_layers_or_rows() -> None:
     assert busy["a"] > busy["b"] > busy["c"]
 
 
+@pytest.mark.parametrize("count", [8, 16])
+def test_devices_of_which_no_two_are_alike_are_planned(count: int) -> None:
+    """As where every device has a pace of its own. Seen to catch: stages of any of the 65,535 sets of 16 types, with
+    which the search did not end, or where hundreds of its pipelines lacked memory found no plan."""
+    base = three_speeds()
+    kind, group = base.device_types["fast"], base.node_groups[0]
+    types = {
+        f"type{n}": replace(
+            kind,
+            name=f"type{n}",
+            peak_flops_per_second={"fp32": (10.0 + n) * 1e8},
+            memory_bytes=1 << 20,
+        )
+        for n in range(count)
+    }
+    groups = tuple(
+        replace(group, name=f"group{n}", device_type=f"type{n}", nodes=1, devices_per_node=1)
+        for n in range(count)
+    )
+    cluster = replace(base, device_types=types, node_groups=groups, links=())
+    problem = Problem.of(cluster, workload(tiny_model(layers=12, heads=4), batch=32))
+    choice = FirstPlanner().choose(problem)
+    assert choice is not None
+    assert not check_plan(choice.plan)
+    assert len(lay_out(choice.plan).used) > 1
+
+
 def test_types_left_out_are_not_used() -> None:
     problem = replace(one_two_four(), types=frozenset(["slow"]))
     found = FirstPlanner().plan(problem)
