@@ -347,7 +347,8 @@ def rank_use(
     shape: RankShape,
     ahead: int,
 ) -> RankUse:
-    """Of one stage; `ahead` is how many micro-batches the stage before may have in flight."""
+    """Of one stage, whoever updates what it holds; `ahead` is how many micro-batches the stage before may have in
+    flight."""
     elements = compute.stage_parameters(rank.share, stage.layers)
     found = stage_bytes(shape, stage.layers, stage.recompute)
     held = min(stage.in_flight, pipeline.micro_batches)

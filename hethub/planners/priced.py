@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -105,10 +105,25 @@ class Search:
         return [Part(columns.crew(c), int(columns.rows[c]), number) for c, number in taken]
 
     def rates(
-        self, columns: Columns, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int] = ()
+        self,
+        columns: Columns,
+        copies: Collection[int],
+        pools: Sequence[int],
+        *,
+        alike: bool,
+        must: Sequence[int] = (),
     ) -> Floats:
         """(Update, gradients) seconds [2, slots] of a decoder, at least, on every slot of some columns, which are on
-        these pools; see `LinkCosts.least_rates`."""
+        these pools, in any of these numbers of pipelines; see `LinkCosts.least_rates`."""
+        least: Floats = np.minimum.reduce(
+            [self._rates_among(columns, n, pools, alike=alike, must=must) for n in copies]
+        )
+        return least
+
+    def _rates_among(
+        self, columns: Columns, copies: int, pools: Sequence[int], *, alike: bool, must: Sequence[int]
+    ) -> Floats:
+        """The same in one number of pipelines; kept."""
         slots, key = self.space.slots, (copies, tuple(pools), alike, frozenset(must))
         known = self._rates.setdefault(key, np.full((2, len(slots)), np.nan))
         used = np.bincount(columns.runs[columns.counts > 0], minlength=len(slots)) > 0

@@ -79,8 +79,7 @@ def _alike(search: Search, able: Ints, least: int, most: Ints) -> Floats:
         return np.zeros(0)
     own, batch = search.columns.taken(able), search.batch
     ends = sorted({least, int(most.max())})
-    rates = [search.rates(own, n, search.space.pools, alike=True) for n in ends]
-    update, gradients = np.minimum.reduce(rates)
+    update, gradients = search.rates(own, ends, search.space.pools, alike=True)
     micro_batches = np.ceil(batch / (own.rows * most) - _SHORT)
     seconds = own.seconds(micro_batches, own.tails(update, gradients))
     even = (batch % own.rows == 0) & (batch // own.rows >= least)

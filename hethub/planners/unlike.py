@@ -87,11 +87,9 @@ class Branch:
         """Of columns among at least so many pipelines."""
         if pipelines not in self._tails:
             limits, most = self.limits, max(pipelines, int(self.search.available.sum()))
-            rates = [
-                self.search.rates(self.columns, n, limits.may, alike=False, must=limits.must)
-                for n in (pipelines, most)
-            ]
-            update, gradients = np.minimum(*rates)
+            update, gradients = self.search.rates(
+                self.columns, (pipelines, most), limits.may, alike=False, must=limits.must
+            )
             self._tails[pipelines] = self.columns.tails(update, gradients)
         return self._tails[pipelines]
 

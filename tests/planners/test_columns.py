@@ -128,17 +128,14 @@ def _settings(search: Search, columns: Columns, number: int) -> Iterator[tuple[S
     others = min(2, int(search.available.sum() - usage.sum()))
     for count in MICRO_BATCHES:
         for alike in sorted({1, copies}):
-            tails = columns.tails(*search.rates(columns, alike, pools, alike=True))
+            tails = columns.tails(*search.rates(columns, (alike,), pools, alike=True))
             near = _near(search.chains, pools, alike * usage)
             for stage_major in (False, True):
                 yield Setting(alike, 0, own, count, stage_major, near=near), tails
         if others:
             # holders of a stage are at least the pipelines, and at most the devices
-            ends = [
-                search.rates(columns, n, pools, alike=False, must=pools)
-                for n in (1 + others, sum(search.space.available))
-            ]
-            tails = columns.tails(*(np.minimum.reduce([end[k] for end in ends]) for k in (0, 1)))
+            ends = (1 + others, sum(search.space.available))
+            tails = columns.tails(*search.rates(columns, ends, pools, alike=False, must=pools))
             beside = others if len(pools) == 1 else 0
             for near in {(), _near(search.chains, pools, usage + beside)}:
                 yield Setting(1, others, pools, count, near=near), tails
